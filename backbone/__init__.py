@@ -1,0 +1,1 @@
+"""The frozen backbone: config, model, key-value cache, strict loading, tokenizer and chat template."""

@@ -1,0 +1,237 @@
+"""What a Llama-shaped backbone looks like, read from a Hugging Face ``config.json``.
+
+Only what our forward pass computes is accepted; anything else is refused by name here, before weights are read,
+because a backbone that runs with a setting ignored gives wrong numbers instead of an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROPE_TYPES = ("default", "linear", "llama3")
+# What the two families assume where config.json is silent (the defaults of their transformers configurations).
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+}
+# Llama-1 conversions of 2023 spell the first one in capitals.
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Sizes and constants of a backbone.
+
+    ``rope_scaling`` is None for plain rotary positions, else ``{"rope_type": "linear", "factor": f}`` or the llama3
+    dictionary with its five keys. ``max_positions`` counts tokens. ``eos_ids`` may be empty.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    max_positions: int
+    tie_embeddings: bool
+    model_type: str
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    attention_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}; "
+                "every key/value head must serve the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of coordinates")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that names the file when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; expected a Hugging Face model directory with {path.name}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _number(raw: dict, key: str, where: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{where}: {key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _count(raw: dict, key: str, where: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: {key} is {value!r}, expected a positive whole number")
+    return value
+
+
+def _token_ids(value: Any, key: str, where: str) -> tuple[int, ...]:
+    """One id, a list of ids or null, as a tuple."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise ValueError(f"{where}: {key} is {value!r}, expected a token id or a list of token ids")
+    return tuple(ids)
+
+
+def _family(raw: dict, where: str) -> str:
+    """The family, llama or mistral. Raises ValueError for an architecture that we do not compute."""
+    supported = "supported: " + ", ".join(sorted(set(ARCHITECTURES) - {"LLaMAForCausalLM"}))
+    for architecture in raw.get("architectures") or []:
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"{where}: architecture {architecture!r} is not supported; {supported}")
+    model_type = raw.get("model_type")
+    if model_type is None and raw.get("architectures"):
+        model_type = ARCHITECTURES[raw["architectures"][0]]
+    if model_type not in FAMILY_DEFAULTS:
+        raise ValueError(f"{where}: model_type {model_type!r} is not supported; {supported}")
+    return model_type
+
+
+def _rope(raw: dict, where: str) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (older)."""
+    key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    given = raw.get(key) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: {key} is {given!r}, expected an object with rope_type")
+    theta_holder = given if given.get("rope_theta") is not None else raw
+    theta = _number(theta_holder, "rope_theta", where, default=10000.0)
+    inner = f"{where}, {key}"
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"{inner}: rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if given.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise ValueError(f"{where}: partial_rotary_factor below 1 is not supported; expected 1.0 or none")
+    if rope_type == "default":
+        return theta, None
+    scaling: dict[str, Any] = {"rope_type": rope_type, "factor": _number(given, "factor", inner)}
+    if rope_type == "llama3":
+        for name in ("low_freq_factor", "high_freq_factor"):
+            scaling[name] = _number(given, name, inner)
+        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise ValueError(f"{inner}: high_freq_factor must be above low_freq_factor")
+        scaling["original_max_position_embeddings"] = _count(given, "original_max_position_embeddings", inner)
+    return theta, scaling
+
+
+def parse_config(
+    raw: dict[str, Any], generation: dict[str, Any] | None = None, where: str = "config"
+) -> BackboneConfig:
+    """The config from the contents of ``config.json`` and ``generation_config.json``; ``where`` names them in errors.
+
+    Raises ValueError for whatever our forward pass does not compute, naming the key and the value.
+    """
+    family = _family(raw, where)
+    defaults = FAMILY_DEFAULTS[family]
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(f"{where}: hidden_act {activation!r} is not supported; expected 'silu'")
+    for key in ("attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise ValueError(f"{where}: {key} is {raw[key]!r}; backbones with biases are not supported, expected false")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{where}: quantization_config is set; expected float16, bfloat16 or float32 weights")
+
+    num_heads = _count(raw, "num_attention_heads", where)
+    hidden_size = _count(raw, "hidden_size", where)
+    if raw.get("head_dim") is None and hidden_size % num_heads:
+        raise ValueError(
+            f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads} "
+            "and head_dim is not given; add head_dim"
+        )
+    # Llama-1 conversions of 2023 say max_sequence_length.
+    longest = raw.get("max_sequence_length") or defaults["max_position_embeddings"]
+    max_positions = _count(raw, "max_position_embeddings", where, default=longest)
+    window = raw.get("sliding_window", defaults["sliding_window"])
+    if family == "mistral" and window is not None and window < max_positions:
+        raise ValueError(
+            f"{where}: sliding_window {window} is below max_position_embeddings {max_positions}; sliding-window "
+            "attention is not supported, expected null or a window that covers every position"
+        )
+    theta, scaling = _rope(raw, where)
+    bos_ids = _token_ids(raw.get("bos_token_id"), "bos_token_id", where)
+    eos_ids = _token_ids(raw.get("eos_token_id"), "eos_token_id", where)
+    generation_eos = (generation or {}).get("eos_token_id")
+    eos_ids += _token_ids(generation_eos, "eos_token_id", f"{where} (generation)")
+    return BackboneConfig(
+        vocab_size=_count(raw, "vocab_size", where),
+        hidden_size=hidden_size,
+        intermediate_size=_count(raw, "intermediate_size", where),
+        num_layers=_count(raw, "num_hidden_layers", where),
+        num_heads=num_heads,
+        num_kv_heads=_count(raw, "num_key_value_heads", where, default=defaults["num_key_value_heads"] or num_heads),
+        head_dim=_count(raw, "head_dim", where, default=hidden_size // num_heads),
+        rms_norm_eps=_number(raw, "rms_norm_eps", where, default=1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_positions=max_positions,
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        model_type=family,
+        bos_id=bos_ids[0] if bos_ids else None,
+        eos_ids=tuple(dict.fromkeys(eos_ids)),
+    )
+
+
+def read_config(directory: str | Path) -> BackboneConfig:
+    """The config of a Hugging Face directory: ``config.json``, and the end tokens of ``generation_config.json``."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; expected a Hugging Face model directory with config.json")
+    raw = read_json(directory / "config.json")
+    generation_path = directory / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.exists() else None
+    return parse_config(raw, generation, where=str(directory / "config.json"))
+
+
+def rope_inverse_frequencies(config: BackboneConfig) -> np.ndarray:
+    """Angle per position of every rotated pair: (head_dim / 2,) float32.
+
+    Plain: ``theta ** (-2 i / head_dim)`` (RoFormer, arXiv 2104.09864, section 3.2.2). linear divides all of them by
+    ``factor``. llama3 (Llama 3.1) divides only the slow ones: a pair whose wavelength is above
+    ``original / low_freq_factor`` is divided, one below ``original / high_freq_factor`` is kept, and between the two
+    both are blended. All arithmetic is float32, as in the training code that the published weights come from.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    plain = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    slowed = plain / np.float32(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return slowed
+    original = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths = np.float32(2 * math.pi) / plain
+    share = (np.float32(original) / wavelengths - np.float32(low)) / np.float32(high - low)
+    blended = (1 - share) * slowed + share * plain
+    result = np.where(wavelengths > original / low, slowed, np.where(wavelengths < original / high, plain, blended))
+    return result.astype(np.float32)

@@ -1,0 +1,180 @@
+"""The frozen Llama: token ids in, last hidden states and logits out, over a preallocated key-value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from backbone.cache import KVCache
+from backbone.config import BackboneConfig, read_config, rope_inverse_frequencies
+from backbone.weights import Fingerprint, check_names, expected_shapes, read_tensors
+from ops.decoder_layer import LayerShape, LayerWeights, RowPlan, decoder_layer, rms_norm
+from ops.linear import PackedLinear
+from runtime import jt
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
+DTYPES = ("float16", "float32")
+
+
+@dataclass
+class BackboneOutput:
+    """What one pass gives. hidden: (batch, rows, dim) float32, after the final norm. logits: (batch, rows, vocab)
+    float32, (batch, 1, vocab) when only the last row's were asked for, or None. layers: hidden states by layer index,
+    (batch, rows, dim), before any norm; index 0 is the embedding, index i the output of layer i."""
+
+    hidden: object
+    logits: object | None
+    layers: dict[int, object] = field(default_factory=dict)
+
+
+class Backbone:
+    """A frozen Llama with weights in float16 or float32; arithmetic is float32 on the CPU.
+
+    On the CPU a row's hidden state and logits are bitwise the same whatever rows run beside it, and whether its
+    ancestors came in this pass or lie in the cache.
+    """
+
+    def __init__(self, config: BackboneConfig, tensors: dict[str, np.ndarray], dtype="float16", path=None):
+        """tensors: Hugging Face names, consumed one by one. Raises ValueError for weights that do not fit."""
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        check_names({name: t.shape for name, t in tensors.items()}, expected_shapes(config))
+        self.config, self.dtype, self.path = config, dtype, str(path) if path else None
+        fingerprint = Fingerprint(config)
+        for name in sorted(tensors):
+            fingerprint.add(name, tensors[name])
+        self.fingerprint = fingerprint.hexdigest()
+        self._load(tensors)
+        self._frequencies = rope_inverse_frequencies(config)
+        self._rope_length, self._cosine, self._sine = 0, None, None
+
+    def _load(self, tensors: dict[str, np.ndarray]) -> None:
+        def take(name: str) -> np.ndarray:
+            cast = tensors.pop(name).astype(self.dtype)
+            if not np.isfinite(cast).all():
+                raise ValueError(f"{name} is not finite in {self.dtype}; load it with dtype float32, or check the file")
+            return cast
+
+        c = self.config
+        shape = LayerShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.rms_norm_eps)
+        self.blocks = []
+        for i in range(c.num_layers):
+            prefix = f"model.layers.{i}."
+            parts = {
+                "norm1": "input_layernorm",
+                **{n: f"self_attn.{n}_proj" for n in "qkvo"},
+                "norm2": "post_attention_layernorm",
+                **{n: f"mlp.{n}_proj" for n in ("gate", "up", "down")},
+            }
+            self.blocks.append(LayerWeights(shape, **{k: take(f"{prefix}{v}.weight") for k, v in parts.items()}))
+        embedding = take("model.embed_tokens.weight")
+        self.embedding = jt.array(embedding).stop_grad()
+        self.norm = jt.array(take("model.norm.weight").astype(np.float32)).stop_grad()
+        tied = c.tie_embeddings
+        tensors.pop("lm_head.weight", None) if tied else None
+        head = embedding if tied else take("lm_head.weight")
+        self.lm_head = PackedLinear(head)
+        # Row-major and in float32: what a training graph through the language-model head multiplies with.
+        self.lm_head_weight = jt.array(head.astype(np.float32)).stop_grad()
+
+    def new_cache(self, max_length: int) -> KVCache:
+        """An empty cache for one sequence of up to ``max_length`` rows. ValueError past the trained positions."""
+        if max_length > self.config.max_positions:
+            raise ValueError(
+                f"a cache of {max_length} rows exceeds the {self.config.max_positions} positions of the backbone"
+            )
+        return KVCache(self.config, max_length, self.dtype)
+
+    def _rope_tables(self, length: int):
+        """cos and sin of position * frequency, (at least length, head_dim / 2) float32."""
+        if length > self._rope_length:
+            self._rope_length = max(512, 1 << (length - 1).bit_length())
+            angles = np.arange(self._rope_length, dtype=np.float32)[:, None] * self._frequencies[None]
+            self._cosine, self._sine = jt.array(np.cos(angles)), jt.array(np.sin(angles))
+        return self._cosine, self._sine
+
+    def embed(self, token_ids):
+        """Rows of the frozen embedding. token_ids: any shape, int32 -> (..., dim) float32."""
+        return self.embedding[token_ids].float32()
+
+    def lm_logits(self, hidden):
+        """The frozen language-model head. hidden: (..., dim) float32 -> (..., vocab) float32; row-invariant."""
+        shape = tuple(hidden.shape)
+        return self.lm_head(hidden.reshape(-1, shape[-1])).reshape(*shape[:-1], self.config.vocab_size)
+
+    def forward(self, token_ids, positions=None, cache=None, attend=None, layers=(), logits="all") -> BackboneOutput:
+        """One pass over ``rows`` rows.
+
+        token_ids: (batch, rows) int32, NumPy array or Var. Without a cache every sequence of the batch is causal from
+        position 0; with one the batch is 1 and the rows are written behind ``cache.length``; call ``cache.commit``
+        afterwards. attend: (rows,) int32, the earlier row of this pass whose ancestors this row sees, -1 for none; or a
+        RowPlan made once; default: each row follows the one before it. positions: (rows,) int32, absolute; default
+        from ``attend``. layers: indices of hidden states to return. logits: "all", "last" or None.
+
+        Raises ValueError for misshapen arguments, CacheFull when the rows do not fit.
+        """
+        batch, rows = token_ids.shape
+        base = cache.length if cache is not None else 0
+        if cache is not None and batch != 1:
+            raise ValueError(f"a pass over a cache takes a batch of 1, got {batch}")
+        if isinstance(attend, RowPlan):
+            plan = attend
+        elif attend is not None:
+            plan = RowPlan(attend, None if positions is None else np.asarray(positions) - base)
+        elif positions is not None:
+            plan = RowPlan(np.arange(rows) - 1, np.asarray(positions) - base)
+        else:
+            plan = RowPlan.chain(rows) if batch == 1 else RowPlan.sequences([rows] * batch)
+        if plan.num_rows != batch * rows:
+            raise ValueError(f"attend covers {plan.num_rows} rows, the tokens {batch * rows}")
+        if cache is not None:
+            cache.reserve(rows)
+            data = cache.data
+        else:
+            data = KVCache(self._single_layer(), batch * rows, self.dtype).data
+        return self._run(token_ids, plan, data, base, layers, logits, shared_plane=cache is None)
+
+    def _single_layer(self) -> BackboneConfig:
+        """A pass without a cache needs one layer's keys at a time: all layers share one plane."""
+        from dataclasses import replace
+
+        return replace(self.config, num_layers=1)
+
+    def _run(self, token_ids, plan, data, base, layers, logits, shared_plane) -> BackboneOutput:
+        batch, rows = token_ids.shape
+        c = self.config
+        cosine, sine = self._rope_tables(base + plan.max_position + 1)
+        ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
+        x = self.embed(ids.reshape(-1))
+        wanted = {0: x} if 0 in layers else {}
+        for i, block in enumerate(self.blocks):
+            x = decoder_layer(x, block, plan, cosine, sine, data, 0 if shared_plane else i, base)
+            if i + 1 in layers:
+                wanted[i + 1] = x
+        unknown = set(layers) - set(wanted)
+        if unknown:
+            raise ValueError(f"the backbone has layers 0 to {c.num_layers}, asked for {sorted(unknown)}")
+        hidden = rms_norm(x, self.norm, c.rms_norm_eps).reshape(batch, rows, c.hidden_size)
+        scores = None
+        if logits == "last":
+            scores = self.lm_logits(hidden[:, rows - 1 : rows])
+        elif logits == "all":
+            scores = self.lm_logits(hidden)
+        elif logits is not None:
+            raise ValueError(f"logits must be 'all', 'last' or None, got {logits!r}")
+        return BackboneOutput(
+            hidden, scores, {i: w.reshape(batch, rows, c.hidden_size) for i, w in wanted.items()}
+        )
+
+
+def load_backbone(path=None, dtype: str = "float16") -> Backbone:
+    """Read a Hugging Face directory (config.json with *.safetensors or *.bin); None: the embedded tiny-vicuna.
+
+    Raises ValueError for a directory without a model, for missing, extra or misshapen weights (each named), and for
+    an architecture this model does not compute.
+    """
+    directory = Path(path) if path else EMBEDDED
+    config = read_config(directory)
+    return Backbone(config, dict(read_tensors(directory)), dtype, path)

@@ -1,0 +1,218 @@
+"""Compare results on one table: who accepts more, who is faster, and whether the comparison is fair.
+
+    python bench/compare.py results/*.json --plot comparison.png
+
+Differences in device, dtype, backbone, prompts or tree budget are warned about on stderr; a result whose parity
+check failed gets no speedup. From two results on, paired bootstrap intervals tell whether a ratio differs from 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: imports start at the repository root
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from bench.metrics import PairedRatio
+from bench.record import check_writable, write_atomically
+from bench.summary import (
+    AUTOREGRESSIVE,
+    HeadToHead,
+    Result,
+    Summary,
+    differences,
+    find_result,
+    format_number,
+    head_to_head,
+    load_results,
+    sort_summaries,
+    summarise,
+)
+
+REFUSED = "parity failed"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this entry."""
+    parser = argparse.ArgumentParser(prog="bench/compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("results", nargs="+", metavar="RESULT", help="result files written by bench/run.py")
+    parser.add_argument("--plot", metavar="FILE", help="draw accept length and cost per pass into a .png, .pdf or .svg")
+    parser.add_argument("--sort", metavar="COLUMN", help="sort the table by a column, the best value first")
+    parser.add_argument("--json", metavar="FILE", help="write the comparison as JSON")
+    parser.add_argument(
+        "--head-to-head", nargs=2, metavar=("A", "B"), help="give the ratios A / B only (heads or files)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the entry; returns the exit status: 0, or 2 after one ``error:`` line."""
+    options = build_parser().parse_args(argv)
+    try:
+        compare(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Read everything, decide everything, then print and write. Raises ValueError or OSError before any output."""
+    results, notes = load_results(options.results)
+    summaries = [summarise(result) for result in results]
+    if options.sort:
+        summaries = sort_summaries(summaries, options.sort)
+    pairs, skipped = pair_up(results, options.head_to_head)
+    warnings = differences(results) + skipped + _doubts(summaries)
+
+    for target in (options.plot, options.json):
+        if target is not None:
+            _check_target(target, options.results)
+    if options.plot is not None:
+        from bench.plot import check_plot_path, draw_comparison  # seaborn takes seconds to import
+
+        check_plot_path(options.plot)
+        draw_comparison(results, options.plot)
+    if options.json is not None:
+        write_atomically(options.json, comparison_json(summaries, pairs, warnings))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    _show(summary_table(summaries))
+    if pairs:
+        _show(head_to_head_table(pairs))
+
+
+def pair_up(results: Sequence[Result], names: Sequence[str] | None) -> tuple[list[HeadToHead], list[str]]:
+    """The pairs to compare and a sentence for each that cannot be.
+
+    names: (A, B) for A / B alone; without, every other head over the first. The autoregressive record takes
+    part only when it is named. Raises ValueError for unknown names and for a named pair that cannot be compared.
+    """
+    if names:
+        first, second = (find_result(results, name) for name in names)
+        if first is second:
+            raise ValueError(f"{names[0]!r} and {names[1]!r} are the same result")
+        return [head_to_head(first, second)], []
+    pairs, skipped = [], []
+    heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
+    for result in heads[1:]:
+        try:
+            pairs.append(head_to_head(result, heads[0]))
+        except ValueError as error:
+            skipped.append(f"no paired ratio: {error}")
+    return pairs, skipped
+
+
+def summary_table(summaries: Sequence[Summary]) -> Table:
+    """One row per result."""
+    table = Table(title="Results", title_justify="left", title_style="bold")
+    for name in ("head", "backbone", "nodes", "dtype", "prompts", "accept length [95%]", "tokens/s", "speedup [95%]"):
+        table.add_column(name, justify="left" if name in ("head", "backbone", "dtype") else "right")
+    for name in ("overhead", "draft share", "parity"):
+        table.add_column(name, justify="right")
+    for row in summaries:
+        speedup = Text(REFUSED, style="red") if row.parity_failed else format_number(row.speedup, row.speedup_ci)
+        share = "-" if row.draft_share is None else f"{100 * row.draft_share:.1f}%"
+        cells = [
+            Text(row.label + (" (interrupted)" if row.interrupted else ""), style="yellow" if row.interrupted else ""),
+            row.backbone,
+            str(row.nodes),
+            row.dtype,
+            str(row.prompts) if row.prompts == row.num_prompts else f"{row.prompts}/{row.num_prompts}",
+            format_number(row.accept_length, row.accept_length_ci),
+            format_number(row.tokens_per_s),
+            speedup,
+            format_number(row.overhead),
+            share,
+            Text(row.parity, style="red" if row.parity_failed else ""),
+        ]
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+    return table
+
+
+def head_to_head_table(pairs: Sequence[HeadToHead]) -> Table:
+    """One row per pair of heads."""
+    table = Table(title="Ratios on shared prompts, paired by prompt", title_justify="left", title_style="bold")
+    table.add_column("ratio")
+    for name in ("prompts", "accept length [95%]", "tokens/s [95%]"):
+        table.add_column(name, justify="right")
+    for pair in pairs:
+        ratio, speed = pair.accept_length, pair.tokens_per_s
+        cells = (
+            f"{pair.label} / {pair.against}",
+            str(ratio.num_prompts),
+            format_number(ratio.ratio, ratio.interval),
+            REFUSED if speed is None else format_number(speed.ratio, speed.interval),
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def comparison_json(summaries: Sequence[Summary], pairs: Sequence[HeadToHead], warnings: Sequence[str]) -> str:
+    """The comparison as JSON text; ratios that are refused are null."""
+
+    def ratio(pair: PairedRatio | None) -> dict | None:
+        return None if pair is None else {"ratio": pair.ratio, "interval": pair.interval}
+
+    content = {
+        "schema_version": 1,
+        "kind": "comparison",
+        "results": [dataclasses.asdict(summary) for summary in summaries],
+        "head_to_head": [
+            {
+                "head": pair.label,
+                "against": pair.against,
+                "prompts": pair.accept_length.num_prompts,
+                "accept_length": ratio(pair.accept_length),
+                "tokens_per_s": ratio(pair.tokens_per_s),
+            }
+            for pair in pairs
+        ],
+        "warnings": list(warnings),
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _doubts(summaries: Sequence[Summary]) -> list[str]:
+    """What is doubtful about single results."""
+    sentences = []
+    for row in summaries:
+        if row.parity_failed:
+            sentences.append(f"parity failed ({row.parity} identical), speedup refused: {row.path}")
+        elif row.speedup is not None and row.parity == "not checked":
+            sentences.append(f"parity was not checked, the speedup rests on trust: {row.path}")
+        if row.interrupted:
+            sentences.append(f"interrupted after {row.prompts} of {row.num_prompts} prompts: {row.path}")
+    return sentences
+
+
+def _check_target(target: str, sources: Sequence[str]) -> None:
+    """Raises when ``target`` cannot be written, or would overwrite a result."""
+    if Path(target).resolve() in {Path(source).resolve() for source in sources}:
+        raise ValueError(f"{target}: is one of the results to compare; write elsewhere")
+    check_writable(target)
+
+
+def _show(table: Table) -> None:
+    """Print a table; into a file or a pipe at its full width, so that no cell is cut."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=10_000)
+        console.width = Measurement.get(console, console.options, table).maximum
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""What the numbers mean: pure functions from per-prompt rows to metrics, intervals and paired ratios.
+
+With T tokens, P passes and t seconds of decoding, summed over prompts, for the head and its baseline b:
+
+    accept_length = T / P              tokens emitted per decoding pass, the bonus token included
+    tokens_per_s  = T / t
+    speedup       = (T / t) / (Tb / tb)
+    overhead      = (t / P) / (tb / Pb)   seconds per pass with the tree over seconds per pass without
+
+An autoregressive pass emits one token, so Tb = Pb and speedup = accept_length / overhead holds exactly (up to
+rounding), whatever the lengths; with greedy decoding both sides also emit the same T = Tb tokens. Tokens that
+the prefill emits, and its seconds, are in none of the sums. Every ratio is a ratio of sums, never a mean of
+ratios: a long prompt weighs as much as its tokens.
+
+One rule decides which rows count, on both sides and for every metric: see ``comparable_rows``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.record import CategoryResult, Interval, Metrics, PromptRow
+
+COLUMNS = ("tokens", "passes", "time_s", "baseline_tokens", "baseline_passes", "baseline_time_s")
+
+# A statistic takes the sums of COLUMNS by name, each an array (resamples,), and gives an array (resamples,).
+Statistic = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+
+STATISTICS: dict[str, Statistic] = {
+    "accept_length": lambda s: s["tokens"] / s["passes"],
+    "tokens_per_s": lambda s: s["tokens"] / s["time_s"],
+    "speedup": lambda s: (s["tokens"] / s["time_s"]) / (s["baseline_tokens"] / s["baseline_time_s"]),
+    "overhead": lambda s: (s["time_s"] / s["passes"]) / (s["baseline_time_s"] / s["baseline_passes"]),
+}
+
+
+@dataclass(frozen=True)
+class PairedRatio:
+    """One head's statistic over another's on the prompts they share. interval: None below two prompts."""
+
+    ratio: float | None
+    interval: Interval | None
+    num_prompts: int
+
+
+def comparable_rows(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """The rows that count: head and baseline did the same work.
+
+    Rows whose tokens differ from the baseline's (``identical`` is False) are left out of both sides, and, when
+    any row has a baseline, so are rows without one. Rows of the baseline's own record all count. Failed prompts
+    have no row.
+    """
+    paired = [row for row in rows if _has_baseline(row)]
+    return [row for row in (paired or rows) if row.identical is not False]
+
+
+def accept_length(rows: Sequence[PromptRow]) -> float | None:
+    """Tokens per decoding pass; None without a pass."""
+    return _evaluate(rows, "accept_length")
+
+
+def tokens_per_s(rows: Sequence[PromptRow]) -> float | None:
+    """Tokens per second of decoding; None without time."""
+    return _evaluate(rows, "tokens_per_s")
+
+
+def speedup(rows: Sequence[PromptRow]) -> float | None:
+    """Tokens per second over the baseline's on the same prompts; None without a baseline."""
+    return _evaluate(rows, "speedup")
+
+
+def overhead(rows: Sequence[PromptRow]) -> float | None:
+    """Seconds per pass over the baseline's seconds per pass; speedup = accept_length / overhead."""
+    return _evaluate(rows, "overhead")
+
+
+def accept_rate(rows: Sequence[PromptRow]) -> list[float | None]:
+    """Per depth, acceptances over trials; entry d is depth d + 1 given that depth d was accepted.
+
+    A depth without a trial is None. Rows may have different depths: a missing one counts no trial.
+    """
+    rows = comparable_rows(rows)
+    depth = max((len(row.reached_by_depth) for row in rows), default=0)
+    reached, accepted = np.zeros(depth, dtype=np.int64), np.zeros(depth, dtype=np.int64)
+    for row in rows:
+        reached[: len(row.reached_by_depth)] += np.asarray(row.reached_by_depth, dtype=np.int64)
+        accepted[: len(row.accepted_by_depth)] += np.asarray(row.accepted_by_depth, dtype=np.int64)
+    return [int(a) / int(r) if r else None for a, r in zip(accepted, reached, strict=True)]
+
+
+def paired_bootstrap(
+    rows: Sequence[PromptRow],
+    statistic: str | Statistic,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """Percentile interval of a ratio of sums, resampling prompts with replacement.
+
+    A resampled prompt brings its head and its baseline numbers together: what makes a prompt slow for both cancels.
+    statistic: a name in STATISTICS or a function of the summed COLUMNS. None with fewer than two prompts, or
+    when the statistic is unknown (no baseline). Raises ValueError for an unknown name, num_resamples < 1 or a
+    level outside (0, 1).
+    """
+    chosen = _statistic(statistic)
+    return _bootstrap(_table(comparable_rows(rows)), lambda sums: chosen(_by_name(sums)), num_resamples, seed, level)
+
+
+def paired_ratio(
+    rows: Sequence[PromptRow],
+    other_rows: Sequence[PromptRow],
+    statistic: str | Statistic,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> PairedRatio:
+    """statistic(rows) / statistic(other_rows) over the prompt ids that count in both, with its paired interval.
+
+    Each resample draws prompts and takes both heads' numbers for them. Raises as ``paired_bootstrap`` does.
+    """
+    chosen = _statistic(statistic)
+    mine = {row.prompt_id: row for row in comparable_rows(rows)}
+    theirs = {row.prompt_id: row for row in comparable_rows(other_rows)}
+    shared = [name for name in mine if name in theirs]
+    table = np.hstack([_table([mine[name] for name in shared]), _table([theirs[name] for name in shared])])
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return chosen(_by_name(sums[..., : len(COLUMNS)])) / chosen(_by_name(sums[..., len(COLUMNS) :]))
+
+    interval = _bootstrap(table, ratio, num_resamples, seed, level)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        point = _number(ratio(table.sum(axis=0)))
+    return PairedRatio(point, interval, len(shared))
+
+
+def aggregate(
+    rows: Sequence[PromptRow], num_resamples: int = 2000, seed: int = 0
+) -> tuple[Metrics, dict[str, CategoryResult]]:
+    """The ``metrics`` and ``categories`` of a result. Categories come in the order of their first row."""
+    rows = comparable_rows(rows)
+    groups: dict[str, list[PromptRow]] = {}
+    for row in rows:
+        groups.setdefault(row.category, []).append(row)
+    metrics = Metrics(
+        accept_length=accept_length(rows),
+        accept_rate=accept_rate(rows),
+        tokens_per_s=tokens_per_s(rows),
+        speedup=speedup(rows),
+        speedup_ci=paired_bootstrap(rows, "speedup", num_resamples, seed),
+        accept_length_ci=paired_bootstrap(rows, "accept_length", num_resamples, seed),
+        overhead=overhead(rows),
+        tokens=sum(row.tokens for row in rows),
+        passes=sum(row.passes for row in rows),
+    )
+    categories = {
+        name: CategoryResult(
+            prompts=len(group),
+            tokens=sum(row.tokens for row in group),
+            passes=sum(row.passes for row in group),
+            accept_length=accept_length(group),
+            tokens_per_s=tokens_per_s(group),
+            speedup=speedup(group),
+        )
+        for name, group in groups.items()
+    }
+    return metrics, categories
+
+
+def _has_baseline(row: PromptRow) -> bool:
+    return None not in (row.baseline_tokens, row.baseline_passes, row.baseline_time_s)
+
+
+def _table(rows: Sequence[PromptRow]) -> np.ndarray:
+    """(prompts, COLUMNS) float64; an unknown number is nan and makes its sums nan."""
+    values = [[np.nan if getattr(row, name) is None else getattr(row, name) for name in COLUMNS] for row in rows]
+    return np.asarray(values, dtype=np.float64).reshape(len(rows), len(COLUMNS))
+
+
+def _by_name(sums: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: sums[..., index] for index, name in enumerate(COLUMNS)}
+
+
+def _statistic(statistic: str | Statistic) -> Statistic:
+    if callable(statistic):
+        return statistic
+    if statistic not in STATISTICS:
+        raise ValueError(f"Unknown statistic {statistic!r}. Available: {', '.join(STATISTICS)}")
+    return STATISTICS[statistic]
+
+
+def _evaluate(rows: Sequence[PromptRow], name: str) -> float | None:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _number(STATISTICS[name](_by_name(_table(comparable_rows(rows)).sum(axis=0))))
+
+
+def _number(value: np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _bootstrap(
+    table: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], num_resamples: int, seed: int, level: float
+) -> Interval | None:
+    """table: (prompts, columns); statistic: sums (resamples, columns) -> (resamples,)."""
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    num_prompts = len(table)
+    if num_prompts < 2:
+        return None
+    # How often each prompt is drawn, (resamples, prompts): the same as drawing prompts one by one.
+    counts = np.random.default_rng(seed).multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), num_resamples)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = statistic(counts @ table)
+    values = values[np.isfinite(values)]  # a draw of prompts without a pass has no ratio
+    if not values.size:
+        return None
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

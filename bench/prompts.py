@@ -1,0 +1,244 @@
+"""Prompts for measurement, read from the files the field publishes.
+
+A file is recognised by the shape of its records, never by its name, so a renamed or gzipped copy reads the
+same. Every record becomes a ``Prompt``: the user's turns, in order, with a category to spread a sample over.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HUMAN_ROLES = ("human", "user")
+# keys that tell a shape -> what the shape is called in messages
+KNOWN_SHAPES = {
+    ("question_id", "turns"): "MT-Bench, Vicuna-bench, Spec-Bench",
+    ("conversations",): "ShareGPT",
+    ("question", "answer"): "GSM8K",
+    ("task_id", "prompt"): "HumanEval",
+}
+# What a JSON list or a JSON object opens with; "[INST] ..." and "{name}, ..." are text.
+JSON_OPENING = re.compile(r'\s*(\[\s*[\[{"\]]|\{\s*["}])')
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to generate for: the user's turns in order, none of them blank."""
+
+    prompt_id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one file and what was left out of it.
+
+    dropped: counts over the whole file: ``blank_turns``, ``blank_prompts`` (only blank turns) and
+    ``no_human_turns`` (conversations in which no user speaks). sha256: of the file's bytes, before unzipping.
+    """
+
+    prompts: tuple[Prompt, ...]
+    dropped: dict[str, int]
+    source: str
+    sha256: str
+
+
+def load_prompts(path: str | Path, num_prompts: int | None = None, seed: int | None = 0) -> PromptSet:
+    """Read a prompt file: MT-Bench, Vicuna-bench, Spec-Bench, ShareGPT, GSM8K, HumanEval or plain text.
+
+    JSON may be a list or one record a line; plain text is one prompt a paragraph; each may be gzipped. Ids are
+    unique inside the set: the second record with an id gets ``#2``. With ``num_prompts`` the sample is spread
+    over the categories (see ``spread``); a file with fewer prompts gives them all.
+
+    Raises ValueError, naming the file and the line or record, for malformed JSON, text that is not UTF-8, an
+    unknown shape, a file without a prompt, or num_prompts < 1; OSError when the file cannot be read.
+    """
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
+    raw = Path(path).read_bytes()
+    text = _decode(raw, path)
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    dropped = {"blank_turns": 0, "blank_prompts": 0, "no_human_turns": 0}
+    prompts = []
+    for prompt in _parse(text, path):
+        turns = tuple(turn for turn in prompt.turns if turn.strip())
+        dropped["blank_turns"] += len(prompt.turns) - len(turns)
+        if turns:
+            prompts.append(Prompt(prompt.prompt_id, prompt.category, turns))
+        else:
+            dropped["blank_prompts" if prompt.turns else "no_human_turns"] += 1
+    if not prompts:
+        raise ValueError(f"{path}: no prompt is left; dropped {dropped}")
+    unique = _unique_ids(prompts)
+    if num_prompts is not None:
+        unique = spread(unique, num_prompts, seed)
+    return PromptSet(tuple(unique), dropped, str(path), hashlib.sha256(raw).hexdigest())
+
+
+def join_prompt_sets(sets: Sequence[PromptSet]) -> PromptSet:
+    """Several sets as one: ids made unique again, dropped counts summed, sha256 of the sets' hashes in order.
+
+    Raises ValueError when there is no set.
+    """
+    if not sets:
+        raise ValueError("no prompt set to join")
+    dropped: dict[str, int] = {}
+    for one in sets:
+        for reason, count in one.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    digest = hashlib.sha256("".join(one.sha256 for one in sets).encode()).hexdigest()
+    prompts = _unique_ids(prompt for one in sets for prompt in one.prompts)
+    return PromptSet(tuple(prompts), dropped, " + ".join(one.source for one in sets), digest)
+
+
+def spread(prompts: Sequence[Prompt], num_prompts: int, seed: int | None = 0) -> list[Prompt]:
+    """``num_prompts`` prompts, or all when there are fewer, taken round robin over the categories.
+
+    Categories come in the order of their first appearance. seed 0 or None keeps the file's order within a
+    category; another seed shuffles within it. A smaller sample is the beginning of a larger one.
+
+    Example: categories a a a b, four asked for: a1 b1 a2 a3.
+    """
+    queues: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        queues.setdefault(prompt.category, []).append(prompt)
+    if seed:
+        for category, queue in queues.items():
+            random.Random(f"{seed}:{category}").shuffle(queue)
+    longest = max((len(queue) for queue in queues.values()), default=0)
+    rounds = (queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue))
+    return [prompt for _, prompt in zip(range(num_prompts), rounds, strict=False)]
+
+
+def _unique_ids(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The same prompts; a repeated id gets the first free of ``#2``, ``#3``, ..."""
+    prompts = list(prompts)
+    taken = {prompt.prompt_id for prompt in prompts}
+    seen: dict[str, int] = {}
+    result = []
+    for prompt in prompts:
+        name, count = prompt.prompt_id, seen.get(prompt.prompt_id, 0) + 1
+        if count > 1:
+            while f"{name}#{count}" in taken:
+                count += 1
+            prompt = Prompt(f"{name}#{count}", prompt.category, prompt.turns)
+            taken.add(prompt.prompt_id)
+        seen[name] = count
+        result.append(prompt)
+    return result
+
+
+def _decode(raw: bytes, path: str | Path) -> str:
+    """The file's text, unzipped when it begins with gzip's two bytes."""
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: broken gzip data: {error}") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _parse(text: str, path: str | Path) -> Iterator[Prompt]:
+    """Prompts as they stand in the file, blank turns included."""
+    if not JSON_OPENING.match(text):
+        blocks = [block.strip("\r\n") for block in re.split(r"\n[ \t\r]*\n", text) if block.strip()]
+        for number, block in enumerate(blocks, start=1):
+            yield Prompt(str(number), "text", (block,))
+        return
+    for number, (where, record) in enumerate(_json_records(text, path), start=1):
+        yield _prompt_from(record, number, where)
+
+
+def _json_records(text: str, path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place in the file, record) of a JSON list, of JSON lines, or of one object over several lines."""
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
+        for number, record in enumerate(records, start=1):
+            yield f"{path}: record {number}", record
+        return
+    try:
+        yield f"{path}:1", json.loads(text)
+        return
+    except json.JSONDecodeError as error:
+        if text.lstrip().split("\n", 1)[0].strip() == "{":  # one object over several lines
+            raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: malformed JSON: {error.msg} (column {error.colno})") from error
+
+
+def _prompt_from(record: object, number: int, where: str) -> Prompt:
+    """The prompt in one record, recognised by its keys; ``number`` is its id where the record has none."""
+    known = "; ".join(f"{name}: {', '.join(keys)}" for keys, name in KNOWN_SHAPES.items())
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: unknown shape: a {type(record).__name__}, not an object; known shapes are {known}")
+    shape = next((keys for keys in KNOWN_SHAPES if all(key in record for key in keys)), None)
+    if shape == ("question_id", "turns"):
+        return Prompt(str(record["question_id"]), _category(record, "question", where), _turns(record["turns"], where))
+    if shape == ("conversations",):
+        turns = _human_turns(record["conversations"], where)
+        return Prompt(str(record.get("id", number)), _category(record, "chat", where), turns)
+    if shape == ("question", "answer"):
+        return Prompt(str(number), _category(record, "math", where), _turns([record["question"]], where))
+    if shape == ("task_id", "prompt"):
+        return Prompt(str(record["task_id"]), _category(record, "coding", where), _turns([record["prompt"]], where))
+    found = ", ".join(sorted(record)) or "none"
+    raise ValueError(f"{where}: unknown shape: the record's keys are {found}; known shapes are {known}")
+
+
+def _category(record: dict, default: str, where: str) -> str:
+    category = record.get("category")
+    if category is None:
+        return default
+    if not isinstance(category, str):
+        raise ValueError(f"{where}: category must be a string, got {category!r}")
+    return category
+
+
+def _turns(turns: object, where: str) -> tuple[str, ...]:
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(f"{where}: the turns must be a list of strings, got {_short(turns)}")
+    return tuple(turns)
+
+
+def _human_turns(messages: object, where: str) -> tuple[str, ...]:
+    """What the user says in a conversation of from/value or role/content messages."""
+    if not isinstance(messages, list):
+        raise ValueError(f"{where}: conversations must be a list of messages, got {_short(messages)}")
+    turns = []
+    for message in messages:
+        pairs = (("from", "value"), ("role", "content"))
+        keys = next((pair for pair in pairs if isinstance(message, dict) and all(key in message for key in pair)), None)
+        if keys is None:
+            raise ValueError(f"{where}: a message must have from/value or role/content, got {_short(message)}")
+        speaker, content = message[keys[0]], message[keys[1]]
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: a message's {keys[1]} must be a string, got {_short(content)}")
+        if speaker in HUMAN_ROLES:
+            turns.append(content)
+    return tuple(turns)
+
+
+def _short(value: object) -> str:
+    """A value for a message, cut at 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

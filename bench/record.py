@@ -1,0 +1,343 @@
+"""The schema of a result: one JSON file per measurement, everything needed to judge its numbers inside.
+
+Units stand in the keys (``time_s`` is seconds), ``null`` is unknown, unknown keys are refused, and per-prompt
+rows are kept so that intervals can be recomputed without running anything again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SCHEMA_VERSION = 1
+KIND = "generation"
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[float, float]
+
+
+class OtherKindError(ValueError):
+    """The file is a result of another kind than the reader wants. ``kind``: what it says it is."""
+
+    def __init__(self, path: str | Path, kind: str):
+        super().__init__(f"{path}: its kind is {kind!r}, not {KIND!r}")
+        self.kind = kind
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class BackboneInfo(_Model):
+    path: str
+    fingerprint: str
+    dtype: str
+    hidden_size: Count
+    num_layers: Count
+    vocab_size: Count
+    engine: Literal["jittor", "torch"]
+
+
+class Decoding(_Model):
+    """num_nodes counts the root; tree lists the paths of child ranks below it, null when it changes by step."""
+
+    greedy: bool
+    max_new_tokens: Count
+    num_nodes: Count
+    tree_depth: Count
+    tree: list[list[Count]] | None
+    cache_length: Count | None
+    template: str | None
+
+
+class RunConfig(_Model):
+    """head: the head's resolved options. repeats: how often each prompt was timed; rows keep the median."""
+
+    backbone: BackboneInfo
+    decoding: Decoding
+    head: dict[str, Any]
+    repeats: Annotated[int, Field(ge=1)]
+
+
+class Checkpoint(_Model):
+    path: str
+    sha256: str
+    parameters: Count
+    train_steps: Count | None
+    train_tokens: Count | None
+    train_s: Seconds | None
+
+
+class Data(_Model):
+    """num_prompts: prompts asked of the run. dropped: reason -> how many the file lost while being read."""
+
+    path: str
+    sha256: str
+    num_prompts: Count
+    dropped: dict[str, Count]
+
+
+class Baseline(_Model):
+    """The autoregressive twin in the same process. pass_s: median seconds per pass; total_s: prefill left out."""
+
+    tokens_per_s: Seconds | None
+    pass_s: Seconds | None
+    total_s: Seconds | None
+    tokens: Count
+
+
+class Metrics(_Model):
+    """Defined in ``bench.metrics``. accept_rate[d]: depth d + 1 accepted, given that depth d was; null untried."""
+
+    accept_length: Annotated[float, Field(ge=0)] | None
+    accept_rate: list[Rate | None]
+    tokens_per_s: Seconds | None
+    speedup: Seconds | None
+    speedup_ci: Interval | None
+    accept_length_ci: Interval | None
+    overhead: Seconds | None
+    tokens: Count
+    passes: Count
+
+
+class Timing(_Model):
+    """Seconds summed over the rows of per_prompt; total_s includes prefill_s."""
+
+    prefill_s: Seconds | None
+    draft_s: Seconds | None
+    verify_s: Seconds | None
+    accept_s: Seconds | None
+    cache_s: Seconds | None
+    host_s: Seconds | None
+    total_s: Seconds | None
+
+
+class FirstDifference(_Model):
+    """position counts generated tokens; a token is null where that side had already ended."""
+
+    prompt_id: str
+    position: Count
+    baseline_token: Count | None
+    head_token: Count | None
+    logit_gap: float | None
+
+
+class Parity(_Model):
+    """Of ``prompts`` compared with greedy autoregressive decoding, ``identical`` agreed token for token."""
+
+    prompts: Count
+    identical: Count
+    first_difference: FirstDifference | None
+
+    @model_validator(mode="after")
+    def _identical_is_a_part(self):
+        if self.identical > self.prompts:
+            raise ValueError(f"identical ({self.identical}) exceeds prompts ({self.prompts})")
+        return self
+
+
+class Failure(_Model):
+    prompt_id: str
+    error: str
+
+
+class CategoryResult(_Model):
+    prompts: Count
+    tokens: Count
+    passes: Count
+    accept_length: Annotated[float, Field(ge=0)] | None
+    tokens_per_s: Seconds | None
+    speedup: Seconds | None
+
+
+class PromptRow(_Model):
+    """One prompt, its turns summed. Both sides count alike.
+
+    tokens, passes, time_s: of the decoding passes; the prefill, its seconds and its token are left out.
+    reached_by_depth[d]: passes that had depth d accepted (depth 0 is the root) and a candidate at depth d + 1;
+    accepted_by_depth[d]: those of them in which depth d + 1 was accepted. baseline_*: null when not measured.
+    identical: the tokens equal the baseline's; null when there is nothing to compare (sampling).
+    """
+
+    prompt_id: str
+    category: str
+    turns: Count
+    prompt_tokens: Count
+    tokens: Count
+    passes: Count
+    accepted_by_depth: list[Count]
+    reached_by_depth: list[Count]
+    accept_length: Annotated[float, Field(ge=0)] | None
+    time_s: Seconds
+    baseline_tokens: Count | None
+    baseline_passes: Count | None
+    baseline_time_s: Seconds | None
+    draft_s: Seconds | None
+    verify_s: Seconds | None
+    identical: bool | None
+    finish_reason: str
+
+    @model_validator(mode="after")
+    def _counts_agree(self):
+        accepted, reached = self.accepted_by_depth, self.reached_by_depth
+        if len(accepted) != len(reached) or any(a > r for a, r in zip(accepted, reached, strict=True)):
+            raise ValueError(f"accepted_by_depth {accepted} does not fit reached_by_depth {reached}")
+        if any(deeper > above for deeper, above in zip(reached[1:], accepted, strict=False)):
+            raise ValueError(f"a depth was reached more often than the one above was accepted: {reached}, {accepted}")
+        if self.identical and self.baseline_tokens not in (None, self.tokens):
+            raise ValueError(f"identical, but {self.tokens} tokens against the baseline's {self.baseline_tokens}")
+        return self
+
+
+class Record(_Model):
+    """A result file. baseline and parity are null in the record of the autoregressive baseline itself."""
+
+    schema_version: Literal[1]
+    kind: Literal["generation"]
+    status: Literal["complete", "interrupted"]
+    head: str
+    config: RunConfig
+    provenance: dict[str, Any]
+    checkpoint: Checkpoint | None
+    data: Data
+    baseline: Baseline | None
+    metrics: Metrics
+    timing: Timing
+    parity: Parity | None
+    failures: list[Failure]
+    categories: dict[str, CategoryResult]
+    per_prompt: list[PromptRow]
+
+    @model_validator(mode="after")
+    def _prompt_ids_are_unique(self):
+        ids = [row.prompt_id for row in self.per_prompt]
+        if len(set(ids)) != len(ids):
+            repeated = next(name for name in ids if ids.count(name) > 1)
+            raise ValueError(f"per_prompt holds {repeated!r} twice")
+        return self
+
+
+def parse_record(data: Mapping[str, Any] | Record, where: str | Path = "record") -> Record:
+    """A checked Record from plain data; NumPy numbers, tuples, paths and the models above are taken as they are.
+
+    Raises ValueError naming ``where`` and the fields that do not fit.
+    """
+    if isinstance(data, Record):
+        return data
+    try:
+        return Record.model_validate_json(json.dumps(data, default=_plain))
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_explain(error)}") from error
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def to_json(record: Record | Mapping[str, Any], indent: int | None = None) -> str:
+    """The record as JSON text, on one line unless ``indent`` is given. Raises ValueError when it does not fit."""
+    return json.dumps(parse_record(record).model_dump(mode="json"), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_record(record: Record | Mapping[str, Any], path: str | Path) -> None:
+    """Check a record and write it, whole or not at all; the parent folder is made.
+
+    Raises ValueError for a record that does not fit the schema and OSError when the file cannot be written.
+    """
+    write_atomically(path, to_json(parse_record(record, path), indent=1) + "\n")
+
+
+def read_record(path: str | Path) -> Record:
+    """Read one result.
+
+    Raises OtherKindError for a result of another kind, ValueError naming the file and what is wrong with it,
+    OSError when it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: a result is a JSON object, got a {type(data).__name__}")
+    if isinstance(data.get("kind"), str) and data["kind"] != KIND:
+        raise OtherKindError(path, data["kind"])
+    if data.get("schema_version") != SCHEMA_VERSION:
+        found = data.get("schema_version", "missing")
+        raise ValueError(f"{path}: schema_version is {found!r}; this version of the code reads {SCHEMA_VERSION}")
+    return parse_record(data, path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Make sure that ``path`` can be written, before the work whose result goes there. Makes the parent folder.
+
+    Raises OSError saying what is in the way.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        trial = _temporary(path)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: a temporary file in the same folder, then a rename.
+
+    Raises OSError naming the file; whatever stood there before is then untouched.
+    """
+    path = Path(path)
+    check_writable(path)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _plain(value: object) -> object:
+    """What json.dumps does not know by itself."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
+
+
+def _explain(error: ValidationError, most: int = 3) -> str:
+    """The first few problems of a validation error on one line, each with its field."""
+    problems = []
+    for problem in error.errors()[:most]:
+        field = ".".join(str(part) for part in problem["loc"]) or "record"
+        message = problem["msg"].removeprefix("Value error, ")
+        got = problem["input"]
+        shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) and len(repr(got)) < 60 else ""
+        problems.append(f"{field}: {message}{shown}")
+    rest = error.error_count() - most
+    return "; ".join(problems) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,235 @@
+"""One Llama decoder layer over a key-value cache, as one kernel on the CPU.
+
+    h = x + W_o attention(rope(W_q n1(x)), rope(W_k n1(x)), W_v n1(x));   y = h + W_down (silu(W_gate n2(h)) * W_up n2(h))
+
+(Llama, arXiv 2302.13971, with grouped-query attention, arXiv 2305.13245.) ``reference_decoder_layer`` reads like these
+equations; ``decoder_layer`` computes the same in one call, so that a pass costs one launch per layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ops.kernel import cpu_header, on_cpu
+from ops.linear import pack, pack_gated
+from runtime import jt
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes a layer needs. Widths in elements."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    eps: float
+
+
+class LayerWeights:
+    """The frozen weights of one layer. Matrices are (out, in), float16 or float32; norms are float32."""
+
+    def __init__(self, shape: LayerShape, norm1, q, k, v, o, norm2, gate, up, down):
+        self.shape = shape
+        self.norm1, self.norm2 = (jt.array(n.astype(np.float32)).stop_grad() for n in (norm1, norm2))
+        qkv = np.concatenate([q, k, v])
+        if on_cpu():
+            qkv, o, gate_up, down = pack(qkv), pack(o), pack_gated(gate, up), pack(down)
+        else:
+            gate_up = np.concatenate([gate, up])
+        self.qkv, self.o, self.gate_up, self.down = (jt.array(w).stop_grad() for w in (qkv, o, gate_up, down))
+
+
+class RowPlan:
+    """Which keys each row of a pass sees, and where it writes its own. Made once per tree, used every pass.
+
+    All offsets count from the cache length at the time of the pass. A row sees ``contiguous`` cache slots (the
+    prefix, and its ancestors while they follow it without a gap), then the slots in ``extras``, in this order.
+
+    Worked example, a root with two children, the second of which has one child: parents [-1, 0, 0, 2] give
+    positions [0, 1, 1, 2]; ancestors and self [0], [0 1], [0 2], [0 2 3]; contiguous [1, 2, 1, 1] and extras
+    [], [], [2], [2 3].
+    """
+
+    def __init__(self, parents: np.ndarray, positions: np.ndarray | None = None):
+        parents = np.asarray(parents, np.int64)
+        rows = len(parents)
+        if parents.ndim != 1 or rows == 0 or (parents >= np.arange(rows)).any() or (parents < -1).any():
+            raise ValueError(f"attend must name an earlier row or -1 for every row, got {parents.tolist()}")
+        depths, contiguous = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        extras: list[list[int]] = []
+        for row, parent in enumerate(parents):
+            depths[row] = depths[parent] + 1 if parent >= 0 else 0
+            before = contiguous[parent] if parent >= 0 else 0
+            rest = extras[parent] if parent >= 0 else []
+            joins = not rest and before == row
+            contiguous[row] = before + 1 if joins else before
+            extras.append([] if joins else [*rest, row])
+        self._build(depths if positions is None else np.asarray(positions), np.arange(rows), 0, contiguous, extras)
+
+    def _build(self, positions, slots, starts, contiguous, extras) -> None:
+        self.num_rows = len(positions)
+        self.positions = np.asarray(positions, np.int32)
+        width = max(1, max(len(e) for e in extras))
+        table = np.full((self.num_rows, width), -1, np.int32)
+        for row, extra in enumerate(extras):
+            table[row, : len(extra)] = extra
+        meta = np.stack([positions, slots, np.broadcast_to(starts, (self.num_rows,)), contiguous], 1)
+        self.meta_array, self.extras_array = meta.astype(np.int32), table
+        self.meta, self.extras = jt.array(self.meta_array), jt.array(table)
+        self.max_position = int(self.positions.max())
+
+    @classmethod
+    def chain(cls, num_rows: int) -> RowPlan:
+        """Rows that follow each other, as in a prompt."""
+        plan = cls.__new__(cls)
+        rows = np.arange(num_rows)
+        plan._build(rows, rows, 0, rows + 1, [[]] * num_rows)
+        return plan
+
+    @classmethod
+    def sequences(cls, lengths) -> RowPlan:
+        """Several causal sequences behind each other, none of which sees another. lengths: (sequences,)."""
+        plan = cls.__new__(cls)
+        lengths = np.asarray(lengths, np.int64)
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rows = np.arange(lengths.sum())
+        plan._build(rows - starts, rows, starts, rows - starts + 1, [[]] * len(rows))
+        return plan
+
+    @classmethod
+    def lanes(cls, lengths, capacity: int) -> RowPlan:
+        """One new row for each of several sequences, each in its own stretch of ``capacity`` cache slots."""
+        plan = cls.__new__(cls)
+        lengths = np.asarray(lengths, np.int64)
+        starts = np.arange(len(lengths)) * capacity
+        plan._build(lengths, starts + lengths, starts, lengths + 1, [[]] * len(lengths))
+        return plan
+
+    def mask(self, base: int, num_slots: int) -> np.ndarray:
+        """The same as a boolean matrix (rows, num_slots): True where the row may look. For the reference."""
+        seen = np.zeros((self.num_rows, num_slots), bool)
+        for row, (_, _, start, contiguous) in enumerate(self.meta_array):
+            seen[row, start : start + contiguous + base] = True
+            extra = self.extras_array[row]
+            seen[row, base + extra[extra >= 0]] = True
+        return seen
+
+
+def reference_rms_norm(x, weight, eps: float):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467). x: (rows, dim) float32."""
+    return x * jt.rsqrt(x.sqr().mean(-1, keepdims=True) + eps) * weight
+
+
+def reference_rope(x, cosine, sine):
+    """Rotary embedding (arXiv 2104.09864), half-split layout. x: (rows, heads, d); cosine, sine: (rows, d / 2)."""
+    half = x.shape[-1] // 2
+    a, b = x[:, :, :half], x[:, :, half:]
+    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+    return jt.concat([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+def reference_decoder_layer(x, w: LayerWeights, plan: RowPlan, cosine, sine, cache, layer: int, base: int):
+    """Plain Jittor. Takes weights as (out, in); returns (y (rows, dim), the layer's new cache plane)."""
+    s = w.shape
+    rows, q_width, kv_width = x.shape[0], s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+    positions = jt.array(plan.positions + base)
+    cosine, sine = cosine[positions], sine[positions]
+
+    def linear(x, weight):
+        return jt.nn.matmul_transpose(x, weight.float32())
+
+    qkv = linear(reference_rms_norm(x, w.norm1, s.eps), w.qkv)
+    q = reference_rope(qkv[:, :q_width].reshape(rows, s.num_heads, s.head_dim), cosine, sine)
+    k = reference_rope(qkv[:, q_width : q_width + kv_width].reshape(rows, s.num_kv_heads, s.head_dim), cosine, sine)
+    v = qkv[:, q_width + kv_width :].reshape(rows, s.num_kv_heads, s.head_dim)
+    slots = jt.array(plan.meta_array[:, 1] + base)
+    plane = cache[layer]  # (2, kv_heads, max_length, padded head_dim)
+    plane[0, :, slots, : s.head_dim] = k.cast(plane.dtype)
+    plane[1, :, slots, : s.head_dim] = v.cast(plane.dtype)
+    group = s.num_heads // s.num_kv_heads
+    keys, values = plane[0, :, :, : s.head_dim].float32(), plane[1, :, :, : s.head_dim].float32()
+    seen = jt.array(plan.mask(base, plane.shape[2]).astype(np.float32))
+    heads = []
+    for h in range(s.num_heads):
+        scores = jt.nn.matmul_transpose(q[:, h], keys[h // group]) / s.head_dim**0.5
+        heads.append(jt.matmul(jt.nn.softmax(scores * seen - 1e9 * (1 - seen), -1), values[h // group]))
+    h = x + linear(jt.concat(heads, -1), w.o)
+    gate_up = linear(reference_rms_norm(h, w.norm2, s.eps), w.gate_up)
+    gate, up = gate_up[:, : s.intermediate_size], gate_up[:, s.intermediate_size :]
+    return h + linear(gate * gate.sigmoid() * up, w.down), plane
+
+
+def decoder_layer(x, w: LayerWeights, plan: RowPlan, cosine, sine, cache, layer: int, base: int):
+    """One layer; writes the keys and values of the rows into ``cache`` in place.
+
+    x: (rows, dim) float32; cosine, sine: (positions, head_dim / 2) float32; cache: (layers, 2, kv_heads, max_length,
+    head_dim rounded up to 16) float16 or float32, already computed; base: rows in the cache before this pass.
+    Returns y: (rows, dim) float32.
+    """
+    s = w.shape
+    if not on_cpu():
+        y, plane = reference_decoder_layer(x, w, plan, cosine, sine, cache, layer, base)
+        cache[layer] = plane
+        return y
+    assert x.shape[0] == plan.num_rows, (x.shape, plan.num_rows)
+    return jt.code(
+        tuple(x.shape),
+        "float32",
+        [x, plan.meta, plan.extras, w.norm1, w.qkv, w.o, w.norm2, w.gate_up, w.down, cosine, sine, cache],
+        cpu_header=cpu_header(),
+        cpu_src="""
+        gorgon::Shape s{in0_shape0, in0_shape1, (int64_t)data["heads"], in11_shape2, (int64_t)data["head_dim"],
+                        (int64_t)data["inner"], in11_shape3};
+        gorgon::Plan plan{in1_p, in2_p, in2_shape1, (int64_t)data["base"]};
+        auto* cache = gorgon::raw(in11_p) + (int64_t)data["layer"] * in11_stride0;
+        gorgon::decoder_layer(s, plan, in0_p, in3_p, gorgon::raw(in4_p), gorgon::raw(in5_p), in6_p, gorgon::raw(in7_p),
+                              gorgon::raw(in8_p), in9_p, in10_p, (float)data["eps"], cache, out0_p);
+        """,
+        data={
+            "heads": s.num_heads,
+            "head_dim": s.head_dim,
+            "inner": s.intermediate_size,
+            "layer": layer,
+            "base": base,
+            "eps": s.eps,
+        },
+    )
+
+
+def rms_norm(x, weight, eps: float):
+    """x / sqrt(mean(x^2) + eps) * weight. x: (rows, dim) float32, weight: (dim,) float32."""
+    if not on_cpu():
+        return reference_rms_norm(x, weight, eps)
+    return jt.code(
+        tuple(x.shape),
+        "float32",
+        [x, weight],
+        cpu_header=cpu_header(),
+        cpu_src='gorgon::rms_norm_share(in0_p, in0_shape0, in0_shape1, in1_p, (float)data["eps"], out0_p, 0, 1);',
+        data={"eps": eps},
+    )
+
+
+def keep_rows(cache, path: np.ndarray, base: int) -> None:
+    """Move the cache rows ``base + path[i]`` to ``base + i``, in place, in every layer. path: ascending int32."""
+    if not on_cpu():
+        rows = jt.array(base + path)
+        cache[:, :, :, base : base + len(path)] = cache[:, :, :, rows].copy()
+        return
+    done = jt.code(
+        (1,),
+        "int32",
+        [cache, jt.array(path)],
+        cpu_header=cpu_header(),
+        cpu_src="""
+        gorgon::keep_rows(gorgon::raw(in0_p), in0_shape0 * in0_shape1 * in0_shape2, in0_shape3, in0_shape4, in1_p,
+                          in1_shape0, (int64_t)data["base"]);
+        out0_p[0] = 0;
+        """,
+        data={"base": base},
+    )
+    done.sync()

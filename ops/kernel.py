@@ -1,0 +1,28 @@
+"""How a kernel source file becomes a ``jt.code`` call.
+
+Jittor's compile key holds the text it is given, not the files that text includes. So the text names the file
+and a hash of its content: the key stays short, and an edited kernel is compiled anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import runtime
+
+KERNELS = Path(__file__).resolve().parent / "kernels"
+
+
+@functools.cache
+def cpu_header() -> str:
+    """The ``cpu_header`` argument that makes ``ops/kernels/cpu.h`` visible to a kernel body."""
+    path = KERNELS / "cpu.h"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return f'#include "{path}"\n// {digest}\n'
+
+
+def on_cpu() -> bool:
+    """True where the CPU bodies serve; elsewhere the plain-Jittor references do."""
+    return runtime.device == "cpu"

@@ -1,0 +1,41 @@
+"""Greedy and top-k selection without a full sort."""
+
+from __future__ import annotations
+
+from ops.kernel import cpu_header, on_cpu
+from runtime import jt
+
+
+def reference_top_k(logits, k: int):
+    """The k largest per row by repeated argmax. logits: (rows, width) -> values, indices (rows, k)."""
+    values, indices = [], []
+    columns = jt.arange(logits.shape[1]).unsqueeze(0)
+    for _ in range(k):
+        index, value = jt.argmax(logits, 1)
+        values.append(value)
+        indices.append(index)
+        logits = jt.where(columns == index.unsqueeze(1), jt.full_like(logits, -3e38), logits)
+    return jt.stack(values, 1), jt.stack(indices, 1)
+
+
+def top_k(logits, k: int):
+    """The k largest per row, largest first, ties by index. logits: (rows, width) float32.
+
+    Returns values (rows, k) float32 and indices (rows, k) int32.
+    """
+    assert 1 <= k <= logits.shape[1], (k, logits.shape)
+    if not on_cpu():
+        return reference_top_k(logits, k)
+    rows = logits.shape[0]
+    return jt.code(
+        [(rows, k), (rows, k)],
+        ["float32", "int32"],
+        [logits],
+        cpu_header=cpu_header(),
+        cpu_src="gorgon::top_k(in0_p, in0_shape0, in0_shape1, out0_shape1, out0_p, out1_p);",
+    )
+
+
+def argmax(logits):
+    """Index of the largest per row, the first of equals. (rows, width) float32 -> (rows,) int32."""
+    return top_k(logits, 1)[1].reshape(-1)

@@ -1,0 +1,68 @@
+"""Where a number comes from: commit, command, versions and machine of this process."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+import runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("jittor", "numpy", "transformers", "tokenizers", "safetensors")
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # a copy without git history has no commit to name
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _command() -> list[str]:
+    """The command line, its first word relative to the project where it lies inside."""
+    words = list(sys.argv)
+    path = Path(words[0]).resolve() if words and words[0] else None
+    if path and path.is_relative_to(ROOT):
+        words[0] = str(path.relative_to(ROOT))
+    return words
+
+
+def provenance(seed: int | None = None) -> dict:
+    """A JSON-ready record of this process: commit, command, UTC time, versions, device, ranks, seed.
+
+    ``git_sha`` and ``git_dirty`` are None in a copy without history. ``threads`` counts the cores this process
+    may use; ``memory_bytes`` is the machine's.
+    """
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_sha": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "command": _command(),
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "device": runtime.device,
+        "device_name": cpu_name() if runtime.device == "cpu" else None,
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        "memory_bytes": psutil.virtual_memory().total,
+        "world_size": runtime.world_size(),
+        "seed": seed,
+    }

@@ -1,0 +1,140 @@
+"""Factories of valid rows and records, so that a test names only what it is about."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.metrics import aggregate
+from bench.record import PromptRow, parse_record, to_json
+
+
+def build_row(prompt_id="p0", **changes):
+    """A row of depth 2: 10 tokens in 4 passes and 2 s against 10 passes and 4 s; accept length 2.5, speedup 2."""
+    fields = {
+        "prompt_id": prompt_id,
+        "category": "writing",
+        "turns": 1,
+        "prompt_tokens": 7,
+        "tokens": 10,
+        "passes": 4,
+        "accepted_by_depth": [4, 2],
+        "reached_by_depth": [4, 4],
+        "accept_length": 2.5,
+        "time_s": 2.0,
+        "baseline_tokens": 10,
+        "baseline_passes": 10,
+        "baseline_time_s": 4.0,
+        "draft_s": 0.5,
+        "verify_s": 1.0,
+        "identical": True,
+        "finish_reason": "stop",
+    }
+    unknown = set(changes) - set(fields)
+    assert not unknown, f"no such field: {unknown}"
+    return PromptRow(**{**fields, **changes})
+
+
+def build_record(rows=None, **changes):
+    """A valid result as plain data. A change is named by its path, with __ between the parts: data__sha256="..."."""
+    rows = [build_row("p0"), build_row("p1", tokens=14, baseline_tokens=14, time_s=3.0)] if rows is None else rows
+    metrics, categories = aggregate(rows, num_resamples=50)
+    compared = [row for row in rows if row.identical is not None]
+    seconds = sum(row.time_s for row in rows)
+    record = {
+        "schema_version": 1,
+        "kind": "generation",
+        "status": "complete",
+        "head": "gated_rnn",
+        "config": {
+            "backbone": {
+                "path": "assets/tiny-vicuna",
+                "fingerprint": "f00d",
+                "dtype": "float16",
+                "hidden_size": 256,
+                "num_layers": 4,
+                "vocab_size": 4096,
+                "engine": "jittor",
+            },
+            "decoding": {
+                "greedy": True,
+                "max_new_tokens": 64,
+                "num_nodes": 64,
+                "tree_depth": 2,
+                "tree": [[0], [1], [0, 0]],
+                "cache_length": 2048,
+                "template": "vicuna",
+            },
+            "head": {"hidden_size": 256},
+            "repeats": 1,
+        },
+        "provenance": {
+            "git_sha": "abc",
+            "git_dirty": False,
+            "command": ["bench/run.py", "--greedy"],
+            "utc": "2030-01-01T00:00:00+00:00",
+            "device": "cpu",
+            "device_name": "a processor",
+            "threads": 2,
+        },
+        "checkpoint": {
+            "path": "runs/gated_rnn/a/checkpoint",
+            "sha256": "beef",
+            "parameters": 123,
+            "train_steps": 10,
+            "train_tokens": 1000,
+            "train_s": 1.5,
+        },
+        "data": {"path": "prompts/question.jsonl", "sha256": "cafe", "num_prompts": len(rows), "dropped": {}},
+        "baseline": {"tokens_per_s": 2.5, "pass_s": 0.4, "total_s": 8.0, "tokens": 24},
+        "metrics": metrics.model_dump(mode="json"),
+        "timing": {
+            "prefill_s": 1.0,
+            "draft_s": 0.25 * seconds,
+            "verify_s": 0.5 * seconds,
+            "accept_s": 0.125 * seconds,
+            "cache_s": 0.0625 * seconds,
+            "host_s": 0.0625 * seconds,
+            "total_s": 1.0 + seconds,
+        },
+        "parity": {
+            "prompts": len(compared),
+            "identical": sum(row.identical for row in compared),
+            "first_difference": None,
+        },
+        "failures": [],
+        "categories": {name: category.model_dump(mode="json") for name, category in categories.items()},
+        "per_prompt": [row.model_dump(mode="json") for row in rows],
+    }
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = record
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return json.loads(json.dumps(record))
+
+
+@pytest.fixture
+def make_row():
+    return build_row
+
+
+@pytest.fixture
+def make_record():
+    return build_record
+
+
+@pytest.fixture
+def write_result(tmp_path):
+    """Write a valid result into the test's folder; returns its path as text."""
+
+    def write(name, rows=None, **changes):
+        path = tmp_path / name
+        path.write_text(to_json(parse_record(build_record(rows, **changes))), encoding="utf-8")
+        return str(path)
+
+    return write
