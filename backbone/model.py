@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig, read_config, rope_inverse_frequencies
-from backbone.weights import Fingerprint, check_names, expected_shapes, read_tensors
+from backbone.weights import Fingerprint, check_names, expected_shapes, read_backbone
 from ops.decoder_layer import LayerShape, LayerWeights, RowPlan, decoder_layer, rms_norm
 from ops.linear import PackedLinear
 from runtime import jt
@@ -138,8 +138,6 @@ class Backbone:
 
     def _single_layer(self) -> BackboneConfig:
         """A pass without a cache needs one layer's keys at a time: all layers share one plane."""
-        from dataclasses import replace
-
         return replace(self.config, num_layers=1)
 
     def _run(self, token_ids, plan, data, base, layers, logits, shared_plane) -> BackboneOutput:
@@ -177,4 +175,4 @@ def load_backbone(path=None, dtype: str = "float16") -> Backbone:
     """
     directory = Path(path) if path else EMBEDDED
     config = read_config(directory)
-    return Backbone(config, dict(read_tensors(directory)), dtype, path)
+    return Backbone(config, dict(read_backbone(directory, config)), dtype, path)

@@ -117,7 +117,9 @@ class ChatTokenizer:
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
         special = {"bos_token": "", "eos_token": ""} | self._special
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+            return self._compiled.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **special
+            )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 

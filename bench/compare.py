@@ -19,7 +19,6 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -207,11 +206,8 @@ def _check_target(target: str, sources: Sequence[str]) -> None:
 
 def _show(table: Table) -> None:
     """Print a table; into a file or a pipe at its full width, so that no cell is cut."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=10_000)
-        console.width = Measurement.get(console, console.options, table).maximum
-    console.print(table)
+    whole = None if sys.stdout.isatty() else 10_000  # columns; a table takes only what it needs
+    Console(highlight=False, width=whole).print(table)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def draw_comparison(results: Sequence[Result], path: str | Path) -> None:
     check_plot_path(path)
     heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
     categories = list(dict.fromkeys(row.category for result in results for row in result.record.per_prompt))
-    width = max(5.0, 0.9 + 0.16 * (len(heads) + 2) * (len(categories) + 1))
+    width = max(5.0, 0.9 + 0.11 * (len(heads) + 2) * (len(categories) + 1))
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(width + 6.2, max(4.4, 2.2 + 0.5 * len(results))), width_ratios=(width, 6.2)
@@ -63,7 +63,7 @@ def draw_comparison(results: Sequence[Result], path: str | Path) -> None:
 def _draw_accept_length(axes, heads: Sequence[Result], categories: Sequence[str]) -> None:
     """Points with 95% intervals, dodged by head; the first group is all prompts together."""
     groups = [ALL, *categories] if len(categories) != 1 else list(categories)
-    colors = sns.color_palette("colorblind", max(len(heads), 1))
+    colors = sns.color_palette("colorblind" if len(heads) <= 10 else "husl", max(len(heads), 1))
     step = 0.7 / max(len(heads), 1)
     for index, result in enumerate(heads):
         rows = comparable_rows(result.record.per_prompt)
@@ -89,14 +89,18 @@ def _draw_accept_length(axes, heads: Sequence[Result], categories: Sequence[str]
     axes.annotate(
         "autoregressive", (len(groups) - 0.5, 1), (-4, 4), textcoords="offset points", ha="right", size=8, color="0.35"
     )
-    axes.set_ylim(bottom=min(0.9, axes.get_ylim()[0]), top=max(axes.get_ylim()[1], 1.2))
+    entry = 0.6 + 0.08 * max((len(result.label) for result in heads), default=0)  # inches in the legend, measured
+    columns = max(1, min(len(heads), int(axes.get_position().width * axes.figure.get_figwidth() / entry)))
+    low, high = min(0.9, axes.get_ylim()[0]), max(axes.get_ylim()[1], 1.2)
+    room = 0.1 * -(-len(heads) // columns)  # for the rows of the legend, so that it hides no point
+    axes.set_ylim(low, low + (high - low) / (1 - min(room, 0.5)))
     tilt = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(groups) > 4 else {}
     axes.set_xticks(range(len(groups)), groups, **tilt)
     axes.xaxis.grid(False)
     axes.set_ylabel("tokens per pass")
     axes.set_title("Accept length by category (95% interval)", loc="left", weight="bold", pad=12)
     if heads:
-        axes.legend(frameon=True, framealpha=0.95, fontsize=9, loc="best")
+        axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=columns, columnspacing=1.2, handletextpad=0.3)
 
 
 def _draw_pass_time(axes, results: Sequence[Result], heads: Sequence[Result]) -> None:

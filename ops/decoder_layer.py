@@ -148,8 +148,9 @@ def reference_decoder_layer(x, w: LayerWeights, plan: RowPlan, cosine, sine, cac
     v = qkv[:, q_width + kv_width :].reshape(rows, s.num_kv_heads, s.head_dim)
     slots = jt.array(plan.meta_array[:, 1] + base)
     plane = cache[layer]  # (2, kv_heads, max_length, padded head_dim)
-    plane[0, :, slots, : s.head_dim] = k.cast(plane.dtype)
-    plane[1, :, slots, : s.head_dim] = v.cast(plane.dtype)
+    # Unlike NumPy, Jittor leaves the indexed dimension in its place: (kv_heads, rows, head_dim).
+    plane[0, :, slots, : s.head_dim] = k.transpose(1, 0, 2).cast(plane.dtype)
+    plane[1, :, slots, : s.head_dim] = v.transpose(1, 0, 2).cast(plane.dtype)
     group = s.num_heads // s.num_kv_heads
     keys, values = plane[0, :, :, : s.head_dim].float32(), plane[1, :, :, : s.head_dim].float32()
     seen = jt.array(plan.mask(base, plane.shape[2]).astype(np.float32))

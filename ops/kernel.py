@@ -16,11 +16,11 @@ KERNELS = Path(__file__).resolve().parent / "kernels"
 
 
 @functools.cache
-def cpu_header() -> str:
-    """The ``cpu_header`` argument that makes ``ops/kernels/cpu.h`` visible to a kernel body."""
-    path = KERNELS / "cpu.h"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return f'#include "{path}"\n// {digest}\n'
+def cpu_header(name: str = "cpu.h") -> str:
+    """The ``cpu_header`` argument that makes ``ops/kernels/<name>`` visible to a kernel body."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("cpu*.h")))).hexdigest()
+    names = dict.fromkeys(["cpu.h", name])
+    return "".join(f'#include "{KERNELS / each}"\n' for each in names) + f"// {digest[:16]}\n"
 
 
 def on_cpu() -> bool:

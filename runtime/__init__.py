@@ -1,18 +1,13 @@
 """The only door to Jittor: ``from runtime import jt``.
 
-Importing this package settles the environment (``runtime.bootstrap``) and then loads Jittor. No other package
-imports Jittor itself.
+The first use of ``jt`` or ``device`` settles the environment (``runtime.bootstrap``) and loads Jittor; importing the
+package alone costs nothing, so that a mistyped option is answered at once. No other package imports Jittor itself.
 """
 
-from runtime.bootstrap import DeviceError, start
-
-jt, device, device_reason = start()
-
-from runtime.context import is_main, rank, set_seed, synchronize, warm, world_size  # noqa: E402
-from runtime.provenance import provenance  # noqa: E402
+from runtime.context import is_main, rank, set_seed, synchronize, warm, world_size
+from runtime.provenance import provenance
 
 __all__ = [
-    "DeviceError",
     "device",
     "device_reason",
     "is_main",
@@ -24,3 +19,12 @@ __all__ = [
     "warm",
     "world_size",
 ]
+
+
+def __getattr__(name: str):
+    if name not in ("jt", "device", "device_reason"):
+        raise AttributeError(f"module 'runtime' has no attribute {name!r}")
+    from runtime.bootstrap import start
+
+    globals()["jt"], globals()["device"], globals()["device_reason"] = start()
+    return globals()[name]

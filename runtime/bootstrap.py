@@ -153,8 +153,9 @@ def start():
     device, reason = choose_device(wanted, num_devices, nvcc, toolkit)
     if device == "cpu":
         os.environ["nvcc_path"] = ""  # with nvcc but no GPU Jittor dies on libcudart.so
-    else:
-        os.environ.setdefault("cache_name", "gorgon-cuda")  # a CPU-only core would shadow the CUDA one
+    # Without a name Jittor takes the git branch it happens to stand in, and compiles its core anew for each; and a
+    # CPU-only core would shadow a CUDA one.
+    os.environ.setdefault("cache_name", f"gorgon-{device}")
     os.environ["FIX_TORCH_ERROR"] = "0"  # otherwise importing Jittor imports torch
     os.environ.setdefault("log_silent", "1")
     if not under_mpi():

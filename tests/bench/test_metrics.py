@@ -22,13 +22,13 @@ from bench.metrics import (
 def two_rows(make_row):
     """Together 40 tokens in 10 passes and 10 s, against 40 passes and 20 s."""
     return [
-        make_row("a", tokens=10, passes=5, time_s=4.0, baseline_tokens=10, baseline_passes=10, baseline_time_s=6.0),
-        make_row("b", tokens=30, passes=5, time_s=6.0, baseline_tokens=30, baseline_passes=30, baseline_time_s=14.0),
+        make_row("a", tokens=10, passes=8, time_s=4.0, baseline_tokens=10, baseline_passes=10, baseline_time_s=6.0),
+        make_row("b", tokens=30, passes=2, time_s=6.0, baseline_tokens=30, baseline_passes=30, baseline_time_s=14.0),
     ]
 
 
 def test_metrics_are_ratios_of_sums(two_rows):
-    assert accept_length(two_rows) == 4.0  # 40 / 10; the mean of 2 and 6 happens to agree, tokens/s below does not
+    assert accept_length(two_rows) == 4.0  # 40 / 10; the mean of 1.25 and 15 would be 8.125
     assert tokens_per_s(two_rows) == 4.0  # 40 / 10 s; the mean of 2.5 and 5 would be 3.75
     assert speedup(two_rows) == 2.0  # 4 / (40 / 20 s)
     assert overhead(two_rows) == 2.0  # (10 / 10) / (20 / 40)
@@ -158,7 +158,7 @@ def test_the_interval_repeats_with_its_seed_and_narrows_with_more_prompts(make_r
 
 def test_a_statistic_may_be_a_function_of_the_sums(two_rows):
     by_function = paired_bootstrap(two_rows, lambda sums: sums["tokens"] / sums["passes"])
-    assert by_function == paired_bootstrap(two_rows, "accept_length") == (2.0, 6.0)
+    assert by_function == paired_bootstrap(two_rows, "accept_length") == (1.25, 15.0)
 
 
 def test_one_prompt_has_no_interval_and_bad_arguments_are_refused(two_rows):
@@ -184,8 +184,8 @@ def test_the_ratio_of_two_heads_pairs_prompts_by_id_not_by_place(make_row):
 
 
 def test_the_ratio_of_two_heads_uses_shared_prompts_only(make_row):
-    mine = [make_row("a", tokens=8, passes=2, baseline_tokens=8), make_row("only mine", tokens=900, baseline_tokens=900)]
-    theirs = [make_row("only theirs"), make_row("a", tokens=8, passes=4, baseline_tokens=8)]
+    mine = [make_row("a", tokens=8, passes=2, baseline_tokens=8), make_row("mine", tokens=900, baseline_tokens=900)]
+    theirs = [make_row("theirs"), make_row("a", tokens=8, passes=4, baseline_tokens=8)]
     found = paired_ratio(mine, theirs, "accept_length")
     assert (found.ratio, found.interval, found.num_prompts) == (2.0, None, 1)
     nothing = paired_ratio(mine[:1], theirs[:1], "accept_length")

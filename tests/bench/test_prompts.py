@@ -30,8 +30,10 @@ def test_question_records_keep_id_category_and_both_turns(tmp_path):
     assert load_prompts(path).prompts == (Prompt("81", "writing", ("Write.", "Rewrite.")),)
 
 
-@pytest.mark.parametrize(("speaker", "content", "human", "other"), [("from", "value", "human", "gpt"),
-                                                                    ("role", "content", "user", "assistant")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("speaker", "content", "human", "other"),
+    [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")],
+)
 def test_conversations_give_the_human_turns_alone(tmp_path, speaker, content, human, other):
     messages = [(other, "Welcome."), (human, "One?"), (other, "1."), (human, "Two?"), (other, "2.")]
     talk = {"id": "x", "conversations": [{speaker: who, content: text} for who, text in messages]}

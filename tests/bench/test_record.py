@@ -53,12 +53,20 @@ def test_unknown_values_are_null(make_record, field):
     assert parse_record(make_record(**{field: None})).status == "complete"
 
 
+def test_a_number_that_json_does_not_know_becomes_null_in_free_form_parts(make_record):
+    data = make_record()
+    data["provenance"]["load"] = float("nan")  # a finished run is not lost over its description
+    assert json.loads(to_json(data), parse_constant=pytest.fail)["provenance"]["load"] is None
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"metrics__speedup": "fast"}, r"metrics\.speedup: .*got 'fast'"),
         ({"metrics__speedup": float("nan")}, r"metrics\.speedup: .*finite"),
         ({"metrics__tokens": -1}, r"metrics\.tokens"),
+        ({"metrics__tokens": "7"}, r"metrics\.tokens: .*got '7'"),
+        ({"metrics__tokens": 7.0}, r"metrics\.tokens: .*got 7\.0"),
         ({"metrics__accept_rate": [1.5]}, r"metrics\.accept_rate\.0"),
         ({"metrics__speedup_ci": [1.0]}, r"metrics\.speedup_ci"),
         ({"metrics__speed_up": 2.0}, r"metrics\.speed_up: Extra inputs"),
@@ -66,7 +74,6 @@ def test_unknown_values_are_null(make_record, field):
         ({"config__repeats": 0}, r"config\.repeats"),
         ({"status": "done"}, r"status"),
         ({"head": None}, r"head"),
-        ({"provenance__threads": float("nan")}, r"JSON compliant"),
         ({"provenance__threads": object}, r"a type cannot be written"),
         ({"parity__identical": 3}, r"identical \(3\) exceeds prompts \(2\)"),
     ],
@@ -174,9 +181,11 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="cannot write .*No space left"):
+    with pytest.raises(OSError, match=r"cannot write .*No space left"):
         write_atomically(path, "new")
     assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["a.json"])
     monkeypatch.undo()
+    os.link(path, tmp_path / "link")
     write_atomically(path, "new")
     assert path.read_text() == "new"
+    assert (tmp_path / "link").read_text() == "old"  # renamed into place, not written over

@@ -1,0 +1,39 @@
+# Every target does its own set-up: a virtual environment in .venv with the pinned packages.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+QUICK_HEAD ?= gated_rnn
+QUICK_STEPS ?= 500
+
+.PHONY: quickstart test lint setup setup-dev report clean
+
+quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the autoregressive twin
+	$(RUN) train.py --head $(QUICK_HEAD) --max-steps $(QUICK_STEPS) --features online --out runs/quickstart --overwrite
+	$(RUN) bench/run.py --greedy --checkpoint runs/quickstart --out-dir results/quickstart
+	$(RUN) bench/compare.py results/quickstart/*.json
+
+test: setup-dev  ## the whole default test suite
+	$(RUN) -m pytest
+
+lint: setup-dev
+	$(RUN) -m ruff check .
+
+report:  ## write the results tables of results/README.md and of both READMEs from results/*.json
+	$(RUN) bench/report.py results/*.json --out results/README.md --update README.md README_zh.md
+
+setup: $(VENV)/.setup
+setup-dev: $(VENV)/.setup-dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.setup-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/.setup
+
+clean:
+	rm -rf $(VENV) .cache runs results/quickstart

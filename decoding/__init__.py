@@ -1,0 +1,1 @@
+"""Drafting, verifying and accepting: from a prompt, a backbone and a head to text."""

@@ -1,0 +1,81 @@
+"""Filling a tree with a head's guesses: only nodes that have children are scored, and the host waits once."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from decoding.tree import Tree
+from ops.select import top_k
+from runtime import jt
+
+
+class DraftPlan:
+    """Where each node's token comes from, as constant indices. Made once per tree.
+
+    ``steps[d]`` scores the nodes at depth d that have children. With the tree of ``decoding.tree.Tree`` (parents
+    [-1, 0, 0, 2]): step 0 scores the root and takes its 2 best, [a b]; step 1 scores node 2 alone, whose parent is row
+    0 of step 0 and whose token is entry 1 of [a b], and takes its best, [c]. ``tokens`` = [0, 1, 2] then picks the
+    drafted nodes 1, 2, 3 from the candidates of all steps behind each other, [a b c].
+    """
+
+    def __init__(self, tree: Tree):
+        parents, ranks, depths = tree.parents, tree.ranks, tree.depths
+        scored = np.array(tree.has_children)
+        row_of = np.zeros(tree.num_nodes, np.int64)  # a scored node's row in its step
+        source = np.zeros(tree.num_nodes, np.int64)  # a drafted node's entry among its parent's step's candidates
+        self.steps: list[DraftStep] = []
+        self.max_candidates = tree.max_rank + 1
+        base, self.tokens = 0, np.zeros(tree.num_nodes - 1, np.int64)
+        for depth in range(tree.depth):
+            nodes = np.flatnonzero(scored & (depths == depth))
+            row_of[nodes] = np.arange(len(nodes))
+            children = np.flatnonzero(depths == depth + 1)
+            num_candidates = int(ranks[children].max()) + 1
+            rows = row_of[np.maximum(parents[nodes], 0)]
+            self.steps.append(DraftStep(rows, source[nodes], num_candidates))
+            source[children] = row_of[parents[children]] * num_candidates + ranks[children]
+            self.tokens[children - 1] = base + source[children]
+            base += len(nodes) * num_candidates
+        # A parallel head gives one row of max_candidates per depth.
+        self.parallel_tokens = ((depths - 1) * self.max_candidates + ranks)[1:].astype(np.int64)
+
+
+class DraftStep:
+    """One ``step`` call. parents: (nodes,) rows of the step before; source: (nodes,) entries of its flat candidates."""
+
+    def __init__(self, parents: np.ndarray, source: np.ndarray, num_candidates: int):
+        self.num_candidates = num_candidates
+        self.parents, self.source = jt.array(parents.astype(np.int32)), jt.array(source.astype(np.int32))
+
+
+@functools.lru_cache(maxsize=64)
+def draft_plan(tree: Tree) -> DraftPlan:
+    """The tree's DraftPlan, made on first use."""
+    return DraftPlan(tree)
+
+
+def draft(head, state, root_token: int, tree: Tree) -> np.ndarray:
+    """Tokens of all nodes, (nodes,) int32 on the host; entry 0 is ``root_token``, whose text the head has begun.
+
+    state: what ``head.begin`` returned. A parallel head is asked once for all depths, another one once per depth, for
+    the nodes that have children. ``decoding.tree.check_tree`` says whether the head can fill the tree.
+    """
+    if tree.depth == 0:
+        return np.array([root_token], np.int32)
+    plan = draft_plan(tree)
+    if head.parallel:
+        logits = head.score_depths(state)
+        assert logits.shape[0] >= tree.depth, (logits.shape, tree.depth)
+        candidates = top_k(logits[: tree.depth], plan.max_candidates)[1].numpy().reshape(-1)
+        picked = candidates[plan.parallel_tokens]
+    else:
+        tokens, per_step = jt.array(np.array([root_token], np.int32)), []
+        for step in plan.steps:
+            if per_step:
+                tokens = per_step[-1].reshape(-1)[step.source]
+            logits, state = head.step(state, tokens, step.parents)
+            per_step.append(top_k(logits, step.num_candidates)[1])
+        picked = np.concatenate([ids.reshape(-1) for ids in jt.fetch_sync(per_step)])[plan.tokens]
+    return np.concatenate([np.array([root_token], np.int32), picked], dtype=np.int32)

@@ -1,0 +1,271 @@
+"""From a prompt to text: draft, verify, accept, repeat.
+
+``generate`` and its autoregressive twin are one loop with one set of stopping rules, one token counter and one clock;
+the twin's tree is a lone root and it has no head, so it does not pay for drafting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from decoding.draft import draft
+from decoding.text import Text
+from decoding.tree import Tree, check_tree
+from decoding.verify import verify_greedy
+from heads.base import Features
+from ops.select import argmax, top_k
+from runtime import jt
+
+OnTokens = Callable[[list[int]], None]
+
+
+@dataclass
+class Timers:
+    """Seconds by stage; the stages add up to ``total_s``, the wall clock of the call.
+
+    prefill_s: the backbone over the prompt. draft_s: the head, its ``begin`` over newly accepted rows (first the
+    prompt's) included. verify_s: the backbone over the tree and its argmax. accept_s: choosing the path. cache_s:
+    keeping its rows. host_s: everything else.
+    """
+
+    prefill_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    accept_s: float = 0.0
+    cache_s: float = 0.0
+    host_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Clock:
+    """Books the time since the last reading on a stage. What a stage computed must be on the host by then: the
+    stages end with a read of their result, which waits for the device."""
+
+    def __init__(self):
+        self.timers = Timers()
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap on ``stage``, a field of Timers."""
+        now = time.perf_counter()
+        setattr(self.timers, stage, getattr(self.timers, stage) + now - self._last)
+        self._last = now
+
+    def stop(self) -> Timers:
+        """Book the rest on the host and close the total."""
+        self.lap("host_s")
+        self.timers.total_s = self._last - self._start
+        return self.timers
+
+
+@dataclass
+class Generation:
+    """What one call gave. Tokens are counted one way for every head and for the autoregressive twin.
+
+    token_ids: the new tokens; the first is the prefill's, every other one a pass emitted. A stop token, or the token
+    that completes a stop string, is the last one. text: the decoded tokens, cut before a stop string; None without a
+    tokenizer. finish_reason: "stop", "length" (max_new_tokens) or "cache" (no room for another row). num_passes:
+    backbone passes, the prefill not among them. accepted_per_pass: tokens each pass added to the text.
+    reached_by_depth[d]: passes that accepted a node at depth d which has children (depth 0 is the root);
+    accepted_by_depth[d]: those of them that accepted one of its children, at depth d + 1. Both count what verification
+    accepted, also where the text ended inside the path.
+    """
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    prompt_tokens: int
+    num_passes: int = 0
+    accepted_per_pass: list[int] = field(default_factory=list)
+    reached_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    timers: Timers = field(default_factory=Timers)
+
+    @property
+    def accept_length(self) -> float | None:
+        """Tokens per backbone pass, the bonus token included; the prefill and its token are left out. None: no pass."""
+        return (len(self.token_ids) - 1) / self.num_passes if self.num_passes else None
+
+
+def generate(
+    backbone,
+    head,
+    prompt_ids: Sequence[int],
+    tree: Tree,
+    *,
+    max_new_tokens: int,
+    stop_ids: Iterable[int] = (),
+    stop_strings: Iterable[str] = (),
+    tokenizer=None,
+    on_tokens: OnTokens | None = None,
+    cache=None,
+) -> Generation:
+    """Greedy tree decoding: the text of ``generate_autoregressive``, several tokens a backbone pass.
+
+    on_tokens: called with the new tokens after the prefill and after each pass, never with any past the end of the
+    text. cache: a KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an
+    exception, it holds the prompt and all tokens of the text so far but the last. When the tree no longer fits into
+    the cache, the rest is decoded without a head. The head drafts in evaluation mode and without gradients.
+
+    Raises ValueError for a tree that the head cannot fill, an empty prompt, tokens outside the vocabulary, a prompt
+    longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
+    """
+    clock = Clock()
+    check_tree(tree, head.num_depths, backbone.config.vocab_size)
+    text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
+    with evaluating(head):
+        return _decode(backbone, head if tree.depth else None, prompt_ids, tree, text, cache, clock)
+
+
+def generate_autoregressive(
+    backbone,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Iterable[int] = (),
+    stop_strings: Iterable[str] = (),
+    tokenizer=None,
+    on_tokens: OnTokens | None = None,
+    cache=None,
+) -> Generation:
+    """Greedy decoding, one token a backbone pass: the twin that every head is compared with. See ``generate``."""
+    clock = Clock()
+    text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
+    return _decode(backbone, None, prompt_ids, Tree.autoregressive(), text, cache, clock)
+
+
+def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Clock) -> Generation:
+    """The loop. head: None drafts nothing, and the tree is then a lone root."""
+    prompt, cache = _prepare(backbone, prompt_ids, tree, text, cache)
+    accepted_per_pass: list[int] = []
+    ends: list[tuple[int, bool]] = []  # per pass: the depth of the last accepted node, and whether it has children
+    depth, layers, state = tree.depth, head.layers if head else (), None
+    with jt.no_grad(), consistent(cache, len(prompt), text):
+        clock.lap("host_s")
+        output = backbone.forward(prompt[None], cache=cache, layers=layers, logits="last")
+        root = int(argmax(output.logits[0]).numpy()[0])
+        cache.commit(np.arange(len(prompt)))
+        clock.lap("prefill_s")
+        text.add([root])
+        if head:
+            features, following = Features(output.hidden, output.layers), np.append(prompt[1:], root)
+        while text.finish_reason is None:
+            if cache.room < tree.num_nodes:
+                tree, head, layers = Tree.autoregressive(), None, ()
+            if cache.room < tree.num_nodes:
+                text.finish_reason = "cache"
+                break
+            clock.lap("host_s")
+            if head:
+                state = head.begin(features, jt.array(following[None].astype(np.int32)), state)
+                tokens = draft(head, state, root, tree)
+                clock.lap("draft_s")
+            else:
+                tokens = np.array([root], np.int32)
+            output = backbone.forward(tokens[None], cache=cache, attend=tree.plan, layers=layers)
+            chosen = argmax(output.logits[0]).numpy()
+            clock.lap("verify_s")
+            path, root = verify_greedy(tree.parents, tokens, chosen)
+            clock.lap("accept_s")
+            cache.commit(path)
+            clock.lap("cache_s")
+            ends.append((len(path) - 1, tree.has_children[path[-1]]))
+            following = np.append(tokens[path[1:]], root)
+            accepted_per_pass.append(text.add(following.tolist()))
+            if head:
+                features = accepted_features(output, path)
+    reached, accepted = count_depths(ends, depth)
+    result = Generation(text.token_ids, text.decode(), text.finish_reason, len(prompt), len(ends), accepted_per_pass)
+    result.reached_by_depth, result.accepted_by_depth, result.timers = reached, accepted, clock.stop()
+    return result
+
+
+def _prepare(backbone, prompt_ids, tree: Tree, text: Text, cache):
+    """The checked prompt, (tokens,) int32, and an empty cache for it. ValueError for a prompt that cannot be read."""
+    prompt = np.asarray(prompt_ids, np.int64).reshape(-1)
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty; pass at least one token")
+    vocab_size = backbone.config.vocab_size
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise ValueError(f"the prompt holds tokens {prompt.min()} to {prompt.max()}, expected 0 to {vocab_size - 1}")
+    wanted = len(prompt) + text.max_new_tokens + tree.num_nodes
+    max_length = cache.max_length if cache is not None else min(wanted, backbone.config.max_positions)
+    if len(prompt) > max_length:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the cache {max_length} rows; shorten the prompt")
+    if cache is None:
+        cache = backbone.new_cache(max_length)
+    cache.rewind(0)
+    return prompt.astype(np.int32), cache
+
+
+@contextlib.contextmanager
+def evaluating(head):
+    """The head in evaluation mode; a head that was training goes on training afterwards."""
+    training = head.is_training()
+    if training:
+        head.eval()
+    try:
+        yield
+    finally:
+        if training:
+            head.train()
+
+
+@contextlib.contextmanager
+def consistent(cache, prompt_tokens: int, text: Text):
+    """Leave the cache, however the loop ends, with the rows of the prompt and of the text but for its last token."""
+    try:
+        yield
+    finally:
+        cache.rewind(min(cache.length, prompt_tokens + max(len(text.token_ids), 1) - 1))
+
+
+def accepted_features(output, path: np.ndarray) -> Features:
+    """The rows of the accepted path, on the device. output: BackboneOutput of a pass; path: (accepted,) int32."""
+    rows = jt.array(path)
+    return Features(output.hidden[:, rows], {index: layer[:, rows] for index, layer in output.layers.items()})
+
+
+def count_depths(ends: Sequence[tuple[int, bool]], depth: int) -> tuple[list[int], list[int]]:
+    """(reached_by_depth, accepted_by_depth), each ``depth`` long, from where the path of each pass ended.
+
+    ends: (depth of the last accepted node, whether it has children). Worked example, depth 2: a pass that accepts
+    nothing (0, True), one that ends on a leaf at depth 1 (1, False) and one that ends at depth 1 on a node with
+    children (1, True) reach depth 0's children 3 times and depth 1's once; accepted are 2 and 0.
+    """
+    reached, accepted = [0] * depth, [0] * depth
+    for last, has_children in ends:
+        for d in range(last):
+            reached[d] += 1
+            accepted[d] += 1
+        if has_children:
+            reached[last] += 1
+    return reached, accepted
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first index at which two token lists differ; the shorter one's length where it begins the longer one; None
+    when they are equal."""
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def logit_gap(backbone, prompt_ids: Sequence[int], token_ids: Sequence[int], position: int) -> float:
+    """How close the backbone's two best logits are where ``token_ids[position]`` was chosen; for parity reports.
+
+    Runs the prompt and ``token_ids[:position]`` in one pass. Raises ValueError for a position outside the text (its
+    length is allowed: the token that would come next) and for an empty prompt.
+    """
+    if not 0 <= position <= len(token_ids) or len(prompt_ids) == 0:
+        raise ValueError(f"position {position} is not within the {len(token_ids)} tokens behind a prompt")
+    rows = np.array([*prompt_ids, *token_ids[:position]], np.int32)
+    with jt.no_grad():
+        values = top_k(backbone.forward(rows[None], logits="last").logits[0], 2)[0].numpy()
+    return float(values[0, 0] - values[0, 1])

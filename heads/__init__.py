@@ -1,0 +1,1 @@
+"""Draft heads: the contract, the registry, and one folder per head."""

@@ -1,0 +1,119 @@
+"""The contract every draft head keeps. A head guesses the tokens that follow the one the backbone has just chosen.
+
+Alignment: ``hidden[:, t]`` is the backbone's last hidden state at the row that consumed ``token_ids[:, t]``. Depth k
+(0-based) scores ``token_ids[:, t + 2 + k]``, given ``hidden[:, :t + 1]`` and the tokens up to ``token_ids[:, t + 1 + k]``.
+Four tokens a b c d with hidden states A B C D: at t = 0, depth 0 sees A and b and scores c, depth 1 sees A, b, c and
+scores d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from runtime import jt
+
+
+@dataclass
+class Features:
+    """What the backbone gives a head. hidden: (batch, seq, dim) float32, after the final norm; layers: further hidden
+    states by layer index, same shape; lengths: when several sequences lie behind each other in one row of the batch,
+    the length of each, else None."""
+
+    hidden: object
+    layers: dict[int, object] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None
+
+
+@dataclass
+class HeadOutput:
+    """logits: one Var (positions, vocab) float32 per depth; aux: named extra losses, scalar Vars, already weighted."""
+
+    logits: list
+    aux: dict[str, object] = field(default_factory=dict)
+
+
+def option(default, help: str):
+    """A field of a head's Config: its default and the sentence that --help prints."""
+    return field(default=default, metadata={"help": help})
+
+
+class Head(jt.Module):
+    """Base of all draft heads: what a subclass has to say and to compute.
+
+    A subclass has a ``Config`` dataclass with at least ``num_depths``, sets ``parallel`` and, where it needs more than
+    the last hidden state, ``layers``. It borrows the backbone's embedding and language-model head through ``embed``
+    and ``lm_logits`` and owns neither, so neither is trained nor saved with it.
+    """
+
+    Config: ClassVar[type]
+    parallel: ClassVar[bool] = False
+    layers: ClassVar[tuple[int, ...]] = ()
+
+    def __init__(self, config, backbone):
+        super().__init__()
+        if config.num_depths < 1:
+            raise ValueError(f"a head drafts at least one token, got num_depths={config.num_depths}")
+        self.config = config
+        self.borrowed = backbone
+        self.dim, self.vocab_size = backbone.config.hidden_size, backbone.config.vocab_size
+
+    @property
+    def num_depths(self) -> int:
+        """Tokens this head can draft after the root."""
+        return self.config.num_depths
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers the head owns."""
+        return sum(int(p.numel()) for p in self.parameters())
+
+    def embed(self, token_ids):
+        """The backbone's embedding. token_ids: (rows,) int32, Var or NumPy -> (rows, dim) float32."""
+        ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
+        return self.borrowed.embed(ids).stop_grad()
+
+    def lm_logits(self, hidden):
+        """The backbone's language-model head; gradients reach ``hidden``, not the weights. (rows, dim) -> (rows, vocab)."""
+        if self.is_training():
+            return jt.nn.matmul_transpose(hidden, self.borrowed.lm_head_weight)
+        return self.borrowed.lm_logits(hidden)
+
+    @staticmethod
+    def select(hidden, positions):
+        """Rows of a sequence by flat position. hidden: (batch, seq, dim), positions: (num,) int32 -> (num, dim)."""
+        return hidden.reshape(-1, hidden.shape[-1])[jt.array(np.asarray(positions, np.int32))]
+
+    def following(self, token_ids: np.ndarray, positions: np.ndarray, depth: int) -> np.ndarray:
+        """The token that depth ``depth`` is told before it guesses: ``token_ids[b, t + 1 + depth]``.
+
+        token_ids: (batch, seq + num_depths) int32; positions: flat indices b * seq + t -> (num,) int32.
+        """
+        width = token_ids.shape[1]
+        seq = width - self.num_depths
+        return np.asarray(token_ids).reshape(-1)[positions // seq * width + positions % seq + 1 + depth]
+
+    def execute(self, features: Features, token_ids: np.ndarray, positions: np.ndarray) -> HeadOutput:
+        """Training: the logits of all depths at the wanted positions, under the true tokens.
+
+        features.hidden: (batch, seq, dim); token_ids: (batch, seq + num_depths) int32, the rows' tokens and those that
+        follow; positions: (num,) int32, flat indices b * seq + t. Returns logits (num, vocab) per depth.
+        """
+        raise TypeError(f"{type(self).__name__} does not define execute")
+
+    def begin(self, features: Features, token_ids, state=None):
+        """Start a draft. features.hidden: (1, rows, dim), the rows accepted since the last call, oldest first;
+        token_ids: (1, rows) int32, the token after each of them (the last one is the tree's root); state: what the
+        last ``begin`` of this text returned, None at its start. Returns a state that leads with the node axis."""
+        raise TypeError(f"{type(self).__name__} does not define begin")
+
+    def step(self, state, token_ids, parents):
+        """One depth of a draft. token_ids: (nodes,) int32, the depth's tokens; parents: (nodes,) int32, each node's
+        row in ``state``. Returns (logits (nodes, vocab) of each node's children, the nodes' state)."""
+        raise TypeError(f"{type(self).__name__} does not define step")
+
+    def score_depths(self, state):
+        """All depths at once, for heads with ``parallel = True``: (depth, vocab) float32."""
+        raise TypeError(f"{type(self).__name__} does not define score_depths")

@@ -1,0 +1,120 @@
+"""Trained heads on disk: safetensors and JSON, written whole or not at all, read strictly.
+
+A checkpoint is a directory with ``head.safetensors`` (parameters by name, float32), ``config.json`` (head, options,
+backbone, tokenizer, data, metrics) and ``provenance.json``. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from heads.registry import build
+
+WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
+
+
+def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> None:
+    """Write a checkpoint beside its place, then swap it in: a reader sees the old one or the new one, never half.
+
+    config: JSON-ready; see docs/DESIGN.md for its keys. Raises OSError where the directory cannot be written.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    retired = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    partial.mkdir(parents=True)
+    try:
+        tensors = {name: np.ascontiguousarray(p.numpy()) for name, p in head.named_parameters()}
+        save_file(tensors, str(partial / WEIGHTS))
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+        if directory.exists():
+            os.rename(directory, retired)
+        os.rename(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def find_checkpoint(directory) -> Path:
+    """The checkpoint in a directory: itself, or its ``checkpoint/`` folder. Raises ValueError when there is none."""
+    directory = Path(directory)
+    for candidate in (directory, directory / "checkpoint"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise ValueError(f"no checkpoint in {directory}: expected {CONFIG} and {WEIGHTS} there or in its checkpoint/ folder")
+
+
+def latest_checkpoints(runs: Path) -> dict[str, Path]:
+    """The newest checkpoint of each head under ``runs/<head>/<run>/checkpoint``; empty when nothing was trained."""
+    newest: dict[str, tuple[float, Path]] = {}
+    for config in sorted(Path(runs).glob(f"*/*/checkpoint/{CONFIG}")):
+        name, when = config.parents[2].name, config.stat().st_mtime
+        if name not in newest or when > newest[name][0]:
+            newest[name] = (when, config.parent)
+    return {name: path for name, (_, path) in sorted(newest.items())}
+
+
+def read_config(directory: Path) -> dict:
+    """The config.json of a checkpoint. Raises ValueError naming the file when it is not one of ours."""
+    path = Path(directory) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    missing = {"head", "head_config", "backbone"} - set(config) if isinstance(config, dict) else {"an object"}
+    if missing:
+        raise ValueError(f"{path} is not a head checkpoint: it lacks {', '.join(sorted(missing))}")
+    return config
+
+
+def load_head(directory, backbone):
+    """The head of a checkpoint on this backbone, ready to draft; returns (head, config).
+
+    Raises ValueError for a checkpoint trained on another backbone, for a damaged file and for parameters that are
+    missing, extra or misshapen, each named.
+    """
+    directory = find_checkpoint(directory)
+    config = read_config(directory)
+    trained_on = config["backbone"]
+    if trained_on.get("fingerprint") != backbone.fingerprint:
+        raise ValueError(
+            f"{directory} was trained on backbone {trained_on.get('fingerprint')} ({trained_on.get('path')}), "
+            f"this is {backbone.fingerprint} ({backbone.path or 'embedded'}); pass --backbone with the one it knows"
+        )
+    head = build(config["head"], config["head_config"], backbone)
+    load_parameters(head, directory / WEIGHTS)
+    head.eval()
+    return head, config
+
+
+def load_parameters(head, path: Path) -> None:
+    """Fill a head from a safetensors file. Raises ValueError naming every parameter that does not fit."""
+    try:
+        tensors = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    own = dict(head.named_parameters())
+    problems = [f"missing {name}" for name in sorted(set(own) - set(tensors))]
+    problems += [f"unexpected {name}" for name in sorted(set(tensors) - set(own))]
+    for name in sorted(set(own) & set(tensors)):
+        if tuple(own[name].shape) != tensors[name].shape:
+            problems.append(f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}")
+        elif tensors[name].dtype != np.float32:
+            problems.append(f"{name} is {tensors[name].dtype}, expected float32")
+    if problems:
+        raise ValueError(f"{path} does not fit head {type(head).__name__}: {'; '.join(problems[:10])}")
+    for name, parameter in own.items():
+        parameter.update(tensors[name])
+
+
+def weights_sha256(directory: Path) -> str:
+    """Hash of the head's weights, as hexadecimal digits."""
+    return hashlib.sha256((Path(directory) / WEIGHTS).read_bytes()).hexdigest()

@@ -1,0 +1,147 @@
+// CPU kernels of the training path: weight gradients, cross-entropy and the optimizer's update.
+// cpu.h comes first: Jittor looks for included files itself and does not find those beside this one.
+#pragma once
+
+namespace gorgon {
+
+// ---- out[m][n] = sum_t a[t][m] b[t][n] ----
+// a is packed into strips of 6 columns, b into panels of 64, over stretches of rows that stay in the L2 cache.
+
+constexpr int64_t STRETCH = 256, STRIP = 6, STRIPS = 16, PANEL = 4 * LANES;
+
+static inline void outer_micro(const float* strip, const float* panel, int64_t rows, vec acc[STRIP][4]) {
+    for (int64_t t = 0; t < rows; t++) {
+        vec b[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) b[v] = load(panel + t * PANEL + v * LANES);
+#pragma GCC unroll 6
+        for (int m = 0; m < STRIP; m++) {
+            vec a = splat(strip[t * STRIP + m]);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) acc[m][v] = fma(a, b[v], acc[m][v]);
+        }
+    }
+}
+
+static inline void outer_product(const float* a, const float* b, int64_t T, int64_t M, int64_t N, float* out) {
+    int64_t panels = (N + PANEL - 1) / PANEL, group = STRIP * STRIPS, groups = (M + group - 1) / group;
+    static std::vector<float> panel_store;
+    panel_store.assign(panels * PANEL * STRETCH, 0.0f);
+    float* packed_b = panel_store.data();
+    for (int64_t first = 0; first < T; first += STRETCH) {
+        int64_t rows = T - first < STRETCH ? T - first : STRETCH;
+#pragma omp parallel
+        {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < rows; t++)
+                for (int64_t n = 0; n < N; n++)
+                    packed_b[((n / PANEL) * STRETCH + t) * PANEL + n % PANEL] = b[(first + t) * N + n];
+            static thread_local std::vector<float> strip_store;
+            strip_store.resize(STRETCH * group);
+            float* packed_a = strip_store.data();
+#pragma omp for schedule(static)
+            for (int64_t g = 0; g < groups; g++) {
+                int64_t m0 = g * group, width = M - m0 < group ? M - m0 : group;
+                for (int64_t t = 0; t < rows; t++)
+                    for (int64_t m = 0; m < group; m++)
+                        packed_a[((m / STRIP) * STRETCH + t) * STRIP + m % STRIP] =
+                            m < width ? a[(first + t) * M + m0 + m] : 0.0f;
+                for (int64_t p = 0; p < panels; p++)
+                    for (int64_t s = 0; s * STRIP < width; s++) {
+                        vec acc[STRIP][4] = {};
+                        outer_micro(packed_a + s * STRETCH * STRIP, packed_b + p * STRETCH * PANEL, rows, acc);
+                        for (int64_t m = 0; m < STRIP && s * STRIP + m < width; m++)
+                            for (int64_t v = 0; v < 4; v++)
+                                for (int64_t i = 0, n = p * PANEL + v * LANES; i < LANES && n + i < N; i++) {
+                                    float* target = out + (m0 + s * STRIP + m) * N + n + i;
+                                    *target = (first ? *target : 0.0f) + acc[m][v][i];
+                                }
+                    }
+            }
+        }
+    }
+    if (T == 0) memset(out, 0, M * N * sizeof(float));
+}
+
+// ---- cross-entropy over the last dimension ----
+
+// Per row: loss = logsumexp - logit of the target, and the target's rank (how many logits are larger).
+// A negative target is ignored: loss 0, rank -1.
+static inline void cross_entropy_forward(const float* logits, const int32_t* targets, int64_t rows, int64_t width,
+                                         float* loss, float* log_sum, int32_t* rank) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        const float* x = logits + r * width;
+        if (targets[r] < 0) {
+            loss[r] = log_sum[r] = 0.0f;
+            rank[r] = -1;
+            continue;
+        }
+        float highest = x[0], wanted = x[targets[r]];
+        for (int64_t n = 0; n < width; n++) highest = x[n] > highest ? x[n] : highest;
+        vec total = {};
+        int32_t above = 0;
+        int64_t n = 0;
+        for (; n + LANES <= width; n += LANES) total += exp_vec(load(x + n) - splat(highest));
+        float sum = sum_lanes(total);
+        for (; n < width; n++) sum += __builtin_expf(x[n] - highest);
+        for (n = 0; n < width; n++) above += x[n] > wanted;
+        log_sum[r] = highest + __builtin_logf(sum);
+        loss[r] = log_sum[r] - wanted;
+        rank[r] = above;
+    }
+}
+
+// grad = (softmax(logits) - onehot(target)) * weight, zero for ignored rows.
+static inline void cross_entropy_backward(const float* logits, const int32_t* targets, const float* log_sum,
+                                          const float* weight, int64_t rows, int64_t width, float* grad) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        const float* x = logits + r * width;
+        float* g = grad + r * width;
+        if (targets[r] < 0) {
+            memset(g, 0, width * sizeof(float));
+            continue;
+        }
+        int64_t n = 0;
+        for (; n + LANES <= width; n += LANES)
+            store(g + n, exp_vec(load(x + n) - splat(log_sum[r])) * splat(weight[r]));
+        for (; n < width; n++) g[n] = __builtin_expf(x[n] - log_sum[r]) * weight[r];
+        g[targets[r]] -= weight[r];
+    }
+}
+
+// ---- AdamW ----
+
+struct AdamW {
+    float rate, beta1, beta2, eps, decay, scale;  // decay: rate * weight decay; scale: of the gradient, for clipping
+    float correct1, correct2;                     // 1 - beta^step
+};
+
+static inline void adamw(const AdamW& o, const float* grad, float* weight, float* mean, float* square, int64_t count) {
+#pragma omp parallel for simd
+    for (int64_t i = 0; i < count; i++) {
+        float g = grad[i] * o.scale;
+        mean[i] = o.beta1 * mean[i] + (1 - o.beta1) * g;
+        square[i] = o.beta2 * square[i] + (1 - o.beta2) * g * g;
+        float step = (mean[i] / o.correct1) / (__builtin_sqrtf(square[i] / o.correct2) + o.eps);
+        weight[i] -= o.rate * step + o.decay * weight[i];
+    }
+}
+
+// Sum of squares in double precision, one partial sum a block of 4096 so that the order never changes.
+static inline double sum_of_squares(const float* x, int64_t count) {
+    int64_t blocks = (count + 4095) / 4096;
+    std::vector<double> partial(blocks);
+#pragma omp parallel for
+    for (int64_t b = 0; b < blocks; b++) {
+        double sum = 0;
+        for (int64_t i = b * 4096; i < count && i < (b + 1) * 4096; i++) sum += (double)x[i] * x[i];
+        partial[b] = sum;
+    }
+    double total = 0;
+    for (double p : partial) total += p;
+    return total;
+}
+
+}  // namespace gorgon

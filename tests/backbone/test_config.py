@@ -1,0 +1,184 @@
+"""Configs of every supported family are read as transformers reads them, and the rest is refused by name."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from backbone.config import BackboneConfig, parse_config, read_config, rope_inverse_frequencies
+from backbone.tokenizer import EMBEDDED
+
+LLAMA_1 = {
+    "architectures": ["LLaMAForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_sequence_length": 1024,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 100,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LLAMA_3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA_3 = {
+    **LLAMA_1,
+    "architectures": ["LlamaForCausalLM"],
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rope_theta": 500000.0,
+    "rope_scaling": LLAMA_3_SCALING,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "eos_token_id": [5, 7],
+}
+
+
+def test_embedded_config_is_read():
+    assert read_config(EMBEDDED) == BackboneConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=704,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_positions=512,
+        tie_embeddings=False,
+        model_type="llama",
+        bos_id=1,
+        eos_ids=(2,),
+    )
+
+
+def test_old_llama_config_gets_the_defaults_of_its_time():
+    config = parse_config(LLAMA_1)
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.max_positions) == (4, 16, 10000.0, 1024)
+    assert not config.tie_embeddings and config.rope_scaling is None and config.eos_ids == (1,)
+
+
+def test_grouped_heads_own_head_dim_and_tied_embeddings_are_read():
+    config = parse_config(LLAMA_3)
+    assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (2, 128, True)
+    assert config.rope_theta == 500000.0 and config.rope_scaling == LLAMA_3_SCALING
+
+
+def test_both_spellings_of_rope_settings_agree():
+    old = parse_config({**LLAMA_1, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}})
+    middle = parse_config({**LLAMA_1, "rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    new = parse_config({**LLAMA_1, "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}})
+    assert old == middle == new and new.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_end_tokens_of_the_generation_config_are_added_once(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
+    assert read_config(tmp_path).eos_ids == (5, 7)
+    for ends, expected in ((9, (5, 7, 9)), ([7, 8], (5, 7, 8)), (None, (5, 7))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert read_config(tmp_path).eos_ids == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_defaults_for_silent_configs_are_those_of_transformers(family):
+    from transformers import LlamaConfig, MistralConfig
+
+    sizes = {key: LLAMA_1[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    silent = {**sizes, "num_attention_heads": 16, "model_type": family}
+    theirs = (LlamaConfig if family == "llama" else MistralConfig)(**silent)
+    ours = parse_config({**silent, "sliding_window": None})
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+
+
+def test_mistral_window_must_cover_every_position():
+    mistral = {**LLAMA_1, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+    mistral["max_position_embeddings"] = 8192
+    for window in (None, 8192, 10000):
+        assert parse_config({**mistral, "sliding_window": window}).model_type == "mistral"
+    with pytest.raises(ValueError, match="sliding_window 4096 is below max_position_embeddings 8192"):
+        parse_config({**mistral, "sliding_window": 4096})
+    with pytest.raises(ValueError, match="sliding_window 4096"):
+        parse_config(mistral)  # a silent Mistral config means 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None, "model_type": "qwen2"}, "qwen2"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' is not supported; supported: default, linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
+        ({"rope_scaling": {k: v for k, v in LLAMA_3_SCALING.items() if k != "low_freq_factor"}}, "low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"vocab_size": "100"}, "vocab_size is '100'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"num_attention_heads": 3}, "add head_dim"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+    ],
+)
+def test_what_we_do_not_compute_is_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
+        parse_config({**LLAMA_1, **change})
+
+
+def test_unreadable_configs_are_refused_with_their_path(tmp_path):
+    with pytest.raises(ValueError, match="is not a directory"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{\n"a": }')
+    with pytest.raises(ValueError, match=r"config\.json line 2: not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        read_config(tmp_path)
+
+
+def test_rope_frequencies_of_four_coordinates_by_hand():
+    config = dataclasses.replace(parse_config(LLAMA_1), head_dim=4, rope_theta=100.0)
+    np.testing.assert_allclose(rope_inverse_frequencies(config), [1.0, 0.1], rtol=1e-6)
+    halved = dataclasses.replace(config, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    np.testing.assert_allclose(rope_inverse_frequencies(halved), [0.5, 0.05], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, {"rope_type": "linear", "factor": 4.0}, LLAMA_3_SCALING, {**LLAMA_3_SCALING, "factor": 32.0}],
+    ids=["default", "linear", "llama3", "llama3-32"],
+)
+def test_rope_frequencies_equal_those_of_transformers(scaling):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    raw = {**LLAMA_3, "rope_parameters": {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}}
+    raw.pop("rope_scaling"), raw.pop("rope_theta")
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**raw)).inv_freq.numpy()
+    ours = rope_inverse_frequencies(parse_config(raw))
+    assert ours.dtype == np.float32 and ours.shape == (64,)
+    # Eight units in the last place of float32: powf differs between libraries, the formula does not.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    if scaling:  # the control: without the scaling the same comparison fails
+        plain = rope_inverse_frequencies(dataclasses.replace(parse_config(raw), rope_scaling=None))
+        assert not np.allclose(plain, theirs, rtol=1e-6)

@@ -1,0 +1,417 @@
+"""Weights arrive as they were saved, from every container, and a file that is not weights is refused, never run."""
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from backbone.config import read_config
+from backbone.tokenizer import EMBEDDED
+from backbone.weights import (
+    EMBEDDING,
+    LM_HEAD,
+    Fingerprint,
+    check_names,
+    drop_tied_head,
+    expected_shapes,
+    fingerprint,
+    read_backbone,
+    read_tensors,
+    read_torch_file,
+    tensor_shapes,
+    weight_files,
+)
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(0)
+    return {
+        "a.weight": torch.randn(3, 4),
+        "b.weight": torch.randn(2, 3, 4).half(),
+        "c.weight": torch.randn(5).bfloat16(),
+        "d.ids": torch.arange(6).reshape(2, 3),
+        "e.flag": torch.tensor([True, False]),
+        "f.scalar": torch.tensor(2.5, dtype=torch.float64),
+        "g.empty": torch.zeros(0, 4),
+    }
+
+
+def as_numpy(tensor):
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def assert_same(found, state):
+    found = dict(found)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        expected = as_numpy(tensor)
+        assert found[name].dtype == expected.dtype and found[name].shape == expected.shape, name
+        np.testing.assert_array_equal(found[name], expected, err_msg=name)
+
+
+def save_sharded(directory, state, single, with_index=True):
+    """Two shards as Hugging Face names them: even tensors in the first, odd ones in the second."""
+    save = save_file if single.endswith("safetensors") else torch.save
+    stem, suffix = single.rsplit(".", 1)
+    names = list(state)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"{stem}-{number:05d}-of-00002.{suffix}"
+        save({name: state[name] for name in part}, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    if with_index:
+        (directory / f"{single}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+SINGLES = ["model.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("single", SINGLES)
+def test_a_single_file_gives_back_what_was_saved(tmp_path, state, single):
+    (save_file if single.endswith("safetensors") else torch.save)(state, tmp_path / single)
+    assert_same(read_tensors(tmp_path), state)
+    assert tensor_shapes(tmp_path) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("single", SINGLES)
+def test_shards_with_and_without_index_give_back_what_was_saved(tmp_path, state, single, with_index):
+    save_sharded(tmp_path, state, single, with_index)
+    assert_same(read_tensors(tmp_path), state)
+    assert tensor_shapes(tmp_path) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_names_select_tensors_and_unknown_names_are_refused(tmp_path, state):
+    save_sharded(tmp_path, state, "model.safetensors")
+    assert_same(read_tensors(tmp_path, ["b.weight", "a.weight"]), {k: state[k] for k in ("a.weight", "b.weight")})
+    with pytest.raises(ValueError, match=r"lacks nobody\.weight"):
+        list(read_tensors(tmp_path, ["a.weight", "nobody.weight"]))
+
+
+def test_views_of_a_torch_storage_are_honoured(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {"transposed": base.t(), "slice": base[1:3, ::2], "column": base[:, 5], "whole": base, "tied": base}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_same(read_torch_file(tmp_path / "pytorch_model.bin"), state)
+
+
+def test_a_module_state_dict_with_metadata_is_read(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_same(read_tensors(tmp_path), module.state_dict())
+
+
+def test_reading_is_lazy_one_tensor_at_a_time(tmp_path, state):
+    save_sharded(tmp_path, state, "pytorch_model.bin")
+    reader = read_tensors(tmp_path)
+    next(reader)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").write_bytes(b"gone")
+    with pytest.raises(ValueError, match=r"pytorch_model-00002-of-00002\.bin cannot be read"):
+        list(reader)
+
+
+# Hostile and damaged files
+
+
+class Hostile:
+    """Unpickled the ordinary way, it creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def write_archive(path, pickled, records=(), compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for name, data in records:
+            archive.writestr(name, data)
+
+
+def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path):
+    planted = tmp_path / "planted"
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2), "b": Hostile(planted)}, file)
+    for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin .*(posix|nt)\.mkdir"):
+            read()
+    assert not planted.exists()
+    # The control: the same file does its harm to a reader that trusts it.
+    torch.load(file, weights_only=False)
+    assert planted.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("builtins", "eval"), ("torch", "load"), ("torch._utils", "_rebuild_parameter"), ("collections", "Counter")],
+)
+def test_every_other_global_is_refused_by_name(tmp_path, module, name):
+    file = tmp_path / "x.bin"
+    write_archive(file, f"c{module}\n{name}\n.".encode())
+    with pytest.raises(ValueError, match=f"{module}.{name}"):
+        list(read_torch_file(file))
+
+
+class Storage:
+    """Pickled as a reference to record 0 with four float32 numbers."""
+
+
+def pickle_of_view(offset, shape, stride, reference=("storage", "FloatStorage", "0", "cpu", 4)):
+    class Writer(pickle.Pickler):
+        def persistent_id(self, value):
+            return reference if isinstance(value, Storage) else None
+
+    buffer = io.BytesIO()
+    Writer(buffer, protocol=2).dump((Storage(), offset, shape, stride, False, None))
+    arguments = buffer.getvalue()[2:-1]  # without the protocol header and the final stop
+    # {"w": torch._utils._rebuild_tensor_v2(*arguments)}
+    return b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
+
+
+def test_a_hand_written_view_is_read_and_views_outside_their_storage_are_refused(tmp_path):
+    file = tmp_path / "x.bin"
+    data = [("archive/data/0", np.arange(4, dtype=np.float32).tobytes())]
+    write_archive(file, pickle_of_view(1, (2,), (2,)), data)
+    ((name, tensor),) = read_torch_file(file)
+    assert name == "w" and tensor.tolist() == [1.0, 3.0]
+    for offset, shape, stride in [
+        (0, (5,), (1,)),
+        (3, (2,), (1,)),
+        (-1, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (10**9, 10**9), (0, 0)),
+        (0, (2, 2), (1,)),
+        (0, (2.0,), (1,)),
+        (0, ("a",), (1,)),
+    ]:
+        write_archive(file, pickle_of_view(offset, shape, stride), data)
+        with pytest.raises(ValueError, match=r"x\.bin"):
+            list(read_torch_file(file))
+
+
+def test_bad_storages_are_refused(tmp_path):
+    file = tmp_path / "x.bin"
+    short = [("archive/data/0", b"\0" * 12)]
+    view = (0, (4,), (1,))
+    write_archive(file, pickle_of_view(*view), short)
+    with pytest.raises(ValueError, match="12 bytes, expected 4 x 4"):
+        list(read_torch_file(file))
+    write_archive(file, pickle_of_view(*view))
+    with pytest.raises(ValueError, match="archive/data/0"):
+        list(read_torch_file(file))
+    write_archive(file, pickle_of_view(*view, reference=("storage", "QInt8Storage", "0", "cpu", 4)), short)
+    with pytest.raises(ValueError, match="QInt8Storage"):
+        list(read_torch_file(file))
+    write_archive(file, pickle_of_view(*view), [("archive/data/0", b"\0" * 10**6)], zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="compressed"):
+        list(read_torch_file(file))
+
+
+def test_checkpoints_with_more_than_tensors_are_refused(tmp_path):
+    file = tmp_path / "x.bin"
+    torch.save({"model": {"a": torch.ones(2)}, "step": 3}, file)
+    with pytest.raises(ValueError, match="entry 'model' is a dict"):
+        list(read_torch_file(file))
+    torch.save([torch.ones(2)], file)
+    with pytest.raises(ValueError, match="holds a list"):
+        list(read_torch_file(file))
+
+
+def test_the_format_before_the_zip_is_refused(tmp_path):
+    file = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"x\.bin cannot be read as weights: File is not a zip file"):
+        list(read_torch_file(file))
+
+
+@pytest.mark.parametrize("single", SINGLES)
+def test_truncated_and_corrupted_files_are_refused_by_name(tmp_path, state, single):
+    (save_file if single.endswith("safetensors") else torch.save)(state, tmp_path / single)
+    whole = (tmp_path / single).read_bytes()
+    damaged = [whole[:0], whole[:7], whole[: len(whole) // 2], whole[:-1], b"\xff" * len(whole)]
+    for data in damaged:
+        (tmp_path / single).write_bytes(data)
+        for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
+            with pytest.raises(ValueError, match=single):
+                read()
+
+
+def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):
+    torch.save({"a": torch.full((64,), 3.0)}, tmp_path / "x.bin")
+    data = bytearray((tmp_path / "x.bin").read_bytes())
+    data[data.find(np.float32(3.0).tobytes() * 8)] ^= 1
+    (tmp_path / "x.bin").write_bytes(data)
+    with pytest.raises(ValueError, match="CRC"):
+        list(read_torch_file(tmp_path / "x.bin"))
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("single", SINGLES)
+def test_a_missing_shard_is_named(tmp_path, state, single, with_index):
+    save_sharded(tmp_path, state, single, with_index)
+    stem, suffix = single.rsplit(".", 1)
+    (tmp_path / f"{stem}-00002-of-00002.{suffix}").unlink()
+    with pytest.raises(ValueError, match=rf"{stem}-00002-of-00002\.{suffix}"):
+        list(read_tensors(tmp_path))
+
+
+def test_a_tensor_that_the_index_promises_must_be_in_its_shard(tmp_path, state):
+    save_sharded(tmp_path, state, "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
+        with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors lacks ghost"):
+            read()
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for number in (1, 2):
+        save_file({"a": torch.ones(2)}, tmp_path / f"model-{number:05d}-of-00002.safetensors")
+    for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
+        with pytest.raises(ValueError, match="a is in another file too"):
+            read()
+
+
+@pytest.mark.parametrize("escape", ["../outside.safetensors", "/etc/passwd", "..", "a/../../b", "..\\b", "", 3])
+def test_an_index_cannot_point_outside_its_folder(tmp_path, escape):
+    save_file({"a": torch.ones(2)}, tmp_path / "outside.safetensors")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": escape}}))
+    with pytest.raises(ValueError, match=r"index\.json places a in .* outside its own folder"):
+        list(read_tensors(inside))
+
+
+def test_a_linked_shard_is_the_users_own_affair(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "blob")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert dict(read_tensors(tmp_path / "snapshot"))["a"].tolist() == [1.0, 1.0]
+
+
+def test_directories_without_weights_are_refused(tmp_path):
+    (tmp_path / "training_args.bin").write_bytes(b"not weights")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"the Meta layout, read elsewhere")
+    with pytest.raises(ValueError, match="holds no weights"):
+        list(read_tensors(tmp_path))
+    with pytest.raises(ValueError, match="is not a directory"):
+        list(read_tensors(tmp_path / "nowhere"))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="no weight_map"):
+        list(read_tensors(tmp_path))
+
+
+def test_safetensors_win_over_bin(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+# Names, shapes, ties and fingerprints
+
+
+@pytest.fixture
+def small():
+    config = read_config(EMBEDDED)
+    return dataclasses.replace(
+        config, vocab_size=7, hidden_size=8, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
+    )
+
+
+def test_expected_shapes_are_those_of_transformers(small):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=7,
+            hidden_size=8,
+            intermediate_size=6,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+        )
+    )
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert expected_shapes(small) == theirs
+    tied = expected_shapes(dataclasses.replace(small, tie_embeddings=True))
+    assert tied == {name: shape for name, shape in theirs.items() if name != LM_HEAD}
+
+
+def test_the_embedded_weights_match_their_config():
+    config = read_config(EMBEDDED)
+    shapes = expected_shapes(config)
+    found = {name: tensor.shape for name, tensor in read_backbone(EMBEDDED, config)}
+    assert found == shapes
+    with pytest.raises(ValueError, match=r"tiny-vicuna: .*9 extra: .*model\.layers\.5"):
+        next(read_backbone(EMBEDDED, dataclasses.replace(config, num_layers=5)))
+
+
+def test_every_wrong_name_and_shape_is_in_one_error(small):
+    expected = expected_shapes(small)
+    found = {**expected, "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
+    check_names(found, expected)
+    del found["model.norm.weight"]
+    found["lora.weight"] = (1,)
+    found[EMBEDDING] = (8, 8)
+    with pytest.raises(ValueError) as caught:
+        check_names(found, expected)
+    message = str(caught.value)
+    assert "1 missing: model.norm.weight" in message and "1 extra: lora.weight" in message
+    assert "model.embed_tokens.weight is (8, 8), expected (7, 8)" in message and "inv_freq" not in message
+
+
+def test_long_lists_of_names_end_in_a_count(small):
+    with pytest.raises(ValueError, match=r"21 missing: .* and 11 more"):
+        check_names({}, expected_shapes(small))
+
+
+def test_a_tied_checkpoint_may_carry_an_equal_head_only(tmp_path, small):
+    tied = dataclasses.replace(small, tie_embeddings=True)
+    state = {name: torch.randn(shape) for name, shape in expected_shapes(small).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"differs from model\.embed_tokens\.weight"):
+        list(read_backbone(tmp_path, tied))
+    state[LM_HEAD] = state[EMBEDDING].clone()
+    save_file(state, tmp_path / "model.safetensors")
+    assert {name for name, _ in read_backbone(tmp_path, tied)} == expected_shapes(tied).keys()
+    assert LM_HEAD in {name for name, _ in read_backbone(tmp_path, small)}
+    both = [(EMBEDDING, np.ones(2)), (LM_HEAD, np.ones(2))]
+    for order in (both, both[::-1]):
+        assert [name for name, _ in drop_tied_head(order, tied)] == [EMBEDDING]
+
+
+def test_fingerprints_ignore_the_order_and_notice_every_difference(small):
+    tensors = [("a", np.arange(6.0).reshape(2, 3)), ("b", np.ones(2, dtype=ml_dtypes.bfloat16))]
+    first = fingerprint(small, tensors)
+    assert first == fingerprint(small, tensors[::-1]) and len(first) == 16 and int(first, 16) >= 0
+    others = [
+        [("a", tensors[0][1]), ("c", tensors[1][1])],
+        [("a", tensors[0][1].reshape(3, 2)), tensors[1]],
+        [("a", tensors[0][1].astype(np.float32)), tensors[1]],
+        [("a", tensors[0][1] + np.eye(2, 3) * 1e-15), tensors[1]],
+        [("a", tensors[0][1]), ("b", tensors[1][1].view(np.uint16))],
+        tensors[:1],
+    ]
+    assert len({first, *(fingerprint(small, other) for other in others)}) == 1 + len(others)
+    assert fingerprint(dataclasses.replace(small, rope_theta=5e5), tensors) != first
+    contiguous = Fingerprint(small)
+    contiguous.add("a", np.ascontiguousarray(tensors[0][1].T))
+    transposed = Fingerprint(small)
+    transposed.add("a", tensors[0][1].T)
+    assert contiguous.hexdigest() == transposed.hexdigest()

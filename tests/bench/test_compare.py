@@ -1,0 +1,244 @@
+"""The comparison: what it warns about, what it refuses, and that a bad file leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.compare import main
+from bench.summary import differences, find_result, format_number, head_to_head, load_results, sort_summaries, summarise
+
+ROOT = Path(__file__).resolve().parents[2]
+DIFFERENT = {"tokens": 11, "identical": False}
+
+
+@pytest.fixture
+def faster(make_row):
+    """The rows of a head that accepts twice as much as the factory's default and takes half the time."""
+    return [
+        make_row("p0", passes=2, time_s=1.0, reached_by_depth=[2, 2], accepted_by_depth=[2, 2]),
+        make_row("p1", tokens=14, baseline_tokens=14, passes=2, time_s=1.5, reached_by_depth=[2, 2],
+                 accepted_by_depth=[2, 2]),
+    ]  # fmt: skip
+
+
+def test_the_table_shows_the_numbers_of_each_file(write_result, capsys):
+    path = write_result("a.json", metrics__speedup=1.93, metrics__speedup_ci=[1.81, 2.04], metrics__overhead=1.31,
+                        metrics__tokens_per_s=123.456, metrics__accept_length_ci=[2.5, 3.5])  # fmt: skip
+    assert main([path]) == 0
+    out, err = capsys.readouterr()
+    line = next(line for line in out.splitlines() if "gated_rnn" in line)
+    cells = [cell.strip() for cell in line.strip("│┃|").split("│")]
+    assert cells == [
+        "gated_rnn", "tiny-vicuna", "64", "float16", "2", "3.00 [2.50, 3.50]", "123.5", "1.93 [1.81, 2.04]", "1.31",
+        "25.0%", "2/2",
+    ]  # fmt: skip
+    assert err == ""
+
+
+def test_a_failed_parity_check_refuses_the_speedup_everywhere(write_result, make_row, tmp_path, capsys):
+    rows = [make_row("p0"), make_row("p1", **DIFFERENT)]
+    bad = write_result("bad.json", rows, metrics__speedup=9.87, head="mlp")
+    good = write_result("good.json", metrics__speedup=1.23)
+    assert main([good, bad, "--json", str(tmp_path / "out.json")]) == 0
+    out, err = capsys.readouterr()
+    assert "9.87" not in out and "1.23" in out
+    assert out.count("parity failed") == 2  # the table's speedup and the ratio of tokens/s
+    assert "parity failed (1/2 identical), speedup refused" in err and "bad.json" in err
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [row["speedup"] for row in written["results"]] == [1.23, None]
+    assert [row["speedup_ci"] for row in written["results"]][1] is None
+    assert written["head_to_head"][0]["tokens_per_s"] is None
+    assert written["head_to_head"][0]["accept_length"] is not None
+
+
+def test_an_unchecked_parity_shows_its_speedup_with_a_warning(write_result, make_row, capsys):
+    rows = [make_row("p0", identical=None), make_row("p1", identical=None)]
+    assert main([write_result("a.json", rows, metrics__speedup=1.23)]) == 0
+    out, err = capsys.readouterr()
+    assert "1.23" in out and "not checked" in out
+    assert "parity was not checked" in err
+
+
+def test_an_interrupted_result_is_marked(write_result, capsys):
+    assert main([write_result("a.json", status="interrupted", data__num_prompts=80)]) == 0
+    out, err = capsys.readouterr()
+    assert "gated_rnn (interrupted)" in out and "2/80" in out
+    assert "interrupted after 2 of 80 prompts" in err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "shown"),
+    [
+        ("provenance__device", "cuda", "device differs", "cpu in {a}; cuda in {b}"),
+        ("provenance__device_name", None, "device_name", "a processor in {a}; unknown in {b}"),
+        ("provenance__threads", 8, "threads", "2 in {a}; 8 in {b}"),
+        ("provenance__git_sha", "def", "git_sha", "abc in {a}; def in {b}"),
+        ("config__backbone__dtype", "float32", "dtype", "float16 in {a}; float32 in {b}"),
+        ("config__backbone__fingerprint", "0ff", "backbone fingerprint", "f00d in {a}; 0ff in {b}"),
+        ("data__sha256", "babe", "prompts sha256", "cafe in {a}; babe in {b}"),
+        ("data__num_prompts", 9, "num_prompts", "2 in {a}; 9 in {b}"),
+        ("config__decoding__num_nodes", 16, "tree budget", "64 in {a}; 16 in {b}"),
+        ("config__decoding__max_new_tokens", 8, "max_new_tokens", "64 in {a}; 8 in {b}"),
+        ("config__decoding__greedy", False, "greedy", "True in {a}; False in {b}"),
+    ],
+)
+def test_each_unequal_condition_is_named_with_its_values_by_file(write_result, field, value, name, shown):
+    a, b = write_result("a.json"), write_result("b.json", head="mlp", **{field: value})
+    results, _ = load_results([a, b])
+    (sentence,) = differences(results)
+    assert name in sentence
+    assert shown.format(a=a, b=b) in sentence
+
+
+def test_equal_conditions_and_the_baselines_missing_tree_are_no_difference(write_result):
+    twin = write_result("ar.json", head="autoregressive", config__decoding__num_nodes=1)
+    results, _ = load_results([write_result("a.json"), write_result("b.json", head="mlp"), twin])
+    assert differences(results) == []
+
+
+def test_uncommitted_changes_are_told(write_result):
+    results, _ = load_results([write_result("a.json"), write_result("b.json", head="mlp", provenance__git_dirty=True)])
+    (sentence,) = differences(results)
+    assert "git_dirty" in sentence and "b.json" in sentence and "a.json" not in sentence
+
+
+def test_heads_are_compared_with_the_first_on_shared_prompts(write_result, faster, tmp_path, capsys):
+    paths = [write_result("a.json"), write_result("b.json", faster, head="mlp")]
+    assert main([*paths, "--json", str(tmp_path / "out.json")]) == 0
+    assert "mlp / gated_rnn" in capsys.readouterr().out
+    (pair,) = json.loads((tmp_path / "out.json").read_text())["head_to_head"]
+    assert (pair["head"], pair["against"], pair["prompts"]) == ("mlp", "gated_rnn", 2)
+    assert pair["accept_length"] == {"ratio": 2.0, "interval": [2.0, 2.0]}
+    assert pair["tokens_per_s"]["ratio"] == 2.0
+
+
+def test_a_named_pair_is_compared_alone_and_in_the_order_asked(write_result, faster, capsys):
+    paths = [write_result("a.json"), write_result("b.json", faster, head="mlp"), write_result("c.json", head="moe")]
+    assert main([*paths, "--head-to-head", "gated_rnn", "mlp"]) == 0
+    out = capsys.readouterr().out
+    assert "gated_rnn / mlp" in out and "0.50 [0.50, 0.50]" in out
+    assert "moe /" not in out
+
+
+def test_prompts_of_another_file_are_never_paired(write_result, capsys):
+    paths = [write_result("a.json"), write_result("b.json", head="mlp", data__sha256="babe")]
+    assert main(paths) == 0
+    out, err = capsys.readouterr()
+    assert "mlp / gated_rnn" not in out
+    assert "no paired ratio: mlp and gated_rnn were measured on different prompt files" in err
+    assert main([*paths, "--head-to-head", "mlp", "gated_rnn"]) == 2
+    results, _ = load_results(paths)
+    with pytest.raises(ValueError, match="different prompt files"):
+        head_to_head(*results)
+
+
+def test_results_of_one_head_are_told_apart_by_file(write_result):
+    results, _ = load_results([write_result("a.json"), write_result("b.json"), write_result("c.json", head="mlp")])
+    assert [result.label for result in results] == ["gated_rnn (a)", "gated_rnn (b)", "mlp"]
+    assert find_result(results, "b") is results[1]
+    assert find_result(results, "mlp") is results[2]
+    with pytest.raises(ValueError, match=r"names 2 results.*a\.json"):
+        find_result(results, "gated_rnn")
+    with pytest.raises(ValueError, match=r"Unknown head 'mpl'\. Did you mean 'mlp'\?"):
+        find_result(results, "mpl")
+
+
+def test_sorting_puts_the_best_first_and_the_unknown_last(write_result):
+    paths = [
+        write_result(f"{name}.json", head=name, metrics__speedup=speed, metrics__overhead=cost)
+        for name, speed, cost in (("b", 1.5, 1.2), ("a", None, None), ("c", 2.5, 2.0))
+    ]
+    summaries = [summarise(result) for result in load_results(paths)[0]]
+
+    def order(column):
+        return [row.head for row in sort_summaries(summaries, column)]
+
+    assert (order("speedup"), order("overhead"), order("head")) == (["c", "b", "a"], ["b", "c", "a"], ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"Did you mean 'speedup'\?"):
+        order("speed_up")
+
+
+def test_files_of_another_kind_are_skipped_with_a_note(write_result, tmp_path, capsys):
+    (tmp_path / "engine.json").write_text('{"kind": "engine", "schema_version": 3}')
+    assert main([write_result("a.json"), str(tmp_path / "engine.json")]) == 0
+    out, err = capsys.readouterr()
+    assert "gated_rnn" in out
+    assert "note: skipped" in err and "engine.json: its kind is 'engine'" in err
+    assert main([str(tmp_path / "engine.json")]) == 2
+    assert "no generation result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "make_arguments",
+    [
+        lambda good, folder: [good, str(folder / "bad.json")],
+        lambda good, folder: [good, str(folder / "missing.json")],
+        lambda good, folder: [good, "--sort", "speeed"],
+        lambda good, folder: [good, "--head-to-head", "mlp", "gated_rnn"],
+        lambda good, folder: [good, "--head-to-head", "gated_rnn", "gated_rnn"],
+        lambda good, folder: [good, "--plot", str(folder / "plot.gif")],
+        lambda good, folder: [good, "--plot", str(folder / "bad.json" / "plot.png")],
+        lambda good, folder: [good, "--json", good],
+    ],
+    ids=["bad file", "missing file", "column", "unknown head", "one head twice", "format", "unwritable", "overwrite"],
+)
+def test_a_mistake_is_one_line_and_status_2_with_nothing_written(write_result, tmp_path, capsys, make_arguments):
+    good = write_result("good.json")
+    (tmp_path / "bad.json").write_text('{"kind": "generation", "schema_version": 1}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = make_arguments(good, tmp_path)
+    if "--json" not in arguments:
+        arguments += ["--json", str(tmp_path / "out.json")]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_it_runs_as_a_script_and_a_pipe_gets_whole_lines(write_result):
+    path = write_result("a.json", head="a_head_with_a_name_so_long_that_eighty_columns_cannot_hold_the_table")
+    done = subprocess.run(
+        [sys.executable, "bench/compare.py", path], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert any("cannot_hold_the_table" in line and "2/2" in line for line in done.stdout.splitlines())
+    assert max(map(len, done.stdout.splitlines())) < 250
+
+
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_plot_names_every_head_category_and_phase(write_result, faster, make_row, tmp_path, ending, magic):
+    rows = [make_row("p0", category="math"), make_row("p1", tokens=14, baseline_tokens=14, category="chat")]
+    paths = [write_result("a.json", rows), write_result("b.json", faster, head="mlp")]
+    plot = tmp_path / "plots" / f"plot.{ending}"
+    assert main([*paths, "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(magic)
+    assert os.listdir(plot.parent) == [plot.name]
+    if ending == "svg":
+        text = plot.read_text()
+        for word in ("gated_rnn", "mlp", "math", "chat", "writing", "draft", "verify", "cache", "autoregressive"):
+            assert f"<!-- {word} -->" in text, word
+
+
+def test_the_plot_takes_results_with_unknown_times_and_without_rows(write_result, tmp_path):
+    timing = dict.fromkeys(("prefill_s", "draft_s", "verify_s", "accept_s", "cache_s", "host_s", "total_s"))
+    odd = write_result("a.json", timing=timing, baseline=None, parity=None)
+    empty = write_result("b.json", [], head="mlp", status="interrupted")
+    twin = write_result("c.json", head="autoregressive")
+    for number, paths in enumerate(([odd], [empty], [twin], [odd, empty, twin])):
+        assert main([*paths, "--plot", str(tmp_path / f"{number}.png")]) == 0
+        assert (tmp_path / f"{number}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "text"),
+    [(None, None, "-"), (1.5, None, "1.50"), (123.45, None, "123.5"), (0.01234, None, "0.0123"),
+     (2.0, (1.9, 2.1), "2.00 [1.90, 2.10]"), (0.0, None, "0")],
+)  # fmt: skip
+def test_numbers_are_printed_with_three_figures(value, interval, text):
+    assert format_number(value, interval) == text

@@ -1,0 +1,217 @@
+"""A whole decoder layer in one kernel equals the plain equations, for every way rows may see each other."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ops.decoder_layer import (
+    LayerShape,
+    LayerWeights,
+    RowPlan,
+    decoder_layer,
+    keep_rows,
+    reference_decoder_layer,
+    reference_rms_norm,
+    rms_norm,
+)
+from runtime import jt
+
+# Two query heads to a key head, and no width that is a multiple of 16.
+SHAPE = LayerShape(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=40, eps=1e-5)
+PADDED, SLOTS, LAYERS = 16, 24, 2
+# float32: sums of at most 40 terms of size about 1, twice each: some 1e-6. float16: a key or value that the two sides
+# round to different neighbours is off by 2^-11 of its size.
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3}
+TREE = [-1, 0, 0, 1, 2, 2, 5]
+PLANS = {
+    "one row": (lambda: RowPlan.chain(1), 1),
+    "chain": (lambda: RowPlan.chain(7), 7),
+    "tree": (lambda: RowPlan(np.array(TREE)), 7),
+    "forest": (lambda: RowPlan(np.array([-1, 0, -1, 2, 1, 3])), 6),
+    "sequences": (lambda: RowPlan.sequences([3, 1, 2]), 6),
+}
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def layer(dtype):
+    """(packed weights for the kernel, plain (out, in) weights for the reference) of one random layer."""
+    random = np.random.default_rng(0)
+    s = SHAPE
+    sizes = {
+        "q": (s.num_heads * s.head_dim, s.hidden_size),
+        "k": (s.num_kv_heads * s.head_dim, s.hidden_size),
+        "v": (s.num_kv_heads * s.head_dim, s.hidden_size),
+        "o": (s.hidden_size, s.num_heads * s.head_dim),
+        "gate": (s.intermediate_size, s.hidden_size),
+        "up": (s.intermediate_size, s.hidden_size),
+        "down": (s.hidden_size, s.intermediate_size),
+    }
+    parts = {n: (random.standard_normal(size) * 1.5 / np.sqrt(size[1])).astype(dtype) for n, size in sizes.items()}
+    norms = {n: random.uniform(0.5, 1.5, s.hidden_size).astype(np.float32) for n in ("norm1", "norm2")}
+    plain = SimpleNamespace(
+        shape=s,
+        qkv=jt.array(np.concatenate([parts[n] for n in "qkv"])),
+        o=jt.array(parts["o"]),
+        gate_up=jt.array(np.concatenate([parts["gate"], parts["up"]])),
+        down=jt.array(parts["down"]),
+        **{n: jt.array(v) for n, v in norms.items()},
+    )
+    return LayerWeights(s, **norms, **parts), plain
+
+
+@pytest.fixture(scope="module")
+def rope():
+    angles = np.arange(64, dtype=np.float32)[:, None] * 100.0 ** (-np.arange(3, dtype=np.float32) / 3)
+    return jt.array(np.cos(angles)), jt.array(np.sin(angles))
+
+
+def filled_cache(dtype, base):
+    """A cache whose first ``base`` rows hold something; the rest is nonsense that no row may look at."""
+    data = np.random.default_rng(base).standard_normal((LAYERS, 2, 2, SLOTS, PADDED)).astype(dtype)
+    data[:, :, :, base:] *= 30
+    data[..., SHAPE.head_dim :] = 0
+    return data
+
+
+def both(layer, plan, rope, dtype, base, index=1, reference_plan=None, seed=0):
+    """(kernel's y, its cache) and (reference's y, its cache plane) for the same rows."""
+    packed, plain = layer
+    x = np.random.default_rng(seed).standard_normal((plan.num_rows, SHAPE.hidden_size)).astype(np.float32)
+    data = filled_cache(dtype, base)
+    cache = jt.array(data)
+    cache.sync()
+    y = decoder_layer(jt.array(x), packed, plan, *rope, cache, index, base).numpy()
+    expected, plane = reference_decoder_layer(
+        jt.array(x), plain, reference_plan or plan, *rope, jt.array(data), index, base
+    )
+    return y, cache.numpy(), expected.numpy(), plane.numpy(), data
+
+
+@pytest.mark.parametrize(("name", "base"), [*((name, 0) for name in PLANS), ("chain", 9), ("tree", 9), ("one row", 9)])
+def test_the_kernel_equals_the_equations(layer, rope, dtype, name, base):
+    make, rows = PLANS[name]
+    y, cache, expected, plane, before = both(layer, make(), rope, dtype, base)
+    assert np.abs(y - expected).max() < TOLERANCE[dtype]
+    wrote = slice(base, base + rows)
+    assert np.abs(cache[1, :, :, wrote] - plane[:, :, wrote].astype(np.float32)).max() < TOLERANCE[dtype]
+    np.testing.assert_array_equal(cache[0], before[0], err_msg="another layer's plane was touched")
+    kept = np.delete(np.arange(SLOTS), np.arange(base, base + rows))
+    np.testing.assert_array_equal(cache[1][:, :, kept], before[1][:, :, kept], err_msg="another row was touched")
+
+
+@pytest.mark.parametrize(
+    "parents",
+    [[-1, 0, 0, 1, 2, 2, 2], [-1, 0, 0, 1, 2, 1, 5]],
+    ids=["a leaf on its grandparent", "a leaf on its uncle"],
+)
+def test_the_comparison_notices_a_wrong_mask(layer, rope, dtype, parents):
+    wrong = RowPlan(np.array(parents), positions=RowPlan(np.array(TREE)).positions)
+    y, _, expected, _, _ = both(layer, RowPlan(np.array(TREE)), rope, dtype, 9, reference_plan=wrong)
+    assert np.abs(y - expected).max() > 10 * TOLERANCE[dtype]
+
+
+def test_the_comparison_notices_a_wrong_position(layer, rope, dtype):
+    plan = RowPlan(np.array(TREE))
+    shifted = RowPlan(np.array(TREE), positions=plan.positions + (np.arange(7) == 6))
+    y, _, expected, _, _ = both(layer, plan, rope, dtype, 9, reference_plan=shifted)
+    assert np.abs(y - expected).max() > 10 * TOLERANCE[dtype]
+
+
+def test_lanes_write_one_row_in_each_stretch(layer, rope, dtype):
+    plan = RowPlan.lanes([4, 0, 7], capacity=8)
+    packed, plain = layer
+    x = jt.array(np.random.default_rng(5).standard_normal((3, SHAPE.hidden_size)).astype(np.float32))
+    data = filled_cache(dtype, SLOTS)
+    cache = jt.array(data)
+    cache.sync()
+    y = decoder_layer(x, packed, plan, *rope, cache, 0, 0).numpy()
+    expected, plane = reference_decoder_layer(x, plain, plan, *rope, jt.array(data), 0, 0)
+    assert np.abs(y - expected.numpy()).max() < TOLERANCE[dtype]
+    assert np.abs(cache.numpy()[0] - plane.numpy().astype(np.float32)).max() < TOLERANCE[dtype]
+
+
+def test_rms_norm_equals_its_equation():
+    random = np.random.default_rng(0)
+    x, weight = random.standard_normal((5, 37)).astype(np.float32), random.standard_normal(37).astype(np.float32)
+    exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * weight
+    for function in (rms_norm, reference_rms_norm):
+        # A mean of 37 squares and four more roundings, relative.
+        assert (np.abs(function(jt.array(x), jt.array(weight), 1e-5).numpy() - exact) < 3e-6 * np.abs(exact)).all()
+    assert (np.abs(rms_norm(jt.array(x), jt.array(weight), 1e-3).numpy() - exact) > 3e-6 * np.abs(exact)).any()
+
+
+# Plans
+
+
+def test_a_tree_plan_splits_ancestors_into_a_stretch_and_extras():
+    plan = RowPlan(np.array([-1, 0, 0, 2]))
+    np.testing.assert_array_equal(plan.positions, [0, 1, 1, 2])
+    np.testing.assert_array_equal(plan.meta_array, [[0, 0, 0, 1], [1, 1, 0, 2], [1, 2, 0, 1], [2, 3, 0, 1]])
+    np.testing.assert_array_equal(plan.extras_array, [[-1, -1], [-1, -1], [2, -1], [2, 3]])
+    assert plan.max_position == 2
+
+
+def test_a_mask_shows_the_prefix_the_ancestors_and_the_row_itself():
+    mask = RowPlan(np.array([-1, 0, 0, 2])).mask(base=2, num_slots=7)
+    expected = ["1110000", "1111000", "1110100", "1110110"]
+    np.testing.assert_array_equal(mask, [[c == "1" for c in row] for row in expected])
+
+
+def test_sequences_see_only_themselves():
+    plan = RowPlan.sequences([2, 1, 3])
+    np.testing.assert_array_equal(plan.positions, [0, 1, 0, 0, 1, 2])
+    expected = ["100000", "110000", "001000", "000100", "000110", "000111"]
+    np.testing.assert_array_equal(plan.mask(0, 6), [[c == "1" for c in row] for row in expected])
+
+
+def test_a_chain_is_a_tree_without_branches_and_a_single_sequence():
+    for other in (RowPlan(np.arange(5) - 1), RowPlan.sequences([5])):
+        np.testing.assert_array_equal(RowPlan.chain(5).meta_array, other.meta_array)
+        np.testing.assert_array_equal(RowPlan.chain(5).mask(3, 9), other.mask(3, 9))
+
+
+def test_lanes_see_their_own_stretch_up_to_the_new_row():
+    plan = RowPlan.lanes([2, 0], capacity=3)
+    np.testing.assert_array_equal(plan.positions, [2, 0])
+    np.testing.assert_array_equal(plan.mask(0, 6), [[c == "1" for c in row] for row in ("111000", "000100")])
+
+
+def test_the_mask_of_a_random_tree_is_its_ancestor_relation():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        rows = int(random.integers(1, 24))
+        parents = np.array([int(random.integers(-1, row)) for row in range(rows)])
+        seen = np.zeros((rows, 5 + rows), bool)
+        seen[:, :5] = True
+        for row in range(rows):
+            node = row
+            while node >= 0:
+                seen[row, 5 + node] = True
+                node = parents[node]
+        np.testing.assert_array_equal(RowPlan(parents).mask(5, 5 + rows), seen)
+
+
+@pytest.mark.parametrize("parents", [[0], [-1, 1], [-1, 2, 0], [-2], [], [[-1, 0]]])
+def test_parents_that_are_no_earlier_rows_are_refused(parents):
+    with pytest.raises(ValueError, match="attend must name an earlier row or -1"):
+        RowPlan(np.array(parents))
+
+
+# Cache rows
+
+
+@pytest.mark.parametrize("path", [[0, 2, 5], [1], [3, 4, 5], [0, 1, 2], [1, 2, 3, 6]])
+def test_kept_rows_move_as_in_numpy(dtype, path):
+    data = np.random.default_rng(1).standard_normal((LAYERS, 2, 2, SLOTS, PADDED)).astype(dtype)
+    cache = jt.array(data)
+    cache.sync()
+    keep_rows(cache, np.array(path, np.int32), 8)
+    expected = data.copy()
+    expected[:, :, :, 8 : 8 + len(path)] = data[:, :, :, 8 + np.array(path)]
+    np.testing.assert_array_equal(cache.numpy(), expected)

@@ -1,0 +1,98 @@
+"""Packed products equal NumPy's within rounding, and a row's result does not depend on its neighbours."""
+
+import numpy as np
+import pytest
+
+from ops.linear import LANES, PackedLinear, pack, pack_gated, reference_linear
+from runtime import jt
+
+# (rows, in, out): sizes around the tiles of 6 rows and 16 outputs; 300 outputs reach the eight-block path of one row.
+SIZES = [(1, 1, 1), (1, 37, 300), (2, 16, 16), (5, 37, 33), (6, 100, 150), (7, 64, 15), (13, 33, 272), (64, 96, 100)]
+
+
+def random_case(rows, num_in, num_out, dtype, seed=0):
+    random = np.random.default_rng([seed, rows, num_in, num_out])
+    x = random.standard_normal((rows, num_in)).astype(np.float32)
+    return x, random.standard_normal((num_out, num_in)).astype(dtype)
+
+
+def run(weight, x):
+    return PackedLinear(weight)(jt.array(x)).numpy()
+
+
+def rounding_bound(x, weight):
+    """A sum of K products in float32, one rounding each, errs by at most K 2^-24 sum |x w| (Higham, 2002, eq. 3.5)."""
+    magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
+    return x.shape[1] * 2.0**-24 * magnitude + 1e-30
+
+
+def exact(x, weight):
+    return x.astype(np.float64) @ weight.astype(np.float64).T
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_packed_product_equals_numpy_within_rounding(size, dtype):
+    x, weight = random_case(*size, dtype)
+    assert (np.abs(run(weight, x) - exact(x, weight)) <= rounding_bound(x, weight)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_rounding_bound_notices_two_swapped_inputs_and_a_rounded_weight(dtype):
+    x, weight = random_case(6, 100, 150, dtype)
+    swapped = weight.copy()
+    swapped[:, [3, 4]] = swapped[:, [4, 3]]
+    assert (np.abs(run(swapped, x) - exact(x, weight)) > rounding_bound(x, weight)).any()
+    if dtype == "float32":
+        rounded = weight.astype(np.float16)
+        assert (np.abs(run(rounded, x) - exact(x, weight)) > rounding_bound(x, weight)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_reference_equals_the_kernel_within_rounding(dtype):
+    x, weight = random_case(5, 37, 33, dtype)
+    reference = reference_linear(jt.array(x), jt.array(weight)).numpy()
+    assert (np.abs(reference - run(weight, x)) <= 2 * rounding_bound(x, weight)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_row_is_bitwise_the_same_whatever_rows_run_beside_it(dtype):
+    x, weight = random_case(64, 96, 292, dtype)
+    linear = PackedLinear(weight)
+    together = linear(jt.array(x)).numpy()
+    for count in range(1, 65):
+        first = (count * 7) % (65 - count)  # another stretch of the rows each time
+        alone = linear(jt.array(x[first : first + count])).numpy()
+        np.testing.assert_array_equal(alone, together[first : first + count], err_msg=f"{count} rows from {first}")
+
+
+def test_bitwise_equality_notices_another_order_of_summation():
+    x, weight = random_case(64, 96, 100, "float32")
+    backwards = np.zeros((64, 100), np.float32)
+    for k in reversed(range(96)):
+        backwards += x[:, k : k + 1] * weight[:, k]
+    kernel = run(weight, x)
+    assert (backwards != kernel).any()
+    assert (np.abs(backwards - kernel) <= 2 * rounding_bound(x, weight)).all()
+
+
+def test_packing_puts_the_outputs_of_a_block_beside_each_other():
+    weight = np.arange(3 * 2, dtype=np.float32).reshape(3, 2) + 1
+    packed = pack(weight)
+    assert packed.shape == (1, 2, LANES)
+    np.testing.assert_array_equal(packed[0, :, :3], weight.T)
+    assert not packed[0, :, 3:].any()
+    weight = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
+    np.testing.assert_array_equal(pack(weight).transpose(0, 2, 1).reshape(-1, 5)[:40], weight)
+
+
+def test_gated_packing_alternates_the_blocks_of_gate_and_up():
+    gate, up = np.random.default_rng(1).standard_normal((2, 20, 3)).astype(np.float32)
+    packed = pack_gated(gate, up)
+    np.testing.assert_array_equal(packed[0::2], pack(gate))
+    np.testing.assert_array_equal(packed[1::2], pack(up))
+
+
+def test_an_input_of_another_width_is_refused():
+    with pytest.raises(AssertionError, match=r"2, ?5"):
+        PackedLinear(np.ones((3, 4), np.float32))(jt.array(np.ones((2, 5), np.float32)))

@@ -1,0 +1,239 @@
+"""Training operations against NumPy, finite differences, their references and torch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ops.training import (
+    adamw,
+    cross_entropy,
+    outer_product,
+    reference_adamw,
+    reference_cross_entropy,
+    reference_outer_product,
+    squared_norm,
+    trainable_linear,
+)
+from runtime import jt
+
+VOCABULARIES = [3, 16, 37, 100]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+# Weight gradients
+
+
+# Around the strips of 6, panels of 64, groups of 96 and stretches of 256 rows of the kernel.
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 7, 3), (17, 96, 64), (255, 13, 65), (256, 100, 17), (600, 101, 67)])
+def test_an_outer_product_equals_numpy_within_rounding(size):
+    rows, m, n = size
+    a, b = normal(rows, m), normal(rows, n, seed=1)
+    exact = a.astype(np.float64).T @ b.astype(np.float64)
+    # At most one rounding of 2^-24 for each of the products and sums (Higham, 2002, eq. 3.5).
+    bound = rows * 2.0**-24 * (np.abs(a).T.astype(np.float64) @ np.abs(b).astype(np.float64)) + 1e-30
+    assert (np.abs(outer_product(jt.array(a), jt.array(b)).numpy() - exact) <= bound).all()
+    assert (np.abs(reference_outer_product(jt.array(a), jt.array(b)).numpy() - exact) <= bound).all()
+    shifted = outer_product(jt.array(np.roll(a, 1, 0)), jt.array(b)).numpy()
+    assert rows == 1 or (np.abs(shifted - exact) > bound).any()
+
+
+def test_an_outer_product_of_no_rows_is_zero():
+    assert not outer_product(jt.zeros((0, 5)), jt.zeros((0, 3))).numpy().any()
+
+
+def test_a_trainable_linear_has_the_gradients_of_its_equation():
+    x, weight, upstream = normal(9, 37), normal(21, 37, seed=1), normal(9, 21, seed=2)
+    xv, wv = jt.array(x), jt.array(weight)
+    y = trainable_linear(xv, wv)
+    grad_x, grad_weight = jt.grad((y * jt.array(upstream)).sum(), [xv, wv])
+    # Sums of at most 37 products of size about 1.
+    np.testing.assert_allclose(y.numpy(), x @ weight.T, atol=2e-5)
+    np.testing.assert_allclose(grad_x.numpy(), upstream @ weight, atol=2e-5)
+    np.testing.assert_allclose(grad_weight.numpy(), upstream.T @ x, atol=2e-5)
+    assert np.abs(grad_weight.numpy() - upstream.T @ np.roll(x, 1, 0)).max() > 1e-2
+
+
+def test_a_trainable_linear_agrees_with_finite_differences():
+    x, weight = normal(4, 7), normal(5, 7, seed=1)
+
+    def loss(x, weight):
+        y = x.astype(np.float64) @ weight.astype(np.float64).T
+        return (np.sin(y)).sum()
+
+    xv, wv = jt.array(x), jt.array(weight)
+    grads = jt.grad(trainable_linear(xv, wv).sin().sum(), [xv, wv])
+    for grad, argument in zip(grads, (0, 1), strict=True):
+        for index in [(0, 0), (3, 6), (2, 3)]:
+            moved = [[x.astype(np.float64), weight.astype(np.float64)] for _ in range(2)]
+            for sign, arguments in zip((1, -1), moved, strict=True):
+                arguments[argument] = arguments[argument].copy()
+                arguments[argument][index] += sign * 1e-4
+            slope = (loss(*moved[0]) - loss(*moved[1])) / 2e-4
+            assert abs(float(grad.numpy()[index]) - slope) < 1e-4
+
+
+# Cross-entropy
+
+
+def exact_cross_entropy(logits, targets):
+    """(losses, ranks, gradient of the weighted sum at weight 1) in float64."""
+    x = logits.astype(np.float64)
+    highest = x.max(1, keepdims=True)
+    log_sum = np.log(np.exp(x - highest).sum(1, keepdims=True)) + highest
+    rows, kept = np.arange(len(x)), targets >= 0
+    wanted = x[rows, np.maximum(targets, 0)]
+    gradient = np.exp(x - log_sum)
+    gradient[rows, np.maximum(targets, 0)] -= 1
+    ranks = np.where(kept, (x > wanted[:, None]).sum(1), -1)
+    return np.where(kept, log_sum[:, 0] - wanted, 0), ranks, gradient * kept[:, None]
+
+
+def random_case(vocab, rows=11, scale=3.0):
+    logits = normal(rows, vocab, seed=vocab) * np.float32(scale)
+    targets = np.random.default_rng(vocab).integers(0, vocab, rows).astype(np.int32)
+    targets[[2, 7]] = -100
+    return logits, targets
+
+
+def run_cross_entropy(function, logits, targets, weights):
+    logits_var = jt.array(logits)
+    losses, ranks = function(logits_var, jt.array(targets))
+    gradient = jt.grad((losses * jt.array(weights)).sum(), logits_var)
+    return losses.numpy(), ranks.numpy(), gradient.numpy()
+
+
+@pytest.mark.parametrize("function", [cross_entropy, reference_cross_entropy])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_cross_entropy_gives_loss_rank_and_gradient(function, vocab):
+    logits, targets = random_case(vocab)
+    weights = np.linspace(0.5, 2, len(logits)).astype(np.float32)
+    losses, ranks, gradient = run_cross_entropy(function, logits, targets, weights)
+    want_losses, want_ranks, want_gradient = exact_cross_entropy(logits, targets)
+    np.testing.assert_allclose(losses, want_losses, atol=2e-5)  # log-sums of about 10, to float32
+    np.testing.assert_array_equal(ranks, want_ranks)
+    np.testing.assert_allclose(gradient, want_gradient * weights[:, None], atol=2e-6)
+    assert not losses[[2, 7]].any() and not gradient[[2, 7]].any() and (ranks[[2, 7]] == -1).all()
+
+
+def test_the_comparison_notices_a_target_that_is_off_by_one():
+    logits, targets = random_case(37)
+    shifted = np.where(targets >= 0, (targets + 1) % 37, targets).astype(np.int32)
+    losses, ranks, gradient = run_cross_entropy(cross_entropy, logits, shifted, np.ones(len(logits), np.float32))
+    want_losses, want_ranks, want_gradient = exact_cross_entropy(logits, targets)
+    assert np.abs(losses - want_losses).max() > 0.1
+    assert (ranks != want_ranks).any() and np.abs(gradient - want_gradient).max() > 0.1
+
+
+@pytest.mark.parametrize("vocab", [16, 37])
+def test_the_gradient_of_cross_entropy_agrees_with_finite_differences(vocab):
+    logits, targets = random_case(vocab)
+    _, _, gradient = run_cross_entropy(cross_entropy, logits, targets, np.ones(len(logits), np.float32))
+    for row, column in [(0, 0), (1, int(targets[1])), (2, 1), (10, vocab - 1)]:
+        moved = [logits.astype(np.float64) for _ in range(2)]
+        moved[0][row, column] += 1e-5
+        moved[1][row, column] -= 1e-5
+        slope = (exact_cross_entropy(moved[0], targets)[0].sum() - exact_cross_entropy(moved[1], targets)[0].sum()) / 2e-5
+        assert abs(gradient[row, column] - slope) < 1e-5
+
+
+@pytest.mark.parametrize("function", [cross_entropy, reference_cross_entropy])
+def test_equal_logits_do_not_count_as_above_the_target(function):
+    logits = np.array([[2, 2, 2, 1], [0, 3, 3, 5]], np.float32)
+    _, ranks = function(jt.array(logits), jt.array(np.array([1, 2], np.int32)))
+    np.testing.assert_array_equal(ranks.numpy(), [0, 1])
+
+
+@pytest.mark.parametrize("function", [cross_entropy, reference_cross_entropy])
+def test_a_batch_of_ignored_rows_is_zero_and_finite(function):
+    logits, _ = random_case(37)
+    losses, ranks, gradient = run_cross_entropy(
+        function, logits, np.full(11, -100, np.int32), np.ones(11, np.float32)
+    )
+    assert not losses.any() and not gradient.any() and (ranks == -1).all()
+
+
+@pytest.mark.parametrize("function", [cross_entropy, reference_cross_entropy])
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_large_logits_do_not_overflow(function, scale):
+    logits = np.zeros((2, 37), np.float32)
+    logits[:, 5] = scale
+    targets = np.array([5, 6], np.int32)
+    losses, _, gradient = run_cross_entropy(function, logits, targets, np.ones(2, np.float32))
+    want_losses, _, want_gradient = exact_cross_entropy(logits, targets)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-6, atol=1e-5)
+    # The backward pass exponentiates x - logsumexp, which near 1e4 has a spacing of 1e-3.
+    np.testing.assert_allclose(gradient, want_gradient, atol=1e-3)
+
+
+# The optimizer
+
+OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def five_updates(update, scale=0.5, **changes):
+    """Weights after five updates of ``update(weight, grad, mean, square, rate, scale, step, options)``."""
+    state = [normal(13, 7), np.zeros((13, 7), np.float32), np.zeros((13, 7), np.float32)]
+    for step in range(1, 6):
+        state = update(state, normal(13, 7, seed=step), 1e-2 / step, scale, step, {**OPTIONS, **changes})
+    return state
+
+
+def by_kernel(state, grad, rate, scale, step, options):
+    weight, mean, square = (jt.array(s) for s in state)
+    jt.sync_all()
+    adamw(weight, jt.array(grad), mean, square, rate=rate, scale=scale, step=step, **options)
+    return [v.numpy() for v in (weight, mean, square)]
+
+
+def by_reference(state, grad, rate, scale, step, options):
+    weight, mean, square = (jt.array(s) for s in state)
+    new = reference_adamw(weight, jt.array(grad), mean, square, rate=rate, scale=scale, step=step, **options)
+    return [v.numpy() for v in new]
+
+
+def test_adamw_equals_its_reference_over_five_steps():
+    for got, want in zip(five_updates(by_kernel), five_updates(by_reference), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)  # five updates of 1e-2, to float32
+
+
+def test_adamw_equals_torch_over_five_steps():
+    weight = torch.nn.Parameter(torch.tensor(normal(13, 7)))
+    optimizer = torch.optim.AdamW([weight], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 6):
+        weight.grad = torch.tensor(normal(13, 7, seed=step)) * 0.5
+        optimizer.param_groups[0]["lr"] = 1e-2 / step
+        optimizer.step()
+    want = weight.detach().numpy()
+    np.testing.assert_allclose(five_updates(by_kernel)[0], want, atol=1e-6)
+    for defect in ({"weight_decay": 0.0}, {"beta2": 0.96}, {"eps": 1e-2}):
+        assert np.abs(five_updates(by_kernel, **defect)[0] - want).max() > 1e-5, defect
+
+
+def test_adamw_writes_where_the_parameter_lies():
+    weight, mean, square = jt.array(normal(40)), jt.zeros((40,)), jt.zeros((40,))
+    jt.sync_all()
+    before = weight.numpy().copy()
+    adamw(weight, jt.ones((40,)), mean, square, rate=0.1, scale=1.0, step=1, **{**OPTIONS, "weight_decay": 0.0})
+    np.testing.assert_allclose(weight.numpy(), before - 0.1, atol=1e-6)
+
+
+def test_the_squared_norm_adds_over_all_gradients_in_double_precision():
+    grads = [normal(13, 7), normal(5000, seed=1), np.full(3, 1e4, np.float32), np.full(9000, 1e-3, np.float32)]
+    exact = math.fsum((g.astype(np.float64) ** 2).sum() for g in grads)
+    assert squared_norm([jt.array(g) for g in grads]) == pytest.approx(exact, rel=1e-12)
+    single = np.float32(0)
+    for g in grads:
+        single += (g * g).sum(dtype=np.float32)
+    assert abs(float(single) - exact) > 1e-12 * exact
+
+
+def test_the_squared_norm_of_a_gradient_that_is_not_finite_is_not_finite():
+    for bad in (np.nan, np.inf):
+        grad = normal(50)
+        grad[7] = bad
+        assert not math.isfinite(squared_norm([jt.array(grad)]))

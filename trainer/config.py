@@ -1,0 +1,197 @@
+"""The options of a training run: defaults, the head's recipe, a YAML file and the command line, in this order."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from heads.registry import FOLDER, available, head_class, make_config
+from runtime.entry import suggest
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED_CORPUS = ROOT / "assets" / "corpus" / "chat.jsonl.gz"
+
+
+def _option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=list, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run, but for the head's own options in ``head_options``."""
+
+    head: str = _option("", "which head to train; see --list-heads")
+    backbone: str | None = _option(None, "Hugging Face directory of the backbone; default: the embedded tiny-vicuna")
+    dtype: str = _option("float16", "of the backbone's weights and features: float16 or float32")
+    template: str | None = _option(None, "chat template by name; default: the tokenizer's own")
+    data: list[str] = _option([], "ShareGPT JSON, JSON lines or .gz files; default: the embedded corpus")
+    out: str | None = _option(None, "directory of the run; default: runs/<head>/<time>")
+    overwrite: bool = _option(False, "replace the checkpoint that --out already holds")
+    epochs: float = _option(1.0, "passes over the training text")
+    max_steps: int = _option(0, "stop after this many optimizer steps; 0: the epochs decide")
+    tokens_per_step: int = _option(2048, "tokens of text per optimizer step")
+    max_length: int = _option(512, "tokens of a conversation that are used")
+    held_out: int = _option(256, "conversations kept out of training to score on")
+    score_every: int = _option(250, "steps between scores on the held-out text")
+    learning_rate: float = _option(2e-3, "peak of the cosine schedule")
+    final_rate: float = _option(0.05, "learning rate at the end, as a share of the peak")
+    warmup: float = _option(0.05, "share of the steps over which the rate rises")
+    weight_decay: float = _option(0.05, "of AdamW, on matrices alone")
+    beta1: float = _option(0.9, "of AdamW")
+    beta2: float = _option(0.95, "of AdamW")
+    clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
+    depth_weight: float = _option(0.9, "weight of depth k in the loss is this to the power k")
+    features: str = _option("cache", "cache: backbone features written to disk once; online: computed at every step")
+    cache_dir: str = _option(str(Path(".cache") / "features"), "where feature caches lie")
+    tree_nodes: int = _option(16, "node budget of the expected accept length, root included")
+    seed: int = _option(0, "of the initial weights and of the order of the data")
+    head_options: dict = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ValueError for values that make no run."""
+        positive = ("epochs", "tokens_per_step", "held_out", "score_every", "learning_rate", "tree_nodes", "max_length")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        for name in ("max_steps", "clip", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        if self.max_length < 3:
+            raise ValueError(f"--max-length must be at least 3, got {self.max_length}")
+        for name in ("warmup", "final_rate", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.depth_weight <= 1:
+            raise ValueError(f"--depth-weight must lie in (0, 1], got {self.depth_weight}")
+        if self.features not in ("cache", "online"):
+            raise ValueError(f"--features must be cache or online, got {self.features!r}")
+        make_config(self.head, self.head_options)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "head_options"}
+TYPES = typing.get_type_hints(TrainConfig)
+
+
+def _set(config: TrainConfig, key: str, value, source: str) -> None:
+    """Set one field from YAML, with its type checked."""
+    if key.startswith("head."):
+        config.head_options[key.removeprefix("head.")] = value
+        return
+    name = key.replace("-", "_")
+    if name not in FIELDS:
+        raise suggest(f"key in {source}:", key, [*FIELDS, "head.<option>"])
+    wanted = TYPES[name]
+    plain = {float: (int, float), list[str]: (list,), (str | None): (str, type(None))}.get(wanted, (wanted,))
+    if not isinstance(value, plain) or (isinstance(value, bool) and wanted is not bool):
+        raise ValueError(f"{source}: {key} takes {getattr(wanted, '__name__', wanted)}, got {value!r}")
+    setattr(config, name, float(value) if wanted is float else value)
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping of options. Raises ValueError naming the file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of options to values")
+    return content
+
+
+def recipe(head: str) -> dict:
+    """The head's measured defaults, ``heads/<name>/recipe.yaml``; empty where it has none."""
+    path = FOLDER / head / "recipe.yaml"
+    return read_yaml(path) if path.exists() else {}
+
+
+def _convert_head_option(head: str, key: str, text: str):
+    fields = {f.name: f for f in dataclasses.fields(head_class(head).Config)}
+    name = key.replace("-", "_")
+    if name not in fields:
+        raise suggest(f"option of head {head!r}:", key, fields)
+    wanted = type(fields[name].default)
+    try:
+        if wanted is bool:
+            return name, {"true": True, "false": False}[text.lower()]
+        return name, wanted(text)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--head.{key} takes {wanted.__name__}, got {text!r}") from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes raise ValueError, so that every entry answers them alike."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def _parser(head: str | None) -> _Parser:
+    parser = _Parser(prog="train.py", description="Train one draft head.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the options below; the command line wins")
+    parser.add_argument("--list-heads", action="store_true", help="print the heads and exit")
+    for name, f in FIELDS.items():
+        flag, wanted = f"--{name.replace('_', '-')}", TYPES[name]
+        default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else f" (default: {f.default})"
+        shared = {"dest": name, "default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
+        if wanted is bool:
+            parser.add_argument(flag, action="store_true", **shared)
+        elif wanted == list[str]:
+            parser.add_argument(flag, nargs="+", metavar="FILE", **shared)
+        else:
+            kind = {int: int, float: float}.get(wanted, str)
+            parser.add_argument(flag, type=kind, metavar=name.upper(), **shared)
+    for name in [head] if head else available():
+        group = parser.add_argument_group(f"options of head {name}")
+        for f in dataclasses.fields(head_class(name).Config):
+            text = f"{f.metadata.get('help', '')} (default: {f.default})"
+            group.add_argument(f"--head.{f.name}", dest=f"head.{f.name}", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig | None:
+    """The run that a command line asks for; None when it only asked for --list-heads.
+
+    Raises ValueError for unknown heads, options and values; an unknown option is answered with the nearest one.
+    """
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--head")
+    first.add_argument("--config")
+    first.add_argument("--list-heads", action="store_true")
+    known, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    if known.list_heads:
+        return None
+    file_options = read_yaml(Path(known.config)) if known.config else {}
+    head = known.head or file_options.get("head")
+    if head is not None:
+        head_class(str(head))  # an unknown head is answered before anything else
+    parser = _parser(head)
+    if head is None and not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"--head NAME is needed; available: {', '.join(available())}")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known_flags = [s for action in parser._actions for s in action.option_strings]
+        if not flag.startswith("-"):
+            raise ValueError(f"unexpected argument {flag!r}")
+        raise suggest("option", flag, known_flags)
+    config = TrainConfig()
+    for source, values in ((f"heads/{head}/recipe.yaml", recipe(head)), (known.config, file_options)):
+        for key, value in values.items():
+            _set(config, key, value, str(source))
+    for name, value in vars(options).items():
+        if name in FIELDS:
+            setattr(config, name, value)
+        elif name.startswith("head."):
+            key, converted = _convert_head_option(head, name.removeprefix("head."), value)
+            config.head_options[key] = converted
+    config.head = head
+    config.check()
+    return config

@@ -1,0 +1,66 @@
+"""The training loss: cross-entropy of every depth at the positions that carry a label, and what the head adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from heads.base import Features
+from ops.training import cross_entropy
+from runtime import jt
+from trainer.data import IGNORE, TokenizedData, targets
+
+
+@dataclass
+class Batch:
+    """Some conversations laid end to end. token_ids: (1, tokens + depths) int32; positions: (num,) int32, those whose
+    draft can be scored; labels: (depths, num) int32, -100 where a depth has none."""
+
+    features: Features
+    token_ids: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+
+
+def make_batch(data: TokenizedData, indices, source, num_depths: int) -> Batch:
+    """The batch of these conversations with features from ``source``.
+
+    A position counts when the token after it is the assistant's (while decoding, the root always is) and at least
+    one depth has a label.
+    """
+    part = data.select(indices)
+    labels = targets(part.mask, part.token_ids, part.offsets, num_depths)
+    root_is_reply = np.append(part.mask[1:], False)
+    positions = np.flatnonzero((labels != IGNORE).any(0) & root_is_reply).astype(np.int32)
+    padded = np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)])
+    return Batch(source(indices), padded[None], positions, np.ascontiguousarray(labels[:, positions]))
+
+
+@dataclass
+class LossParts:
+    """total: the scalar to minimise; depth_losses: mean nats per labelled position, one Var per depth; ranks: Vars
+    (num,) int32 per depth; aux: the head's own terms."""
+
+    total: object
+    depth_losses: list
+    ranks: list
+    aux: dict
+
+
+def head_loss(head, batch: Batch, depth_weight: float) -> LossParts:
+    """sum_k depth_weight^k CE_k / sum_k depth_weight^k, plus the head's aux terms. CE_k averages over its labels."""
+    output = head(batch.features, batch.token_ids, batch.positions)
+    assert len(output.logits) == head.num_depths, (len(output.logits), head.num_depths)
+    total, depth_losses, ranks = 0, [], []
+    weights = depth_weight ** np.arange(head.num_depths)
+    for depth, logits in enumerate(output.logits):
+        labels = batch.labels[depth]
+        losses, rank = cross_entropy(logits, jt.array(labels))
+        mean = losses.sum() / max(1, int((labels != IGNORE).sum()))
+        total = total + mean * float(weights[depth] / weights.sum())
+        depth_losses.append(mean)
+        ranks.append(rank)
+    for term in output.aux.values():
+        total = total + term
+    return LossParts(total, depth_losses, ranks, output.aux)
