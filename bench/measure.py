@@ -234,9 +234,7 @@ def measure_once(setup: Setup, prompt: Prompt, head_first: bool) -> Attempt:
             position = first_difference(twin.token_ids, given[True].token_ids)
             if position is not None and attempt.difference is None:
                 before = sum(len(earlier.token_ids) for earlier in attempt.baseline.generations)
-                attempt.difference = Difference(
-                    prompt_ids, twin.token_ids, given[True].token_ids, before, position
-                )
+                attempt.difference = Difference(prompt_ids, twin.token_ids, given[True].token_ids, before, position)
             attempt.head.generations.append(given[True])
         attempt.baseline.generations.append(twin)
         reply = setup.tokenizer.decode(twin.token_ids) if twin.text is None else twin.text

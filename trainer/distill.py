@@ -16,6 +16,7 @@ import contextlib
 import gzip
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -46,28 +47,33 @@ TURN_ROOM = 48
 # word to it too. The weights are chosen so that every kind has at least an eighth of the tokens.
 NAMES = "Anna Ben Carla David Emma Frank Grace Henry Irene Jack Kate Leo Maria Nick Olivia Peter Rosa Sam Tina Victor"
 OPENINGS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "booking": (0.13, (
+    "booking": (0.17, (
         "I need", "I want to", "I would like", "I'd like to", "I'm looking for", "Can you find", "Can you help me",
         "Could you", "Please", "Find me", "Book", "Show me", "What is the weather", "Are there any", "I am planning",
         "Help me", "My", "I have to", "We", "Search for", "Reserve", "Is there", "Play", "Get me",
     )),
-    "openchat": (0.13, (
-        "Have you seen", "Did you watch", "Do you like", "Do you watch", "What kind of", "Who is your favorite", "I love",
-        "I think", "My favorite", "What do you think", "Have you heard", "I just", "I really", "Hey", "So", "What movies",
-        "What music", "I used to", "Have you ever", "Who do you", "I saw", "I am a fan of", "Which", "The",
+    "openchat": (0.20, (
+        "Have you seen", "Did you watch", "Do you like", "Do you watch", "What kind of", "Who is your favorite",
+        "I love", "I think", "My favorite", "What do you think", "Have you heard", "I just", "I really", "Hey", "So",
+        "What movies", "What music", "I used to", "Have you ever", "Who do you", "I saw", "I am a fan of", "Which",
+        "The",
     )),
-    "story": (0.22, ("Continue this story:",) + tuple(f"Continue this story: {words}" for words in (
+    "story": (0.14, ("Continue this story:", *(f"Continue this story: {words}" for words in (
         "Once upon a time", "There was once", "There lived", "One day", "In the", "The king", "The old", "When",
         "A poor", "Now", "Then", "But", "So", "Long ago", "At last", "The next", '"', "She", "He", "They", "After",
-    ))),
-    "math": (0.25, tuple(f"{name}{rest}" for name in NAMES.split() for rest in ("", " has", " buys", "'s", " and")) + (
+    )))),
+    "math": (0.20, (
+        *(f"{name}{rest}" for name in NAMES.split() for rest in ("", " has", " buys", "'s", " and")),
         "A", "There are", "If", "In a", "At the", "The", "Each", "How many", "A farmer", "A shop", "Half of", "Two",
         "On Monday", "A train", "A baker", "Last", "Every", "It takes", "Three",
     )),
-    "chitchat": (0.17, (
-        "Hi", "Hello", "Hey", "How", "How are you", "Who", "Who are you", "Tell me", "What is", "What are", "Are you",
-        "Do you", "Can you", "You are", "Good", "Will you", "Where", "Why", "When", "I am", "I'm", "I feel", "I like",
-        "What", "Should I", "Did you", "Have you", "That", "Let's", "Thank", "Is it", "My", "Please", "Yes", "No",
+    "chitchat": (0.22, (
+        "Hi", "Hello", "How are", "How old", "How do you", "Who are", "Who made", "Tell me", "What is your",
+        "What's your", "What are you", "What can you", "Are you", "Are you a", "Do you", "Do you have", "Can you",
+        "You are", "You're", "You're so", "You have", "Good", "Will you", "Where do", "Where are", "Why are", "I am",
+        "I'm", "I'm so", "I feel", "I like you", "I love you", "I hate", "Should I", "Be my", "That was", "That's",
+        "Let's", "Thank", "Thanks", "Say", "Sing", "Stop", "My friend", "Yes", "No", "Wow", "Sorry", "See you",
+        "Nice", "When is your",
     )),
     "free": (0.10, ("",)),
 }  # fmt: skip
@@ -89,7 +95,7 @@ class Options:
     temperature: float = _option(0.7, "sampling temperature of the replies that are not greedy")
     greedy_share: float = _option(0.8, "share of the conversations whose replies are greedy")
     top_p: float = _option(0.95, "sample from the likeliest tokens that hold this much probability")
-    max_turns: int = _option(8, "most question-answer turns of a conversation")
+    max_turns: int = _option(4, "most question-answer turns of a conversation")
     continuation: float | None = _option(
         None,
         "probability of a further turn; default: as probable as the backbone thinks one is",
@@ -99,7 +105,7 @@ class Options:
     max_length: int = _option(512, "most tokens of a conversation, template included")
     max_user_tokens: int = _option(160, "most tokens of a user's turn; a longer one is not used")
     max_reply_tokens: int = _option(192, "most tokens of a reply")
-    max_loops: float = _option(0.02, "most kept conversations, as a share, that end in a reply that repeats itself")
+    max_loops: float = _option(0.04, "most kept conversations, as a share, that end in a reply that repeats itself")
 
     def __post_init__(self) -> None:
         for name in ("temperature_user", "temperature"):
@@ -189,6 +195,13 @@ class Writer:
         self.tokenizer, self.options = tokenizer, options
         mark = "\N{ASTERISM}"
         before, after = tokenizer.render([{"role": "user", "content": mark}], True).split(mark)
+        if not after.strip():
+            raise ValueError("the chat template does not mark where a reply begins; choose one by name with --template")
+        if len(tokenizer.encode(before)) + TURN_ROOM > options.max_length:
+            raise ValueError(
+                f"--max-length is {options.max_length}, expected {TURN_ROOM} more than the template's opening of "
+                f"{len(tokenizer.encode(before))} tokens"
+            )
         self.mark, self.reply_mark = mark, after.strip()
         self.marker_ids = tokenizer.encode(after)
         labels = {self.reply_mark, before.split()[-1] if before.split() else ""}
@@ -319,10 +332,7 @@ class Writer:
 
     def _break_off(self, talk: Talk, reason: str) -> bool:
         """The turn is of no use: the conversation ends before it, and is dropped when nothing came before."""
-        whole = talk.num_turns * 2
-        if talk.messages and len(talk.messages) % 2 == 0 and reason.startswith("reply"):
-            whole -= 2
-        talk.messages = talk.messages[:whole]
+        talk.messages = talk.messages[: talk.num_turns * 2]
         if not talk.messages:
             talk.dropped = reason
             return True
@@ -488,7 +498,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         turns = record.get("turns")
         if turns is None:
             said = record.get("conversations", record.get("messages")) or []
-            turns = [t.get("value", t.get("content")) for t in said if ROLES.get(t.get("from", t.get("role"))) == "user"]
+            said = [t for t in said if ROLES.get(t.get("from", t.get("role"))) == "user"]
+            turns = [t.get("value", t.get("content")) for t in said]
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(f"{where}: expected a list of texts under turns, or conversations")
         turns = tuple(turn.strip() for turn in turns if turn.strip())
@@ -549,8 +560,8 @@ class Corpus:
         turns = sum(kind["turns"] for kind in self.kinds.values())
         repeated = 1 - len(self.replies) / max(1, turns)
         lines = [
-            f"{self.kept:,} conversations, {turns:,} turns, {self.tokens:,} tokens; {self.greedy:,} with greedy replies, "
-            f"{self.loops:,} end in a loop, {repeated:.1%} of the replies repeat an earlier one",
+            f"{self.kept:,} conversations, {turns:,} turns, {self.tokens:,} tokens; {self.greedy:,} with greedy "
+            f"replies, {self.loops:,} end in a loop, {repeated:.1%} of the replies repeat an earlier one",
             f"{'kind':12} {'conversations':>13} {'turns':>8} {'tokens':>10} {'share':>6}",
         ]
         for name, kind in sorted(self.kinds.items()):
@@ -675,6 +686,7 @@ def main(arguments: list[str]) -> int:
     backbone = load_backbone(given.backbone, given.dtype)
     tokenizer = load_tokenizer(given.backbone, given.template)
     tokenizer.check_fits(backbone.config)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Jittor's own handler ends the process on the spot
     corpus = write_corpus(backbone, tokenizer, options, given.out, prompts)
     print(corpus.summary())
     print(f"{given.out}: {Path(given.out).stat().st_size:,} bytes")

@@ -166,3 +166,21 @@ def make_head():
         return head(backbone, [*prompt, *continuation], RANKS[ranks])
 
     return make
+
+
+@pytest.fixture(params=TREES)
+def tree(request):
+    """Each of several tree shapes in turn."""
+    return TREES[request.param]
+
+
+@pytest.fixture(params=FAKES)
+def fake(request):
+    """The name of each fake head in turn, for ``make_head``."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def mixing_head():
+    """The class MixingHead."""
+    return MixingHead

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +68,7 @@ def by_hand(tree, tokens, chosen):
         path = [node]
         while path[0] != 0:
             path.insert(0, int(tree.parents[path[0]]))
-        fits = all(tokens[child] == chosen[parent] for parent, child in zip(path, path[1:], strict=False))
+        fits = all(tokens[child] == chosen[parent] for parent, child in itertools.pairwise(path))
         first = not any(
             tree.parents[other] == tree.parents[child] and tokens[other] == tokens[child]
             for child in path[1:]
@@ -91,4 +93,4 @@ def test_verification_is_one_step_of_the_backbone_after_another(case):
     assert path[0] == 0 and path == sorted(path)
     emitted = [tokens[node] for node in path[1:]] + [bonus]
     assert emitted == [chosen[node] for node in path]
-    assert all(tree.parents[child] == parent for parent, child in zip(path, path[1:], strict=False))
+    assert all(tree.parents[child] == parent for parent, child in itertools.pairwise(path))

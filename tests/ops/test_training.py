@@ -137,7 +137,9 @@ def test_the_gradient_of_cross_entropy_agrees_with_finite_differences(vocab):
         moved = [logits.astype(np.float64) for _ in range(2)]
         moved[0][row, column] += 1e-5
         moved[1][row, column] -= 1e-5
-        slope = (exact_cross_entropy(moved[0], targets)[0].sum() - exact_cross_entropy(moved[1], targets)[0].sum()) / 2e-5
+        slope = (
+            exact_cross_entropy(moved[0], targets)[0].sum() - exact_cross_entropy(moved[1], targets)[0].sum()
+        ) / 2e-5
         assert abs(gradient[row, column] - slope) < 1e-5
 
 
@@ -151,9 +153,7 @@ def test_equal_logits_do_not_count_as_above_the_target(function):
 @pytest.mark.parametrize("function", [cross_entropy, reference_cross_entropy])
 def test_a_batch_of_ignored_rows_is_zero_and_finite(function):
     logits, _ = random_case(37)
-    losses, ranks, gradient = run_cross_entropy(
-        function, logits, np.full(11, -100, np.int32), np.ones(11, np.float32)
-    )
+    losses, ranks, gradient = run_cross_entropy(function, logits, np.full(11, -100, np.int32), np.ones(11, np.float32))
     assert not losses.any() and not gradient.any() and (ranks == -1).all()
 
 

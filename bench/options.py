@@ -1,0 +1,111 @@
+"""The options of bench/run.py: read, checked and turned into values before anything is loaded that takes long."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.prompts import PromptSet, join_prompt_sets, load_prompts, spread
+from decoding.tree import Tree
+from runtime.entry import suggest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_PROMPTS = ROOT / "assets" / "prompts" / "chat.jsonl"
+DEFAULT_NODES = 16
+# Rows of the key-value cache where the backbone has that many positions; a 7B's then takes 1 GiB in float16.
+DEFAULT_CACHE = 2048
+DESCRIPTION = "Measure trained heads against autoregressive decoding of the same prompts; one result file per head."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes raise ValueError, so that every entry answers them alike."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this entry."""
+    parser = _Parser(prog="bench/run.py", description=DESCRIPTION, allow_abbrev=False)
+
+    def add(flag: str, help: str, **settings) -> None:
+        default = settings.get("default")
+        parser.add_argument(flag, help=help if default is None else f"{help} (default: {default})", **settings)
+
+    parser.add_argument("--greedy", action="store_true", help="accept what greedy decoding gives: the only rule so far")
+    add("--head", "measure the latest checkpoint of this head; may be repeated", metavar="NAME", action="append")
+    add("--checkpoint", "measure this checkpoint; may be repeated", metavar="DIR", action="append")
+    add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
+    add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")
+    add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
+    add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
+    add("--prompts", "prompt file; may be repeated; without: the embedded one", metavar="FILE", action="append")
+    add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
+    add("--max-new-tokens", "longest reply of a turn", metavar="N", type=int, default=128)
+    add("--nodes", f"tree budget, root included; 1: no draft (default: {DEFAULT_NODES})", metavar="N", type=int)
+    add("--tree", "JSON file with a list of rank paths, instead of the checkpoint's own tree", metavar="FILE")
+    cache_help = f"rows of the key-value cache (default: the backbone's positions, at most {DEFAULT_CACHE})"
+    add("--cache-length", cache_help, metavar="N", type=int)
+    add("--seed", "of the sample that --num-prompts takes", metavar="N", type=int, default=0)
+    add("--repeats", "times each prompt is decoded; the median counts", metavar="N", type=int, default=1)
+    add("--out", "result file, for a single head", metavar="FILE")
+    add("--out-dir", "folder of the results, <head>.json each (default: results)", metavar="DIR")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The checked options. Raises ValueError for unknown ones, with a suggestion, and for values that make no run."""
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise ValueError(f"unexpected argument {flag!r}; options start with --")
+        raise suggest("option", flag, [flag for action in parser._actions for flag in action.option_strings])
+    for name, least in (("nodes", 1), ("max_new_tokens", 1), ("num_prompts", 1), ("repeats", 1), ("cache_length", 2)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must lie between 0 and 2**32 - 1, got {options.seed}")
+    if options.out and options.out_dir:
+        raise ValueError("--out names one file and --out-dir a folder; give one of them")
+    if options.tree and options.nodes is not None:
+        raise ValueError("--tree already says how many nodes there are; drop --nodes")
+    return options
+
+
+def read_tree(path: str) -> Tree:
+    """The tree of a --tree file. Raises ValueError naming the file, OSError when it cannot be read."""
+    try:
+        paths = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(paths, list) or not all(isinstance(each, list) for each in paths):
+            raise ValueError("expected a list of rank paths, such as [[0], [1], [0, 0]]")
+        return Tree.from_paths(paths)
+    except ValueError as error:  # malformed JSON and text that is not UTF-8 included
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_prompts(options: argparse.Namespace) -> PromptSet:
+    """The prompts of the run, from one file or several."""
+    files = options.prompts or [DEFAULT_PROMPTS]
+    if len(files) == 1:
+        return load_prompts(files[0], options.num_prompts, options.seed)
+    joined = join_prompt_sets([load_prompts(file) for file in files])
+    if options.num_prompts is None:
+        return joined
+    return dataclasses.replace(joined, prompts=tuple(spread(joined.prompts, options.num_prompts, options.seed)))
+
+
+def output_path(options: argparse.Namespace, name: str) -> Path:
+    """Where the result of ``name`` goes."""
+    return Path(options.out) if options.out else Path(options.out_dir or "results") / f"{name}.json"
+
+
+def project_path(path: str | Path) -> str:
+    """A path as records hold it: relative to the project where it lies inside, else as it was given."""
+    resolved = Path(path).resolve()
+    return resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else str(path)

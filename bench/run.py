@@ -1,0 +1,366 @@
+"""Measure trained heads against autoregressive decoding of the same prompts, and write one result file per head.
+
+    python bench/run.py --greedy
+
+Without --head or --checkpoint every head with a checkpoint under --runs is measured. Each result goes to
+<out-dir>/<head>.json, that of autoregressive decoding to <out-dir>/autoregressive.json when the whole prompt file was
+used. Progress is shown on stderr; stdout gets a table and one line of JSON per result, the last head's at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # run as a script: imports start at the repository root
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench.options import (
+    DEFAULT_CACHE,
+    DEFAULT_NODES,
+    DEFAULT_PROMPTS,
+    output_path,
+    parse,
+    project_path,
+    read_prompts,
+    read_tree,
+)
+from bench.prompts import PromptSet
+from bench.record import KIND, SCHEMA_VERSION, Record, check_writable, parse_record, read_record, to_json, write_record
+from bench.summary import AUTOREGRESSIVE, load_results, summarise
+from decoding.tree import Tree, check_tree, default_tree
+from runtime.entry import INTERRUPTED, run_entry, suggest
+
+if TYPE_CHECKING:
+    from bench.measure import Measurement, Setup
+
+NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Trained:
+    """A checkpoint that is ready to be measured. out: where its result goes."""
+
+    name: str
+    directory: Path
+    config: dict
+    head: object
+    tree: Tree
+    out: Path
+
+
+def choose_tree(config: dict, num_depths: int, nodes: int, name: str) -> Tree:
+    """The tree of ``nodes`` nodes that the checkpoint's held-out ranks call for; the default one where it has none.
+
+    Warns when the checkpoint knows fewer paths. Raises ValueError for stored paths that make no tree.
+    """
+    stored = config.get("metrics", {}).get("tree")
+    if nodes == 1 or not stored:
+        return default_tree(nodes, num_depths)
+    if len(stored) < nodes - 1:
+        note(f"warning: {name} stores {len(stored)} tree paths: {len(stored) + 1} nodes instead of {nodes}")
+    try:
+        return Tree.from_paths(stored[: nodes - 1])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the checkpoint of {name} holds no usable tree: {error}") from error
+
+
+def find_trained(options: argparse.Namespace) -> list[tuple[Path, dict]]:
+    """Directory and config of each checkpoint that was asked for, else of the latest of each trained head.
+
+    Raises ValueError for an unknown head, a head without a checkpoint, a directory that holds none, and heads whose
+    results would overwrite each other; OSError when a result could not be written.
+    """
+    from heads.checkpoint import find_checkpoint, latest_checkpoints, read_config
+    from heads.registry import available
+
+    latest = latest_checkpoints(Path(options.runs))
+    directories = [find_checkpoint(directory) for directory in options.checkpoint or []]
+    for name in options.head or []:
+        if name not in available():
+            raise suggest("head", name, available())
+        if name not in latest:
+            raise ValueError(
+                f"head {name!r} is not trained: nothing in {options.runs}; run python train.py --head {name}"
+            )
+        directories.append(latest[name])
+    if directories:
+        found = [(directory, read_config(directory)) for directory in dict.fromkeys(directories)]
+        names = [config["head"] for _, config in found]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated:
+            raise ValueError(f"two checkpoints of {repeated} would both be written to {output_path(options, repeated)}")
+    else:
+        found = []
+        for name, directory in latest.items():
+            config = read_config(directory)
+            if config["head"] == name:
+                found.append((directory, config))
+            else:
+                note(f"passed over {directory}: it holds the head {config['head']}; pass it as --checkpoint")
+    for _, config in found:
+        check_writable(output_path(options, config["head"]))
+    return found
+
+
+def load_trained(
+    options: argparse.Namespace, found: Sequence[tuple[Path, dict]], backbone, tokenizer, tree: Tree | None
+) -> list[Trained]:
+    """The heads that were found, loaded, each with its tree. tree: of --tree.
+
+    A head of another backbone is passed over unless it was asked for. Raises ValueError for a checkpoint that does not
+    fit the backbone or the tree, and for several heads with --out.
+    """
+    from heads.checkpoint import load_head
+
+    trained = []
+    for directory, config in found:
+        name, trained_on = config["head"], config["backbone"].get("fingerprint")
+        if trained_on != backbone.fingerprint and not (options.head or options.checkpoint):
+            note(f"passed over {directory}: it was trained on another backbone")
+            continue
+        head, _ = load_head(directory, backbone)
+        own = tree or choose_tree(config, head.num_depths, options.nodes or DEFAULT_NODES, name)
+        check_tree(own, head.num_depths, backbone.config.vocab_size)
+        if config.get("tokenizer", {}).get("fingerprint") != tokenizer.fingerprint:
+            note(f"warning: {name} was trained with another tokenizer or chat template; it will draft worse")
+        trained.append(Trained(name, directory, config, head, own, output_path(options, name)))
+    if options.out and len(trained) > 1:
+        raise ValueError(f"--out takes one head, there are {', '.join(t.name for t in trained)}; use --out-dir")
+    if not trained:
+        from heads.registry import available
+
+        note(f"no trained head under {options.runs}: autoregressive decoding is measured alone")
+        note(f"train one with python train.py --head NAME, where NAME is one of {', '.join(available())}")
+    return trained
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal."""
+    NOTES.print(text, markup=False)
+
+
+def source(options: argparse.Namespace) -> str:
+    """The prompt files by name."""
+    return " + ".join(project_path(file) for file in options.prompts or [DEFAULT_PROMPTS])
+
+
+def card(options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], prompts: PromptSet) -> None:
+    """Five lines before the work: device, backbone, heads, prompts, decoding."""
+    import runtime
+
+    c, backbone = setup.backbone.config, setup.backbone
+    heads = [f"{t.name} ({t.head.num_parameters / 1e6:.2f} M, {t.head.num_depths} depths)" for t in trained]
+    nodes = "/".join(dict.fromkeys(str(t.tree.num_nodes) for t in trained)) or "1"
+    note(f"device    {runtime.device} ({runtime.device_reason})")
+    note(
+        f"backbone  {options.backbone or 'embedded tiny-vicuna'} {backbone.fingerprint}, {c.num_layers} layers, "
+        f"{c.hidden_size} wide, {backbone.dtype}"
+    )
+    note(f"head      {', '.join(heads) or 'none: autoregressive decoding alone'}")
+    note(f"data      {source(options)}, {len(prompts.prompts)} prompts")
+    note(
+        f"decoding  greedy, {nodes} nodes, at most {options.max_new_tokens} new tokens a turn, "
+        f"cache of {setup.cache.max_length} rows, {options.repeats} repeat(s)"
+    )
+
+
+class Recorder:
+    """Turns measurements into records: holds what all records of a run have in common."""
+
+    def __init__(self, options: argparse.Namespace, setup: Setup, prompts: PromptSet):
+        import runtime
+        from backbone.tokenizer import EMBEDDED
+
+        c, backbone = setup.backbone.config, setup.backbone
+        self.setup, self.prompts, self.provenance = setup, prompts, runtime.provenance(options.seed)
+        self.backbone = {
+            "path": project_path(options.backbone or EMBEDDED),
+            "fingerprint": backbone.fingerprint,
+            "dtype": backbone.dtype,
+            "hidden_size": c.hidden_size,
+            "num_layers": c.num_layers,
+            "vocab_size": c.vocab_size,
+            "engine": "jittor",
+        }
+        self.decoding = {
+            "greedy": True,
+            "max_new_tokens": options.max_new_tokens,
+            "cache_length": setup.cache.max_length,
+            "template": options.template,
+        }
+        self.source = source(options)
+
+    def _record(self, name: str, measured: Measurement, rows, timers, tree: Tree, **own) -> Record:
+        """own: top-level keys that only a head's record fills."""
+        from bench.measure import timing
+        from bench.metrics import aggregate
+
+        metrics, categories = aggregate(rows)
+        shape = {"num_nodes": tree.num_nodes, "tree_depth": tree.depth, "tree": tree.paths}
+        config = {"backbone": self.backbone, "decoding": {**self.decoding, **shape}, "repeats": self.setup.repeats}
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "status": "interrupted" if measured.interrupted else "complete",
+            "head": name,
+            "config": {**config, "head": own.pop("head_config", {})},
+            "provenance": self.provenance,
+            "checkpoint": None,
+            "data": {
+                "path": self.source,
+                "sha256": self.prompts.sha256,
+                "num_prompts": len(self.prompts.prompts),
+                "dropped": {**self.prompts.dropped, "turns_past_the_cache": measured.dropped_turns},
+            },
+            "baseline": None,
+            "metrics": metrics,
+            "timing": timing(timers),
+            "parity": None,
+            "failures": measured.failures,
+            "categories": categories,
+            "per_prompt": rows,
+        }
+        return parse_record({**record, **own}, f"the result of {name}")
+
+    def baseline(self, measured: Measurement) -> Record:
+        """The record of autoregressive decoding itself."""
+        rows, timers = measured.baseline_rows, measured.baseline_timers
+        return self._record(AUTOREGRESSIVE, measured, rows, timers, Tree.autoregressive())
+
+    def head(self, trained: Trained, measured: Measurement) -> Record:
+        """The record of a head, with what its twin did on the same prompts."""
+        from heads.checkpoint import weights_sha256
+
+        progress = trained.config.get("progress", {})
+        return self._record(
+            trained.name,
+            measured,
+            measured.rows,
+            measured.timers,
+            trained.tree,
+            head_config=trained.config["head_config"],
+            checkpoint={
+                "path": project_path(trained.directory),
+                "sha256": weights_sha256(trained.directory),
+                "parameters": trained.head.num_parameters,
+                "train_steps": progress.get("step"),
+                "train_tokens": progress.get("tokens"),
+                "train_s": progress.get("train_s"),
+            },
+            baseline=measured.baseline,
+            parity=measured.parity,
+        )
+
+
+def measure_all(
+    options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], prompts: PromptSet
+) -> tuple[list[Path], bool]:
+    """Measure head after head and write each result as soon as it is there; returns (paths, interrupted).
+
+    The result of autoregressive decoding is what ran beside the first head. Raises ValueError when no prompt at all
+    could be measured.
+    """
+    from bench.measure import measure
+
+    recorder, written, interrupted = Recorder(options, setup, prompts), [], False
+    whole = options.num_prompts is None and not options.out
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    columns += (TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=NOTES, disable=not sys.stderr.isatty()) as progress:
+        for each in trained or [None]:
+            name = each.name if each else AUTOREGRESSIVE
+            task = progress.add_task(name, total=len(prompts.prompts), note="")
+
+            def show(measured: Measurement, task=task) -> None:
+                passes = sum(row.passes for row in measured.rows)
+                length = f"{sum(row.tokens for row in measured.rows) / passes:.2f} tokens a pass" if passes else ""
+                progress.update(task, advance=1, note=length)
+
+            setup.head, setup.tree = (each.head, each.tree) if each else (None, Tree.autoregressive())
+            measured = measure(setup, prompts.prompts, show)
+            interrupted = measured.interrupted
+            if not measured.baseline_rows and not interrupted:
+                first = measured.failures[0]
+                raise ValueError(f"no prompt could be measured; {first.prompt_id}: {first.error}")
+            if measured.baseline_rows:
+                if each is None or (whole and each is trained[0] and not interrupted):
+                    written.append(output_path(options, AUTOREGRESSIVE))
+                    write_record(recorder.baseline(measured), written[-1])
+                if each is not None:
+                    written.append(each.out)
+                    write_record(recorder.head(each, measured), written[-1])
+            report_doubts(name, measured)
+            if interrupted:
+                break
+    return written, interrupted
+
+
+def report_doubts(name: str, measured: Measurement) -> None:
+    """Say what makes a result less than it seems."""
+    if measured.failures:
+        first = measured.failures[0]
+        note(f"warning: {name}: {len(measured.failures)} prompt(s) failed; {first.prompt_id}: {first.error}")
+    if measured.dropped_turns:
+        note(f"note: {name}: {measured.dropped_turns} later turn(s) did not fit into the cache and were left out")
+    if measured.rows and measured.parity.identical < measured.parity.prompts:
+        parity = measured.parity
+        note(f"warning: {name}: only {parity.identical} of {parity.prompts} prompts gave the tokens of its twin")
+    if measured.late_kernels:
+        note(f"warning: {name}: {measured.late_kernels} kernel(s) were first used on the clock; run it once more")
+    if measured.interrupted:
+        note(f"interrupted: {name} after {len(measured.baseline_rows)} prompts")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line. Returns 0, or 130 when Ctrl-C ended the run early (what was measured is kept)."""
+    options = parse(arguments)
+    tree = read_tree(options.tree) if options.tree else None
+    prompts = read_prompts(options)
+    check_writable(output_path(options, AUTOREGRESSIVE))
+
+    from backbone.config import read_config
+    from backbone.tokenizer import EMBEDDED, load_tokenizer
+
+    config = read_config(options.backbone or EMBEDDED)
+    tokenizer = load_tokenizer(options.backbone, options.template)
+    tokenizer.check_fits(config)
+    cache_length = options.cache_length or min(config.max_positions, DEFAULT_CACHE)
+    nodes = tree.num_nodes if tree else options.nodes or DEFAULT_NODES
+    if cache_length > config.max_positions:
+        raise ValueError(f"--cache-length {cache_length} exceeds the {config.max_positions} positions of the backbone")
+    if nodes >= cache_length:
+        raise ValueError(f"a tree of {nodes} nodes leaves no room for text in a cache of {cache_length} rows")
+
+    import runtime
+    from backbone.model import load_backbone
+    from bench.compare import summary_table
+    from bench.measure import Setup
+
+    found = find_trained(options)
+    backbone = load_backbone(options.backbone, options.dtype)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Jittor's own handler ends the process on the spot
+    runtime.set_seed(options.seed)
+    trained = load_trained(options, found, backbone, tokenizer, tree)
+    setup = Setup(backbone, tokenizer, backbone.new_cache(cache_length), options.max_new_tokens, options.repeats)
+    card(options, setup, trained, prompts)
+    written, interrupted = measure_all(options, setup, trained, prompts)
+    if written:
+        results, _ = load_results([str(path) for path in written])
+        width = None if sys.stdout.isatty() else 10_000  # columns; into a pipe no cell is cut
+        Console(highlight=False, width=width).print(summary_table([summarise(result) for result in results]))
+    for path in written:
+        print(to_json(read_record(path)))
+    return INTERRUPTED if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))

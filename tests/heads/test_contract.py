@@ -1,0 +1,341 @@
+"""What every head promises, for every head there is: one recurrence, gradients, checkpoints, and that it can learn."""
+
+import dataclasses
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from heads.base import Features
+from heads.checkpoint import find_checkpoint, latest_checkpoints, load_head, save_checkpoint, weights_sha256
+from heads.registry import available, build, head_class, make_config
+from runtime import jt
+from trainer.data import TokenizedData
+from trainer.features import OnlineFeatures
+from trainer.loss import head_loss, make_batch
+from trainer.optimizer import AdamW
+
+NAMES = available()
+# Options that keep a head small, where it has them.
+SMALL = {"num_depths": 3, "inner_size": 24, "hidden_size": 24, "rank": 4, "num_experts": 3}
+SEQ, DEPTHS = 9, 3
+
+
+def small_options(name):
+    """Those of SMALL that this head knows."""
+    known = {field.name for field in dataclasses.fields(head_class(name).Config)}
+    return {key: value for key, value in SMALL.items() if key in known}
+
+
+@pytest.fixture(params=NAMES)
+def head(request, random_head):
+    made = random_head(request.param, **small_options(request.param))
+    assert made.num_depths == DEPTHS
+    return made
+
+
+@pytest.fixture(scope="module")
+def token_ids():
+    return np.random.default_rng(1).integers(3, 64, (2, SEQ + DEPTHS)).astype(np.int32)
+
+
+def features_of(backbone, head, token_ids):
+    output = backbone.forward(token_ids[:, :SEQ], layers=head.layers)
+    return Features(output.hidden, output.layers)
+
+
+def rows_of(features, batch, first, last):
+    """The features of some rows of one sequence, as a draft gets them: (1, rows, dim)."""
+    layers = {index: layer[batch : batch + 1, first:last] for index, layer in features.layers.items()}
+    return Features(features.hidden[batch : batch + 1, first:last], layers)
+
+
+def begun(head, features, token_ids, batch, t, cuts=()):
+    """The state after rows 0 to t of one sequence, given at once or in parts."""
+    state, edges = None, [0, *cuts, t + 1]
+    for first, last in pairwise(edges):
+        following = jt.array(token_ids[batch : batch + 1, first + 1 : last + 1])
+        state = head.begin(rows_of(features, batch, first, last), following, state)
+    return state
+
+
+def drafted(head, state, tokens):
+    """Logits (depth, vocab) of a chain that is told these tokens one after another."""
+    logits, root = [], jt.array(np.zeros(1, np.int32))
+    for token in tokens:
+        scores, state = head.step(state, jt.array(np.array([token], np.int32)), root)
+        assert tuple(scores.shape) == (1, head.vocab_size)
+        logits.append(scores.numpy()[0])
+    return np.stack(logits)
+
+
+def teacher_forced(head, features, token_ids):
+    """Logits (depth, batch, seq, vocab) of execute at every position."""
+    output = head(features, token_ids, np.arange(2 * SEQ, dtype=np.int32))
+    return np.stack([logits.numpy() for logits in output.logits]).reshape(DEPTHS, 2, SEQ, -1)
+
+
+def tolerance(logits):
+    """float32 rounding of a few products in a row, for logits of this size."""
+    return 1e-5 * max(1.0, float(np.abs(logits).max()))
+
+
+def test_execute_gives_logits_for_the_wanted_positions_and_scalar_extras(head, backbone, token_ids):
+    features = features_of(backbone, head, token_ids)
+    head.train()
+    everything = teacher_forced(head, features, token_ids).reshape(DEPTHS, 2 * SEQ, -1)
+    positions = np.array([1, 4, SEQ, 2 * SEQ - 1], np.int32)
+    output = head(features, token_ids, positions)
+    assert len(output.logits) == head.num_depths
+    for depth, logits in enumerate(output.logits):
+        assert tuple(logits.shape) == (4, 64) and logits.dtype == "float32"
+        np.testing.assert_allclose(logits.numpy(), everything[depth, positions], atol=tolerance(everything))
+    for term in output.aux.values():
+        assert int(term.numel()) == 1 and np.isfinite(term.item())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_step_along_the_true_tokens_equals_execute(head, backbone, token_ids, training):
+    features = features_of(backbone, head, token_ids)
+    head.train() if training else head.eval()
+    expected = teacher_forced(head, features, token_ids)
+    head.eval()
+    for batch, t, cuts in [(0, 0, ()), (0, 5, ()), (1, SEQ - 1, (3, 4)), (1, 3, (1,))]:
+        state = begun(head, features, token_ids, batch, t, cuts)
+        logits = drafted(head, state, token_ids[batch, t + 1 : t + 1 + DEPTHS])
+        assert np.abs(logits - expected[:, batch, t]).max() < tolerance(expected), (batch, t, cuts)
+
+
+def test_the_comparison_notices_shifted_tokens_or_swapped_depths(head, backbone, token_ids):
+    features = features_of(backbone, head, token_ids)
+    head.eval()
+    expected = teacher_forced(head, features, token_ids)[:, 0, 5]
+    state = begun(head, features, token_ids, 0, 5)
+    if head.parallel:
+        wrong = drafted(head, state, token_ids[0, 6 : 6 + DEPTHS])[::-1]
+    else:
+        wrong = drafted(head, state, token_ids[0, 5 : 5 + DEPTHS])
+    assert np.abs(wrong - expected).max() > 100 * tolerance(expected)
+
+
+def test_the_comparison_notices_features_of_another_row(head, backbone, token_ids):
+    features = features_of(backbone, head, token_ids)
+    head.eval()
+    expected = teacher_forced(head, features, token_ids)[:, 0, 5]
+    late = drafted(head, begun(head, features, token_ids, 0, 4), token_ids[0, 6 : 6 + DEPTHS])
+    assert np.abs(late - expected).max() > 100 * tolerance(expected)
+
+
+def test_a_parallel_head_scores_all_depths_as_its_steps_do(head, backbone, token_ids):
+    features = features_of(backbone, head, token_ids)
+    head.eval()
+    state = begun(head, features, token_ids, 0, 5)
+    if not head.parallel:
+        with pytest.raises(TypeError, match="does not define score_depths"):
+            head.score_depths(state)
+        return
+    stepped = drafted(head, state, [7] * DEPTHS)  # told nothing that matters
+    assert np.abs(head.score_depths(state).numpy() - stepped).max() < tolerance(stepped)
+
+
+def test_parents_say_whose_state_a_node_goes_on_from(head, backbone, token_ids):
+    features = features_of(backbone, head, token_ids)
+    head.eval()
+    start = begun(head, features, token_ids, 1, 6)
+    root = int(token_ids[1, 7])
+    scores, state = head.step(start, jt.array(np.array([root], np.int32)), jt.array(np.zeros(1, np.int32)))
+    first = [11, 12, 13]
+    scores, state = head.step(state, jt.array(np.array(first, np.int32)), jt.array(np.zeros(3, np.int32)))
+    parents, second = [2, 0, 1, 0], [21, 22, 23, 24]
+    scores, state = head.step(state, jt.array(np.array(second, np.int32)), jt.array(np.array(parents, np.int32)))
+    assert tuple(scores.shape) == (4, 64)
+    scores = scores.numpy()
+    for node, parent in enumerate(parents):
+        alone = drafted(head, start, [root, first[parent], second[node]])[-1]
+        assert np.abs(scores[node] - alone).max() < tolerance(scores), node
+    if not head.parallel:
+        wrong = drafted(head, start, [root, first[0], second[0]])[-1]
+        assert np.abs(scores[0] - wrong).max() > 100 * tolerance(scores)
+
+
+def test_gradients_reach_every_parameter_and_no_backbone_weight(head, backbone, token_ids):
+    features = features_of(backbone, head, token_ids)
+    head.train()
+    output = head(features, token_ids, np.arange(2 * SEQ, dtype=np.int32))
+    weights = np.random.default_rng(0).standard_normal((2 * SEQ, 64)).astype(np.float32)
+    loss = sum((logits * jt.array(weights)).sum() for logits in output.logits) + sum(output.aux.values())
+    names, parameters = zip(*head.named_parameters(), strict=True)
+    for name, grad in zip(names, jt.grad(loss, list(parameters)), strict=True):
+        values = grad.numpy()
+        assert np.isfinite(values).all() and np.abs(values).max() > 0, name
+    assert sum(int(p.numel()) for p in parameters) == head.num_parameters > 0
+    assert all(p.dtype == "float32" for p in parameters)
+    for borrowed in (backbone.embedding, backbone.norm, backbone.lm_head_weight):
+        assert borrowed.is_stop_grad() and all(p is not borrowed for p in parameters)
+
+
+def tiny_data(count=3, length=14, seed=2):
+    random = np.random.default_rng(seed)
+    talks = [(random.integers(3, 64, length), np.arange(length) > 2) for _ in range(count)]
+    return TokenizedData.of(talks)
+
+
+def test_a_tiny_batch_is_learnt_by_heart(head, backbone):
+    frozen = [v.numpy().copy() for v in (backbone.embedding, backbone.lm_head_weight, backbone.norm)]
+    data = tiny_data()
+    batch = make_batch(data, range(len(data)), OnlineFeatures(backbone, data, head.layers), head.num_depths)
+    head.train()
+    optimizer = AdamW(head.parameters(), beta1=0.9, beta2=0.95, weight_decay=0.0, clip=1.0)
+    losses = []
+    for _ in range(60):
+        parts = head_loss(head, batch, 1.0)
+        losses.append(float(parts.total.item()))
+        optimizer.update(parts.total, 1e-2)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] / 2, (losses[0], losses[-1])
+    for before, now in zip(frozen, (backbone.embedding, backbone.lm_head_weight, backbone.norm), strict=True):
+        np.testing.assert_array_equal(before, now.numpy(), err_msg="the backbone was trained too")
+
+
+# Checkpoints
+
+
+def checkpoint_config(head, name, backbone):
+    return {
+        "head": name,
+        "head_config": vars(head.config),
+        "backbone": {"fingerprint": backbone.fingerprint, "path": None},
+    }
+
+
+@pytest.fixture(params=NAMES)
+def saved(request, random_head, backbone, tmp_path):
+    """(head, its checkpoint's directory)."""
+    head = random_head(request.param, **small_options(request.param))
+    directory = tmp_path / request.param / "run" / "checkpoint"
+    save_checkpoint(directory, head, checkpoint_config(head, request.param, backbone), {"utc": "now"})
+    return head, directory
+
+
+def test_a_saved_head_comes_back_bit_for_bit(saved, backbone, token_ids):
+    head, directory = saved
+    loaded, config = load_head(directory.parent, backbone)  # the run's directory will do
+    assert config["head_config"] == vars(head.config) and vars(loaded.config) == vars(head.config)
+    own, other = dict(head.named_parameters()), dict(loaded.named_parameters())
+    assert own.keys() == other.keys()
+    for name in own:
+        np.testing.assert_array_equal(own[name].numpy(), other[name].numpy(), err_msg=name)
+    features = features_of(backbone, head, token_ids)
+    head.eval()
+    expected = teacher_forced(head, features, token_ids)
+    assert not loaded.is_training()
+    np.testing.assert_array_equal(teacher_forced(loaded, features, token_ids), expected)
+
+
+def test_saving_again_replaces_the_checkpoint_and_leaves_nothing_beside_it(saved, backbone):
+    head, directory = saved
+    before = weights_sha256(directory)
+    parameter = head.parameters()[0]
+    parameter.update(parameter + 1)
+    save_checkpoint(directory, head, json.loads((directory / "config.json").read_text()), {})
+    assert weights_sha256(directory) != before
+    assert [path.name for path in directory.parent.iterdir()] == ["checkpoint"]
+    assert latest_checkpoints(directory.parents[2]) == {directory.parents[1].name: directory}
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(saved):
+    head, directory = saved
+    before = weights_sha256(directory)
+    with pytest.raises(TypeError):
+        save_checkpoint(directory, head, {"head": object()}, {})
+    assert weights_sha256(directory) == before
+    assert [path.name for path in directory.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(saved):
+    _, directory = saved
+    other = SimpleNamespace(fingerprint="0123456789abcdef", path="elsewhere")
+    with pytest.raises(ValueError, match=r"was trained on backbone .*, this is 0123456789abcdef \(elsewhere\)"):
+        load_head(directory, other)
+
+
+def test_parameters_that_do_not_fit_are_each_named(saved, backbone):
+    _, directory = saved
+    tensors = load_file(directory / "head.safetensors")
+    names = sorted(tensors)
+    del tensors[names[0]]
+    tensors["stranger"] = np.zeros(2, np.float32)
+    tensors[names[1]] = np.zeros((1, 2, 3), np.float32)
+    save_file(tensors, directory / "head.safetensors")
+    with pytest.raises(ValueError, match="does not fit head") as caught:
+        load_head(directory, backbone)
+    for part in (f"missing {names[0]}", "unexpected stranger", f"{names[1]} is [1, 2, 3], expected ["):
+        assert part in str(caught.value)
+
+
+def test_parameters_of_another_type_are_named(saved, backbone):
+    _, directory = saved
+    tensors = load_file(directory / "head.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name].astype(np.float16)
+    save_file(tensors, directory / "head.safetensors")
+    with pytest.raises(ValueError, match="is float16, expected float32"):
+        load_head(directory, backbone)
+
+
+def test_a_truncated_file_is_named(saved, backbone):
+    _, directory = saved
+    path = directory / "head.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"head\.safetensors cannot be read"):
+        load_head(directory, backbone)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"head": "mlp"}', "\xff"])
+def test_a_config_that_is_not_ours_is_named(backbone, tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read|is not a head checkpoint)"):
+        load_head(tmp_path, backbone)
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        find_checkpoint(tmp_path)
+    assert latest_checkpoints(tmp_path / "nowhere") == {}
+
+
+# The registry
+
+
+def test_every_head_is_found_by_its_folder_and_explains_its_options():
+    assert {"mlp", "gated_rnn"} <= set(NAMES)
+    for name in NAMES:
+        assert head_class(name).__doc__
+        for field in dataclasses.fields(head_class(name).Config):
+            assert field.metadata.get("help"), f"{name}.{field.name} has no sentence for --help"
+
+
+def test_an_unknown_head_is_answered_with_the_nearest_one(backbone):
+    with pytest.raises(ValueError, match=r"Unknown head 'gatedrnn'\. Did you mean 'gated_rnn'\? Available: .*mlp"):
+        build("gatedrnn", {}, backbone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_option_is_answered_with_the_nearest_one(name, backbone):
+    with pytest.raises(ValueError, match=r"'num_depth'.* Did you mean 'num_depths'"):
+        build(name, {"num_depth": 2}, backbone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["3", 2.5, None, True])
+def test_an_option_of_another_type_is_refused(name, value):
+    with pytest.raises(ValueError, match=r"--head\.num_depths takes int"):
+        make_config(name, {"num_depths": value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_head_without_depths_is_refused(name, backbone):
+    with pytest.raises(ValueError, match="at least one token, got num_depths=0"):
+        build(name, {"num_depths": 0}, backbone)

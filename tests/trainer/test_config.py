@@ -1,0 +1,245 @@
+"""Options: who wins over whom, and that a mistake is answered with what would have been right, in one line."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+import train
+import trainer.config
+from runtime.entry import INTERRUPTED, USER_MISTAKE, run_entry
+from trainer.config import TrainConfig, parse
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """write(head, text): gives a head a recipe.yaml, and takes away those it has."""
+    monkeypatch.setattr(trainer.config, "FOLDER", tmp_path / "heads")
+
+    def write(head, text):
+        (tmp_path / "heads" / head).mkdir(parents=True)
+        (tmp_path / "heads" / head / "recipe.yaml").write_text(text)
+
+    return write
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_a_head_alone_is_enough(recipes):
+    config = parse(["--head", "gated_rnn"])
+    assert config == TrainConfig(head="gated_rnn")
+    assert parse(["--list-heads"]) is None and parse(["--head", "mlp", "--list-heads"]) is None
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(recipes, yaml_file):
+    recipes("mlp", "epochs: 7\nseed: 7\nclip: 7\nhead.num_layers: 3\nhead.num_depths: 3\n")
+    path = yaml_file("seed: 8\nclip: 8\nhead: mlp\nhead.num_layers: 2\nbeta1: 0.5\n")
+    config = parse(["--config", path, "--clip", "9", "--head.lm_head=shared"])
+    assert (config.epochs, config.seed, config.clip, config.beta1) == (7.0, 8, 9.0, 0.5)
+    assert config.head_options == {"num_layers": 2, "num_depths": 3, "lm_head": "shared"}
+    assert parse(["--config", path, "--head", "gated_rnn", "--head.num_depths", "2"].copy()[2:]).epochs == 1.0
+
+
+def test_a_recipe_of_another_head_does_not_count(recipes):
+    recipes("mlp", "epochs: 7\n")
+    assert parse(["--head", "gated_rnn"]).epochs == 1.0
+
+
+def test_every_option_can_be_given_on_the_command_line_and_in_a_file(recipes, yaml_file):
+    given = {
+        "backbone": "b", "dtype": "float32", "template": "t", "data": ["x", "y"], "out": "o", "overwrite": True,
+        "epochs": 2.5, "max_steps": 3, "tokens_per_step": 4, "max_length": 5, "held_out": 6, "score_every": 7,
+        "learning_rate": 0.5, "final_rate": 0.25, "warmup": 0.125, "weight_decay": 0.5, "beta1": 0.5, "beta2": 0.25,
+        "clip": 0.5, "depth_weight": 0.5, "features": "online", "cache_dir": "c", "tree_nodes": 8, "seed": 9,
+    }  # fmt: skip
+    assert {"head", "head_options", *given} == {field.name for field in dataclasses.fields(TrainConfig)}
+    flags = []
+    for name, value in given.items():
+        flags.append(f"--{name.replace('_', '-')}")
+        flags += [] if value is True else value if isinstance(value, list) else [str(value)]
+    expected = TrainConfig(head="mlp", head_options={"num_depths": 2}, **given)
+    assert parse(["--head", "mlp", *flags, "--head.num_depths", "2"]) == expected
+    text = "\n".join(f"{name.replace('_', '-')}: {json.dumps(value)}" for name, value in given.items())
+    assert parse(["--config", yaml_file(f"head: mlp\nhead.num_depths: 2\n{text}\n")]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"--head NAME is needed; available: .*gated_rnn.*mlp"),
+        (["--head"], "expected one argument"),
+        (["--head", "gatedrnn"], r"Unknown head 'gatedrnn'\. Did you mean 'gated_rnn'\? Available: "),
+        (["--head", "mlp", "--epoch", "2"], r"Unknown option '--epoch'\. Did you mean '--epochs'\?"),
+        (["--head", "mlp", "--epochs=2", "--lr=3"], r"Unknown option '--lr'\. .*Available: .*--learning-rate"),
+        (["--head", "mlp", "--head.num_layer", "2"], r"Unknown option '--head\.num_layer'\. Did you mean '--head\.num_layers'"),
+        (["--head", "mlp", "--head.inner_size", "2"], r"Unknown option '--head\.inner_size'"),
+        (["--head", "mlp", "stray"], "unexpected argument 'stray'"),
+        (["--head", "mlp", "--epochs", "two"], "invalid float value: 'two'"),
+        (["--head", "mlp", "--seed", "1.5"], "invalid int value: '1.5'"),
+        (["--head", "mlp", "--head.num_depths", "many"], r"--head\.num_depths takes int, got 'many'"),
+        (["--head", "mlp", "--head.num_depths", "2.5"], r"--head\.num_depths takes int, got '2\.5'"),
+        (["--head", "mlp", "--data"], "expected at least one argument"),
+        (["--head", "mlp", "--epochs", "0"], r"--epochs must be above 0, got 0\.0"),
+        (["--head", "mlp", "--tokens-per-step", "-5"], "--tokens-per-step must be above 0, got -5"),
+        (["--head", "mlp", "--max-steps", "-1"], "--max-steps must not be negative, got -1"),
+        (["--head", "mlp", "--max-length", "2"], "--max-length must be at least 3, got 2"),
+        (["--head", "mlp", "--warmup", "1"], r"--warmup must lie in \[0, 1\), got 1\.0"),
+        (["--head", "mlp", "--beta2", "1"], r"--beta2 must lie in \[0, 1\)"),
+        (["--head", "mlp", "--depth-weight", "0"], r"--depth-weight must lie in \(0, 1\], got 0\.0"),
+        (["--head", "mlp", "--features", "disk"], "--features must be cache or online, got 'disk'"),
+        (["--head", "mlp", "--config", "nowhere.yaml"], r"nowhere\.yaml cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_answered(recipes, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 2", r"Unknown key in .*run\.yaml: 'epoch'\. Did you mean 'epochs'\?"),
+        ("head_options: {}", r"Unknown key in .*run\.yaml: 'head_options'"),
+        ("head.num_depth: 2", "'num_depth'.* Did you mean 'num_depths'"),
+        ("head.num_depths: '2'", r"--head\.num_depths takes int, got '2'"),
+        ("head.num_depths: true", r"--head\.num_depths takes int, got True"),
+        ("epochs: two", r"run\.yaml: epochs takes float, got 'two'"),
+        ("epochs: true", "epochs takes float, got True"),
+        ("seed: 1.5", "seed takes int, got 1.5"),
+        ("overwrite: 1", "overwrite takes bool, got 1"),
+        ("data: file.jsonl", "data takes list.*, got 'file.jsonl'"),
+        ("dtype: 16", "dtype takes str, got 16"),
+        ("out: 3", "out takes .*, got 3"),
+        ("epochs: -1", "--epochs must be above 0"),
+        ("- epochs", r"run\.yaml must hold a mapping"),
+        ("", r"run\.yaml must hold a mapping"),
+        ("a: [", r"run\.yaml cannot be read"),
+        ("\x00", r"run\.yaml cannot be read"),
+    ],
+)
+def test_a_mistake_in_a_file_is_answered(recipes, yaml_file, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(["--head", "mlp", "--config", yaml_file(text)])
+
+
+def test_a_mistake_in_a_recipe_names_the_recipe(recipes):
+    recipes("mlp", "epoch: 2\n")
+    with pytest.raises(ValueError, match=r"Unknown key in heads/mlp/recipe\.yaml: 'epoch'"):
+        parse(["--head", "mlp"])
+
+
+def test_a_whole_number_serves_where_a_float_is_wanted(recipes, yaml_file):
+    config = parse(["--head", "mlp", "--config", yaml_file("epochs: 2\nbackbone: null\n")])
+    assert config.epochs == 2.0 and isinstance(config.epochs, float) and config.backbone is None
+
+
+def test_help_names_every_option_with_its_default_and_sentence(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--head", "mlp", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for flag in ("--tokens-per-step", "--head.num_layers", "--head.lm_head"):
+        assert flag in text
+    assert "tokens of text per optimizer step (default: 2048)" in text and "--head.inner_size" not in text
+
+
+# The entry
+
+
+@pytest.fixture
+def failure(capsys):
+    """failure(arguments): the one line with which train.py turns a command line down."""
+
+    def run(arguments):
+        status = run_entry(train.main, [str(a) for a in arguments])
+        printed = capsys.readouterr()
+        assert status == USER_MISTAKE and printed.out == "", printed
+        lines = printed.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return run
+
+
+TALK = {"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Hello, how are you?"}]}
+
+
+def write_talks(path, count):
+    """Conversations that differ: copies would all fall on one side of the held-out split."""
+    talks = []
+    for index in range(count):
+        talk = json.loads(json.dumps(TALK))
+        talk["conversations"][0]["value"] += f" {index}"
+        talks.append(json.dumps(talk) + "\n")
+    path.write_text("".join(talks))
+    return path
+
+
+def test_train_answers_an_unknown_head_before_it_loads_anything(failure):
+    assert "Did you mean 'gated_rnn'?" in failure(["--head", "gated_rn"])
+
+
+def test_train_names_file_and_line_of_malformed_data(failure, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps(TALK) + "\n{broken\n")
+    assert f"{path} line 2: not valid JSON" in failure(["--head", "mlp", "--data", path])
+
+
+def test_train_names_data_that_is_missing(failure, tmp_path):
+    path = tmp_path / "nowhere.jsonl"
+    assert f"{path} cannot be read" in failure(["--head", "mlp", "--data", path])
+
+
+def test_train_names_a_backbone_that_is_missing(failure, tmp_path):
+    data = write_talks(tmp_path / "talks.jsonl", 3)
+    line = failure(["--head", "mlp", "--data", data, "--backbone", tmp_path / "nowhere"])
+    assert f"{tmp_path / 'nowhere'} is not a directory" in line
+
+
+def test_train_keeps_a_checkpoint_that_is_already_there(failure, tmp_path):
+    data = write_talks(tmp_path / "talks.jsonl", 12)
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "log.jsonl").write_text("mine\n")
+    line = failure(["--head", "mlp", "--data", data, "--out", tmp_path / "run", "--cache-dir", tmp_path / "cache"])
+    assert "already holds a checkpoint; choose another --out or pass --overwrite" in line
+    assert (tmp_path / "run" / "log.jsonl").read_text() == "mine\n"
+
+
+def test_train_runs_and_its_last_line_is_json(tmp_path, capsys):
+    data = write_talks(tmp_path / "talks.jsonl", 12)
+    arguments = ["--head", "gated_rnn", "--data", data, "--out", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    arguments += ["--max-steps", 2, "--tokens-per-step", 64, "--head.num_depths", 2, "--head.inner_size", 24]
+    for status, more in ((0, []), (USER_MISTAKE, []), (0, ["--overwrite"])):
+        assert run_entry(train.main, [str(a) for a in arguments + more]) == status
+        printed = capsys.readouterr()
+        if status == 0:
+            result = json.loads(printed.out.splitlines()[-1])
+            assert result["status"] == "done" and result["steps"] == 2
+            config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
+            assert config["head_config"] == {"num_depths": 2, "inner_size": 24}
+            assert config["trainer"]["tokens_per_step"] == 64 and config["data"]["conversations"] == 11
+
+
+def test_ctrl_c_ends_an_entry_with_its_own_status(capsys):
+    def main(arguments):
+        raise KeyboardInterrupt
+
+    assert run_entry(main, []) == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_train_lists_the_heads(capsys):
+    assert run_entry(train.main, ["--list-heads"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("mlp ") and "parallel" in line for line in lines)
+    assert any(line.startswith("gated_rnn ") and "sequential" in line for line in lines)
+    assert "heads.mlp" in sys.modules
