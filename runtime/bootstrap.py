@@ -161,6 +161,8 @@ def start():
     # Without a name Jittor takes the git branch it happens to stand in, and compiles its core anew for each; and a
     # CPU-only core would shadow a CUDA one.
     os.environ.setdefault("cache_name", f"gorgon-{device}")
+    # Said outright, because Jittor writes the last home it was given into a file and goes on using it without being told.
+    os.environ.setdefault("JITTOR_HOME", str(Path.home()))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     os.environ["FIX_TORCH_ERROR"] = "0"  # otherwise importing Jittor imports torch
     os.environ.setdefault("log_silent", "1")

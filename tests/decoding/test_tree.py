@@ -126,12 +126,11 @@ def test_the_default_tree_of_four_nodes():
     assert default_tree(4, 4).paths == [[0], [1], [0, 0]]
 
 
-@given(
-    st.integers(1, 2).flatmap(
-        lambda depth: st.lists(st.lists(st.floats(0, 1, allow_subnormal=False), min_size=3, max_size=3), min_size=depth, max_size=depth)
-    ),
-    st.integers(1, 4),
-)
+# Jittor's libraries are built -Ofast and flush subnormal numbers to zero, which hypothesis minds.
+CHANCES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=3, max_size=3)
+
+
+@given(st.lists(CHANCES, min_size=1, max_size=2), st.integers(1, 4))
 def test_the_best_tree_beats_every_other(acceptance, num_nodes):
     depth = len(acceptance)
     every = [path for level in range(1, depth + 1) for path in itertools.product(range(3), repeat=level)]

@@ -1,4 +1,4 @@
-"""The training loop on a small random backbone: losses fall, checkpoints are whole, mistakes leave nothing half done."""
+"""The training loop on a small random backbone: losses fall, checkpoints are whole, nothing is left half done."""
 
 import json
 import shutil

@@ -1,5 +1,7 @@
 """The schedule ends where it says, and clipping and decay do what torch's do."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,8 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_end():
     assert rates[0] == pytest.approx(2e-4)
     assert rates[9] == pytest.approx(2e-3) and rates[10] == pytest.approx(2e-3)
     assert rates[-1] == pytest.approx(0.05 * 2e-3)
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True))
-    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:10]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     middle = learning_rate(10 + 89 / 2, 100, 2e-3, 0.1, 0.05)
     assert middle == pytest.approx(2e-3 * (1 + 0.05) / 2)
 
