@@ -26,6 +26,7 @@ class KVCache:
             raise ValueError(f"a cache needs room for at least one row, got {max_length}")
         padded = -(-config.head_dim // LANES) * LANES
         self.max_length, self.length, self.pending = max_length, 0, 0
+        self.writer = None  # the last pass, which Jittor would not run at all if nobody read its result
         self.data = jt.zeros((config.num_layers, 2, config.num_kv_heads, max_length, padded), dtype=dtype)
         self.data.stop_grad()
         self.data.sync()
@@ -44,6 +45,10 @@ class KVCache:
             )
         self.pending = num_rows
 
+    def written_by(self, last) -> None:
+        """Hold the Var whose computation writes the reserved rows, until they are committed or overwritten."""
+        self.writer = last
+
     def commit(self, path) -> None:
         """Keep the rows of the last pass named by ``path`` (ascending indices into the pass), drop the others.
 
@@ -53,6 +58,9 @@ class KVCache:
         path = np.asarray(path, np.int32).reshape(-1)
         if len(path) and (path[0] < 0 or path[-1] >= self.pending or (np.diff(path) <= 0).any()):
             raise ValueError(f"cannot commit rows {path.tolist()} of a pass of {self.pending} rows")
+        if self.writer is not None:
+            self.writer.sync()
+            self.writer = None
         if (path != np.arange(len(path))).any():
             keep_rows(self.data, path, self.length)
         self.length += len(path)
@@ -62,4 +70,4 @@ class KVCache:
         """Forget everything behind the first ``length`` rows."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind a cache of {self.length} rows to {length}")
-        self.length, self.pending = length, 0
+        self.length, self.pending, self.writer = length, 0, None

@@ -131,29 +131,32 @@ class Backbone:
             raise ValueError(f"attend covers {plan.num_rows} rows, the tokens {batch * rows}")
         if cache is not None:
             cache.reserve(rows)
-            data = cache.data
-        else:
-            data = KVCache(self._single_layer(), batch * rows, self.dtype).data
-        return self._run(token_ids, plan, data, base, layers, logits, shared_plane=cache is None)
+        return self._run(token_ids, plan, cache, layers, logits)
 
     def _single_layer(self) -> BackboneConfig:
         """A pass without a cache needs one layer's keys at a time: all layers share one plane."""
         return replace(self.config, num_layers=1)
 
-    def _run(self, token_ids, plan, data, base, layers, logits, shared_plane) -> BackboneOutput:
+    def _run(self, token_ids, plan, cache, layers, logits) -> BackboneOutput:
         batch, rows = token_ids.shape
         c = self.config
+        base = cache.length if cache is not None else 0
+        data = (cache or KVCache(self._single_layer(), batch * rows, self.dtype)).data
+        if base + plan.max_position >= c.max_positions:
+            raise ValueError(f"position {base + plan.max_position} exceeds the {c.max_positions} of the backbone")
         cosine, sine = self._rope_tables(base + plan.max_position + 1)
         ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
         x = self.embed(ids.reshape(-1))
         wanted = {0: x} if 0 in layers else {}
         for i, block in enumerate(self.blocks):
-            x = decoder_layer(x, block, plan, cosine, sine, data, 0 if shared_plane else i, base)
+            x = decoder_layer(x, block, plan, cosine, sine, data, 0 if cache is None else i, base)
             if i + 1 in layers:
                 wanted[i + 1] = x
         unknown = set(layers) - set(wanted)
         if unknown:
             raise ValueError(f"the backbone has layers 0 to {c.num_layers}, asked for {sorted(unknown)}")
+        if cache is not None:
+            cache.written_by(x)
         hidden = rms_norm(x, self.norm, c.rms_norm_eps).reshape(batch, rows, c.hidden_size)
         scores = None
         if logits == "last":

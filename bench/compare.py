@@ -37,13 +37,14 @@ from bench.summary import (
     sort_summaries,
     summarise,
 )
+from runtime.entry import Parser, run_entry
 
 REFUSED = "parity failed"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of this entry."""
-    parser = argparse.ArgumentParser(prog="bench/compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(prog="bench/compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="RESULT", help="result files written by bench/run.py")
     parser.add_argument("--plot", metavar="FILE", help="draw accept length and cost per pass into a .png, .pdf or .svg")
     parser.add_argument("--sort", metavar="COLUMN", help="sort the table by a column, the best value first")
@@ -56,13 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit status: 0, or 2 after one ``error:`` line."""
-    options = build_parser().parse_args(argv)
-    try:
+
+    def run(arguments: Sequence[str]) -> None:
+        options = build_parser().parse_args(arguments)
         compare(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_entry(run, argv)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -88,9 +88,9 @@ def compare(options: argparse.Namespace) -> None:
         print(f"note: {note}", file=sys.stderr)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    _show(summary_table(summaries))
+    show_table(summary_table(summaries))
     if pairs:
-        _show(head_to_head_table(pairs))
+        show_table(head_to_head_table(pairs))
 
 
 def pair_up(results: Sequence[Result], names: Sequence[str] | None) -> tuple[list[HeadToHead], list[str]]:
@@ -204,7 +204,7 @@ def _check_target(target: str, sources: Sequence[str]) -> None:
     check_writable(target)
 
 
-def _show(table: Table) -> None:
+def show_table(table: Table) -> None:
     """Print a table; into a file or a pipe at its full width, so that no cell is cut."""
     whole = None if sys.stdout.isatty() else 10_000  # columns; a table takes only what it needs
     Console(highlight=False, width=whole).print(table)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.prompts import PromptSet, join_prompt_sets, load_prompts, spread
 from decoding.tree import Tree
-from runtime.entry import suggest
+from runtime.entry import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_PROMPTS = ROOT / "assets" / "prompts" / "chat.jsonl"
@@ -20,16 +20,9 @@ DEFAULT_CACHE = 2048
 DESCRIPTION = "Measure trained heads against autoregressive decoding of the same prompts; one result file per head."
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes raise ValueError, so that every entry answers them alike."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of this entry."""
-    parser = _Parser(prog="bench/run.py", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="bench/run.py", description=DESCRIPTION, allow_abbrev=False)
 
     def add(flag: str, help: str, **settings) -> None:
         default = settings.get("default")
@@ -58,13 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The checked options. Raises ValueError for unknown ones, with a suggestion, and for values that make no run."""
-    parser = build_parser()
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise ValueError(f"unexpected argument {flag!r}; options start with --")
-        raise suggest("option", flag, [flag for action in parser._actions for flag in action.option_strings])
+    options = build_parser().parse_args(arguments)
     for name, least in (("nodes", 1), ("max_new_tokens", 1), ("num_prompts", 1), ("repeats", 1), ("cache_length", 2)):
         value = getattr(options, name)
         if value is not None and value < least:

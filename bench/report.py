@@ -7,7 +7,6 @@ A file ending in ``_zh.md`` gets the Chinese header. Every row names the JSON fi
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
 
 from bench.record import check_writable, write_atomically
 from bench.summary import Summary, format_number, load_results, sort_summaries, summarise
+from runtime.entry import Parser, run_entry
 
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
@@ -62,9 +62,9 @@ WORDS = {
 }  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of this entry."""
-    parser = argparse.ArgumentParser(prog="bench/report.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(prog="bench/report.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="RESULT", help="result files written by bench/run.py")
     parser.add_argument("--out", metavar="FILE", help="write a Markdown page with the table alone")
     parser.add_argument(
@@ -75,13 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit status: 0, or 2 after one ``error:`` line."""
-    options = build_parser().parse_args(argv)
-    try:
+
+    def run(arguments: Sequence[str]) -> None:
+        options = build_parser().parse_args(arguments)
         report(options.results, options.out, options.update)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_entry(run, argv)
 
 
 def report(paths: Sequence[str], out: str | None = None, update: Sequence[str] = ()) -> None:

@@ -10,7 +10,6 @@ used. Progress is shown on stderr; stdout gets a table and one line of JSON per 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -342,12 +341,11 @@ def main(arguments: Sequence[str]) -> int:
 
     import runtime
     from backbone.model import load_backbone
-    from bench.compare import summary_table
+    from bench.compare import show_table, summary_table
     from bench.measure import Setup
 
     found = find_trained(options)
     backbone = load_backbone(options.backbone, options.dtype)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Jittor's own handler ends the process on the spot
     runtime.set_seed(options.seed)
     trained = load_trained(options, found, backbone, tokenizer, tree)
     setup = Setup(backbone, tokenizer, backbone.new_cache(cache_length), options.max_new_tokens, options.repeats)
@@ -355,8 +353,7 @@ def main(arguments: Sequence[str]) -> int:
     written, interrupted = measure_all(options, setup, trained, prompts)
     if written:
         results, _ = load_results([str(path) for path in written])
-        width = None if sys.stdout.isatty() else 10_000  # columns; into a pipe no cell is cut
-        Console(highlight=False, width=width).print(summary_table([summarise(result) for result in results]))
+        show_table(summary_table([summarise(result) for result in results]))
     for path in written:
         print(to_json(read_record(path)))
     return INTERRUPTED if interrupted else 0

@@ -1,7 +1,7 @@
 """The contract every draft head keeps. A head guesses the tokens that follow the one the backbone has just chosen.
 
 Alignment: ``hidden[:, t]`` is the backbone's last hidden state at the row that consumed ``token_ids[:, t]``. Depth k
-(0-based) scores ``token_ids[:, t + 2 + k]``, given ``hidden[:, :t + 1]`` and the tokens up to ``token_ids[:, t + 1 + k]``.
+(0-based) scores ``token_ids[:, t + 2 + k]``, given ``hidden[:, :t + 1]`` and tokens up to ``token_ids[:, t + 1 + k]``.
 Four tokens a b c d with hidden states A B C D: at t = 0, depth 0 sees A and b and scores c, depth 1 sees A, b, c and
 scores d.
 """
@@ -70,13 +70,19 @@ class Head(jt.Module):
         """Trainable numbers the head owns."""
         return sum(int(p.numel()) for p in self.parameters())
 
+    def forget_packed(self) -> None:
+        """Drop what layers derived from their parameters; called when parameters were replaced."""
+        for module in self.modules():
+            if hasattr(module, "_packed"):
+                module._packed = None
+
     def embed(self, token_ids):
         """The backbone's embedding. token_ids: (rows,) int32, Var or NumPy -> (rows, dim) float32."""
         ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
         return self.borrowed.embed(ids).stop_grad()
 
     def lm_logits(self, hidden):
-        """The backbone's language-model head; gradients reach ``hidden``, not the weights. (rows, dim) -> (rows, vocab)."""
+        """The backbone's frozen language-model head. hidden: (rows, dim), gets gradients -> (rows, vocab)."""
         if self.is_training():
             return jt.nn.matmul_transpose(hidden, self.borrowed.lm_head_weight)
         return self.borrowed.lm_logits(hidden)

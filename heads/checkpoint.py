@@ -49,7 +49,7 @@ def find_checkpoint(directory) -> Path:
     for candidate in (directory, directory / "checkpoint"):
         if (candidate / CONFIG).is_file():
             return candidate
-    raise ValueError(f"no checkpoint in {directory}: expected {CONFIG} and {WEIGHTS} there or in its checkpoint/ folder")
+    raise ValueError(f"no checkpoint in {directory}: expected {CONFIG} and {WEIGHTS} there or in checkpoint/")
 
 
 def latest_checkpoints(runs: Path) -> dict[str, Path]:
@@ -113,6 +113,7 @@ def load_parameters(head, path: Path) -> None:
         raise ValueError(f"{path} does not fit head {type(head).__name__}: {'; '.join(problems[:10])}")
     for name, parameter in own.items():
         parameter.update(tensors[name])
+    head.forget_packed()
 
 
 def weights_sha256(directory: Path) -> str:

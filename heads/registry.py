@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from heads.base import Head
 from runtime.entry import suggest
+
+if TYPE_CHECKING:
+    from heads.base import Head
 
 FOLDER = Path(__file__).resolve().parent
 

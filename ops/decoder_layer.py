@@ -1,6 +1,7 @@
 """One Llama decoder layer over a key-value cache, as one kernel on the CPU.
 
-    h = x + W_o attention(rope(W_q n1(x)), rope(W_k n1(x)), W_v n1(x));   y = h + W_down (silu(W_gate n2(h)) * W_up n2(h))
+    h = x + W_o attention(rope(W_q n1(x)), rope(W_k n1(x)), W_v n1(x))
+    y = h + W_down (silu(W_gate n2(h)) * W_up n2(h))
 
 (Llama, arXiv 2302.13971, with grouped-query attention, arXiv 2305.13245.) ``reference_decoder_layer`` reads like these
 equations; ``decoder_layer`` computes the same in one call, so that a pass costs one launch per layer.

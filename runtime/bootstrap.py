@@ -30,7 +30,7 @@ ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
 SPIN_COUNT = "2000"
 
 
-class DeviceError(RuntimeError):
+class DeviceError(ValueError):
     """The device that was asked for cannot be used here."""
 
 
@@ -106,6 +106,8 @@ def link_onednn(prefix: Path) -> None:
     ):
         if link.is_symlink() and os.readlink(link) == str(target):
             continue
+        if link.exists() and not link.is_symlink():
+            continue  # Jittor has downloaded its own copy: as good
         fresh = link.with_name(f"{link.name}.{os.getpid()}")
         fresh.symlink_to(target)
         os.replace(fresh, link)
@@ -121,7 +123,7 @@ def core_is_compiled() -> bool:
     """True when Jittor's core for this cache name already lies in the cache."""
     cache = jittor_home() / ".cache" / "jittor"
     name = os.environ.get("cache_name", "default")
-    return any(name in str(path.parent) for path in cache.glob("jt*/**/jittor_core*.so"))
+    return any(path.parent.name == name for path in cache.glob("jt*/**/jittor_core*.so"))
 
 
 @contextlib.contextmanager
@@ -147,6 +149,23 @@ def quiet_file_descriptors():
                 sys.stderr.write("\n".join(tail) + "\n")
 
 
+def import_jittor():
+    """Import Jittor quietly.
+
+    When it finds its own compiler helper outdated it rebuilds it and leaves with status 0, as if the command had been
+    done. This runs the command again instead, once; a second time raises RuntimeError.
+    """
+    try:
+        with quiet_file_descriptors():
+            import jittor
+    except SystemExit as error:
+        if os.environ.get("GORGON_RESTARTED"):
+            raise RuntimeError("Jittor rebuilt itself twice and left; remove its cache and try again") from error
+        os.environ["GORGON_RESTARTED"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    return jittor
+
+
 def start():
     """Import Jittor with everything settled; returns the module and the chosen (device, reason)."""
     if importlib.util.find_spec("jittor") is None:
@@ -161,7 +180,7 @@ def start():
     # Without a name Jittor takes the git branch it happens to stand in, and compiles its core anew for each; and a
     # CPU-only core would shadow a CUDA one.
     os.environ.setdefault("cache_name", f"gorgon-{device}")
-    # Said outright, because Jittor writes the last home it was given into a file and goes on using it without being told.
+    # Said outright: Jittor writes the last home it was given into a file and goes on using it without being told.
     os.environ.setdefault("JITTOR_HOME", str(Path.home()))
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     os.environ["FIX_TORCH_ERROR"] = "0"  # otherwise importing Jittor imports torch
@@ -176,8 +195,7 @@ def start():
         link_onednn(prefix)
     if not core_is_compiled():
         print("Compiling Jittor's core for this machine, once; this takes about three minutes ...", file=sys.stderr)
-    with quiet_file_descriptors():
-        import jittor
+    jittor = import_jittor()
     # Jittor's own handlers end the process on Ctrl-C, and when any child is stopped or killed.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,15 +18,37 @@ def suggest(kind: str, name: str, available: Iterable[str]) -> ValueError:
     return ValueError(f"Unknown {kind} {name!r}.{hint} Available: {', '.join(available)}")
 
 
+def unknown_option(parser: argparse.ArgumentParser, unknown: list[str]) -> ValueError:
+    """The error for what ``parse_known_args`` left over: the option nearest to the first of it, and all of them."""
+    flag = unknown[0].split("=")[0]
+    if not flag.startswith("-"):
+        return ValueError(f"unexpected argument {flag!r}; options start with --")
+    return suggest("option", flag, [known for action in parser._actions for known in action.option_strings])
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes raise ValueError, so that every entry answers them alike; an unknown option gets a suggestion."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise unknown_option(self, unknown)
+        return options
+
+
 def run_entry(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status.
 
-    A user's mistake (ValueError) and a file that cannot be read or written (OSError) become one line on stderr and
+    A user's mistake (ValueError), a file that cannot be read or written (OSError) and a run whose numbers ceased to be
+    finite (FloatingPointError) become one line on stderr and
     status 2; Ctrl-C becomes status 130.
     """
     try:
         return main(sys.argv[1:] if arguments is None else arguments) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:

@@ -36,6 +36,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def gpu_name() -> str | None:
+    """The first GPU's own name as nvidia-smi tells it; None where that is not installed."""
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
 def _command() -> list[str]:
     """The command line, its first word relative to the project where it lies inside."""
     words = list(sys.argv)
@@ -60,7 +70,7 @@ def provenance(seed: int | None = None) -> dict:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "device": runtime.device,
-        "device_name": cpu_name() if runtime.device == "cpu" else None,
+        "device_name": cpu_name() if runtime.device == "cpu" else gpu_name(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
         "memory_bytes": psutil.virtual_memory().total,
         "world_size": runtime.world_size(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from heads.registry import FOLDER, available, head_class, make_config
-from runtime.entry import suggest
+from runtime.entry import Parser, suggest
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_CORPUS = ROOT / "assets" / "corpus" / "chat.jsonl.gz"
@@ -58,6 +59,9 @@ class TrainConfig:
     def check(self) -> None:
         """Raises ValueError for values that make no run."""
         positive = ("epochs", "tokens_per_step", "held_out", "score_every", "learning_rate", "tree_nodes", "max_length")
+        for name in (n for n, f in FIELDS.items() if TYPES[n] is float):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"--{name.replace('_', '-')} must be a number, got {getattr(self, name)}")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
@@ -82,6 +86,8 @@ TYPES = typing.get_type_hints(TrainConfig)
 
 def _set(config: TrainConfig, key: str, value, source: str) -> None:
     """Set one field from YAML, with its type checked."""
+    if not isinstance(key, str):
+        raise ValueError(f"{source}: a key must be text, got {key!r}")
     if key.startswith("head."):
         config.head_options[key.removeprefix("head.")] = value
         return
@@ -90,7 +96,8 @@ def _set(config: TrainConfig, key: str, value, source: str) -> None:
         raise suggest(f"key in {source}:", key, [*FIELDS, "head.<option>"])
     wanted = TYPES[name]
     plain = {float: (int, float), list[str]: (list,), (str | None): (str, type(None))}.get(wanted, (wanted,))
-    if not isinstance(value, plain) or (isinstance(value, bool) and wanted is not bool):
+    fits = isinstance(value, plain) and not (isinstance(value, bool) and wanted is not bool)
+    if not fits or (wanted == list[str] and not all(isinstance(item, str) for item in value)):
         raise ValueError(f"{source}: {key} takes {getattr(wanted, '__name__', wanted)}, got {value!r}")
     setattr(config, name, float(value) if wanted is float else value)
 
@@ -126,15 +133,8 @@ def _convert_head_option(head: str, key: str, text: str):
         raise ValueError(f"--head.{key} takes {wanted.__name__}, got {text!r}") from error
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes raise ValueError, so that every entry answers them alike."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def _parser(head: str | None) -> _Parser:
-    parser = _Parser(prog="train.py", description="Train one draft head.", allow_abbrev=False)
+def _parser(head: str | None) -> Parser:
+    parser = Parser(prog="train.py", description="Train one draft head.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of the options below; the command line wins")
     parser.add_argument("--list-heads", action="store_true", help="print the heads and exit")
     for name, f in FIELDS.items():
@@ -151,8 +151,11 @@ def _parser(head: str | None) -> _Parser:
     for name in [head] if head else available():
         group = parser.add_argument_group(f"options of head {name}")
         for f in dataclasses.fields(head_class(name).Config):
+            flag = f"--head.{f.name}"
+            if flag in parser._option_string_actions:
+                continue  # without --head, an option that several heads have is listed with the first
             text = f"{f.metadata.get('help', '')} (default: {f.default})"
-            group.add_argument(f"--head.{f.name}", dest=f"head.{f.name}", default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag, dest=f"head.{f.name}", default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -161,7 +164,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
 
     Raises ValueError for unknown heads, options and values; an unknown option is answered with the nearest one.
     """
-    first = _Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--head")
     first.add_argument("--config")
     first.add_argument("--list-heads", action="store_true")
@@ -175,13 +178,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     parser = _parser(head)
     if head is None and not {"-h", "--help"} & set(arguments):
         raise ValueError(f"--head NAME is needed; available: {', '.join(available())}")
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        known_flags = [s for action in parser._actions for s in action.option_strings]
-        if not flag.startswith("-"):
-            raise ValueError(f"unexpected argument {flag!r}")
-        raise suggest("option", flag, known_flags)
+    options = parser.parse_args(arguments)
     config = TrainConfig()
     for source, values in ((f"heads/{head}/recipe.yaml", recipe(head)), (known.config, file_options)):
         for key, value in values.items():

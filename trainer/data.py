@@ -8,7 +8,6 @@ backbone belong together.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -17,13 +16,12 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from backbone.tokenizer import ChatTokenizer, load_tokenizer
+from backbone.tokenizer import ChatTokenizer
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 IGNORE = -100  # label of a position without loss, PyTorch's cross_entropy default
@@ -92,7 +90,7 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}; expected JSON or JSON lines, possibly .gz") from error
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
+def records(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, record) of a JSON list or of JSON lines. Raises ValueError with file and line where JSON is broken."""
     text = _read_text(path)
     # splitlines() would also cut at characters such as U+2028, which JSON strings may hold as they are.
@@ -199,7 +197,7 @@ def load_conversations(paths: Iterable[str | Path] | str | Path) -> tuple[list[C
     report = DataReport(files=[str(path) for path in paths])
     kept: list[Conversation] = []
     for path in map(Path, paths):
-        for line, record in _records(path):
+        for line, record in records(path):
             report.read += 1
             messages = _messages(record, f"{path} line {line}")
             if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
@@ -376,52 +374,11 @@ def useful_positions(labels: np.ndarray) -> np.ndarray:
     return np.flatnonzero((labels != IGNORE).any(axis=0))
 
 
-# Looking at it -------------------------------------------------------------------------------------------------------
-
-
-def _coloured(tokenizer: ChatTokenizer, token_ids: np.ndarray, mask: np.ndarray) -> Any:
-    """The conversation as rich Text: green carries loss, grey does not."""
-    from rich.text import Text
-
-    text = Text()
-    edges = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(token_ids)]
-    for start, stop in pairwise(edges):
-        style = "bold green" if mask[start] else "bright_black"
-        text.append(tokenizer.decode(token_ids[start:stop], skip_special_tokens=False), style=style)
-    return text
-
-
-def inspect(path: str | Path, tokenizer: ChatTokenizer, count: int, max_length: int, file: Any = None) -> None:
-    """Prints the first ``count`` conversations of a file with the tokens in the loss in colour."""
-    from rich.console import Console
-
-    console = Console(file=file, highlight=False)
-    conversations, report = load_conversations(path)
-    data = encode_conversations(conversations[:count], tokenizer, max_length)
-    for index in range(len(data)):
-        token_ids, mask = data.conversation(index)
-        console.rule(f"{index}: {len(token_ids)} tokens, {int(mask.sum())} in the loss")
-        console.print(_coloured(tokenizer, token_ids, mask))
-    console.print(report.summary(), markup=False)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 for a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--inspect", required=True, metavar="FILE", help="conversations to print")
-    parser.add_argument("--backbone", metavar="DIR", help="whose tokenizer and template (default: the embedded one)")
-    parser.add_argument("--template", metavar="NAME", help="chat template by name instead of the backbone's own")
-    parser.add_argument("--count", type=int, default=3, metavar="N", help="conversations (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        if options.count < 1:
-            raise ValueError(f"--count is {options.count}, expected at least 1")
-        inspect(options.inspect, load_tokenizer(options.backbone, options.template), options.count, options.max_length)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line: ``trainer.inspect``'s."""
+    from trainer.inspect import main as inspect_file
+
+    return inspect_file(arguments)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ class LossParts:
 
 def head_loss(head, batch: Batch, depth_weight: float) -> LossParts:
     """sum_k depth_weight^k CE_k / sum_k depth_weight^k, plus the head's aux terms. CE_k averages over its labels."""
+    highest = int(batch.labels.max(initial=IGNORE))
+    assert highest < head.vocab_size, f"label {highest} is outside the vocabulary of {head.vocab_size}"
     output = head(batch.features, batch.token_ids, batch.positions)
     assert len(output.logits) == head.num_depths, (len(output.logits), head.num_depths)
     total, depth_losses, ranks = 0, [], []

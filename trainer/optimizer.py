@@ -14,7 +14,7 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup: float, final: 
     rising = max(1, round(warmup * num_steps))
     if step < rising:
         return peak * (step + 1) / rising
-    progress = (step - rising) / max(1, num_steps - 1 - rising)
+    progress = (step - rising + 1) / max(1, num_steps - rising)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 

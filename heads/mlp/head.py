@@ -17,7 +17,7 @@ class Config:
 
     num_depths: int = option(4, "tokens drafted after the root, one network each")
     num_layers: int = option(1, "residual blocks per depth, each with its own weights")
-    lm_head: str = option("own", "own: a language-model head per depth, begun as the backbone's; shared: the backbone's")
+    lm_head: str = option("own", "own: a language-model head per depth, begun as a copy; shared: the backbone's")
 
 
 class MLPHead(Head):

@@ -16,7 +16,7 @@ from backbone.weights import expected_shapes
 from ops.decoder_layer import RowPlan
 from runtime import jt
 
-# Logits of size 1 to 10 from float32 sums in another order: 1e-5 to 5e-5 was seen.
+# Float32 sums in another order: up to 9e-5 was seen, 5e-7 to 1e-5 for most; the defects below give 0.3 and more.
 TOLERANCE = 2e-4
 LENGTH = 48
 
@@ -314,7 +314,6 @@ def test_the_comparison_notices_a_commit_of_the_wrong_rows(small):
         assert (arrays(small.forward(more, cache=cache))[0] == expected[0]).all() == same, path
 
 
-@pytest.mark.xfail(reason="a lazy pass whose output is dropped never runs, and writes no cache", strict=True)
 def test_a_pass_whose_output_nobody_reads_still_writes_the_cache(small):
     ids, cache = tokens(8), small.new_cache(16)
     small.forward(ids[:, :5], cache=cache, logits=None)

@@ -300,6 +300,6 @@ def test_a_run_on_cached_features_lowers_the_loss_as_online_ones_do(train, backb
     assert isinstance(cached, CachedFeatures)
     by_cache = [record["loss"] for record in train("cached", source=cached)[2]]
     online = [record["loss"] for record in train("online")[2]]
-    # Features rounded to 11 bits move the first losses by some 1e-3; later steps drift apart slowly.
-    np.testing.assert_allclose(by_cache[:3], online[:3], atol=2e-2)
+    # Features rounded to 11 bits: the first losses moved by 3e-4 as measured, later ones drift apart slowly.
+    np.testing.assert_allclose(by_cache[:3], online[:3], atol=2e-3)
     assert np.mean(by_cache[-3:]) < 0.7 * np.mean(by_cache[:3])

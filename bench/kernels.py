@@ -1,0 +1,125 @@
+"""What the kernels and a backbone pass cost on this machine, beside what Jittor's own operations cost.
+
+    python bench/kernels.py --out kernels.json
+
+Every figure is a median over repeats, in milliseconds, after a warm-up of the same shape. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runtime
+from backbone.model import load_backbone
+from bench.record import check_writable, write_atomically
+from ops.decoder_layer import RowPlan
+from ops.linear import PackedLinear
+from ops.training import (
+    cross_entropy,
+    outer_product,
+    reference_cross_entropy,
+    reference_outer_product,
+    trainable_linear,
+)
+from runtime import jt
+from runtime.entry import run_entry
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+PREFIX = 200  # rows in the cache before the pass that is timed
+
+
+def median_ms(function, repeats: int) -> float:
+    """Median milliseconds of a call; ``function`` waits for its own result."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return round(statistics.median(times) * 1e3, 4)
+
+
+def pass_times(repeats: int) -> dict[str, float]:
+    """A pass of the embedded backbone over ``rows`` rows behind a prefix, logits of all rows included."""
+    backbone = load_backbone()
+    ids = np.random.default_rng(0).integers(3, backbone.config.vocab_size, (1, PREFIX)).astype(np.int32)
+    cache = backbone.new_cache(backbone.config.max_positions)
+    backbone.forward(ids, cache=cache, logits=None).hidden.sync()
+    cache.commit(np.arange(PREFIX))
+    result = {}
+    for rows in ROWS:
+        plan, tokens = RowPlan.chain(rows), ids[:, :rows]
+        result[str(rows)] = median_ms(
+            lambda t=tokens, p=plan: backbone.forward(t, cache=cache, attend=p).logits.sync(), repeats
+        )
+    return result
+
+
+def product_times(repeats: int, num_out: int, num_in: int) -> dict[str, float]:
+    """The packed float16 product (num_out, num_in) for a few rows."""
+    rng = np.random.default_rng(0)
+    linear = PackedLinear(rng.standard_normal((num_out, num_in)).astype(np.float16))
+    inputs = {rows: jt.array(rng.standard_normal((rows, num_in)).astype(np.float32)) for rows in ROWS}
+    return {str(rows): median_ms(lambda x=x: linear(x).sync(), repeats) for rows, x in inputs.items()}
+
+
+def training_times(repeats: int, rows: int, dim: int, vocab: int) -> dict[str, float]:
+    """One depth of a head's loss, forward and back, with our operations and with Jittor's own."""
+    rng = np.random.default_rng(0)
+    x = jt.array(rng.standard_normal((rows, dim)).astype(np.float32))
+    weight = jt.array(rng.standard_normal((vocab, dim)).astype(np.float32) * 0.05)
+    upstream = jt.array(rng.standard_normal((rows, vocab)).astype(np.float32))
+    targets = jt.array(rng.integers(0, vocab, rows).astype(np.int32))
+
+    def step(product, loss):
+        losses, _ = loss(product(x, weight), targets)
+        for gradient in jt.grad(losses.sum(), [x, weight]):
+            gradient.sync()
+
+    return {
+        "loss_and_gradients": median_ms(lambda: step(trainable_linear, cross_entropy), repeats),
+        "loss_and_gradients_reference": median_ms(
+            lambda: step(jt.nn.matmul_transpose, reference_cross_entropy), repeats
+        ),
+        "weight_gradient": median_ms(lambda: outer_product(upstream, x).sync(), repeats),
+        "weight_gradient_reference": median_ms(lambda: reference_outer_product(upstream, x).sync(), repeats),
+    }
+
+
+def main(arguments) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bench/kernels.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=50, metavar="N", help="timed calls (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON here too")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
+    if options.out:
+        check_writable(options.out)
+    result = {
+        "schema_version": 1,
+        "kind": "kernels",
+        "provenance": runtime.provenance(),
+        "backbone_pass_ms": pass_times(options.repeats),
+        "product_4096x256_ms": product_times(options.repeats, 4096, 256),
+        "product_4096x4096_ms": product_times(max(5, options.repeats // 5), 4096, 4096),
+        "training_1024x256x4096_ms": training_times(max(5, options.repeats // 5), 1024, 256, 4096),
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    if options.out:
+        write_atomically(options.out, text)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
