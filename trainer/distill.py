@@ -24,8 +24,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from runtime.entry import Parser, run_entry
 from trainer.dialogue import Prompt, Talk, Writer, new_talks
 from trainer.lanes import Batch
@@ -34,7 +32,7 @@ from trainer.lanes import Batch
 if TYPE_CHECKING:
     from backbone.model import Backbone
     from backbone.tokenizer import ChatTokenizer
-    from ops.decoder_layer import RowPlan
+
 
 def _option(default, text: str, **more):
     return field(default=default, metadata={"help": text, **more})

@@ -1,4 +1,4 @@
-"""The backbone computes what transformers computes, and a row's numbers do not depend on how it came to be run."""
+"""The backbone computes what transformers computes, and says what is wrong with weights that it cannot use."""
 
 import json
 from types import SimpleNamespace
@@ -9,10 +9,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from backbone.cache import CacheFull
-from backbone.config import BackboneConfig
 from backbone.model import EMBEDDED, Backbone, load_backbone
-from backbone.weights import expected_shapes
 from ops.decoder_layer import RowPlan
 from runtime import jt
 
@@ -154,7 +151,7 @@ def test_a_tree_pass_equals_transformers_with_a_four_dimensional_mask(model):
     plan = RowPlan(parents)
     prefix, nodes = model.ids[:1, :base], model.ids[1:, : len(parents)]
     cache = backbone.new_cache(40)
-    run_pass(backbone, prefix, cache)
+    backbone.forward(prefix, cache=cache).logits.sync()
     cache.commit(np.arange(base))
     logits = backbone.forward(nodes, cache=cache, attend=parents).logits.numpy()
 
@@ -175,186 +172,14 @@ def test_a_tree_pass_equals_transformers_with_a_four_dimensional_mask(model):
     assert difference(logits, by_transformers(seen)) > 5 * TOLERANCE
 
 
-# Rows and the cache, on a small random backbone
+# On a small random backbone
 
 
-CONFIG = BackboneConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=56,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    max_positions=128,
-    tie_embeddings=False,
-    model_type="llama",
-    bos_id=1,
-    eos_ids=(2,),
-)
-
-
-def random_tensors(config=CONFIG, seed=0):
-    random = np.random.default_rng(seed)
-    return {
-        name: (
-            random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.standard_normal(shape) * 2 / shape[1] ** 0.5
-        ).astype(np.float32)
-        for name, shape in expected_shapes(config).items()
-    }
-
-
-@pytest.fixture(scope="module", params=["float32", "float16"])
-def small(request):
-    return Backbone(CONFIG, random_tensors(), request.param)
-
-
-def tokens(count, seed=0):
-    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (1, count)).astype(np.int32)
-
-
-def arrays(output):
-    return output.hidden.numpy()[0], output.logits.numpy()[0]
-
-
-def from_scratch(backbone, ids):
-    """(hidden, logits) of one causal pass without a cache."""
-    return arrays(backbone.forward(ids))
-
-
-def assert_same_bits(got, want, note=""):
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=note)
-
-
-def run_pass(backbone, ids, cache, attend=None):
-    """(hidden, logits) of a pass over a cache. Jittor runs nothing before its result is asked for: this asks."""
-    return arrays(backbone.forward(ids, cache=cache, attend=attend))
-
-
-def prefilled(backbone, ids, room=64):
-    cache = backbone.new_cache(room)
-    if ids.shape[1]:
-        run_pass(backbone, ids, cache)
-        cache.commit(np.arange(ids.shape[1]))
-    return cache
-
-
-@pytest.mark.parametrize("chunks", [[40], [1] * 40, [7, 1, 13, 2, 17], [39, 1], [1, 39]])
-def test_cached_equals_uncached_bitwise(small, chunks):
-    ids, cache, parts = tokens(40), small.new_cache(40), []
-    for count in chunks:
-        parts.append(arrays(small.forward(ids[:, cache.length : cache.length + count], cache=cache)))
-        cache.commit(np.arange(count))
-    assert_same_bits([np.concatenate(p) for p in zip(*parts, strict=True)], from_scratch(small, ids), str(chunks))
-
-
-def test_a_sequence_of_a_batch_equals_the_sequence_alone_bitwise(small):
-    ids = np.concatenate([tokens(17, seed) for seed in range(3)])
-    output = small.forward(ids)
-    for row in range(3):
-        alone = from_scratch(small, ids[row : row + 1])
-        assert_same_bits((output.hidden.numpy()[row], output.logits.numpy()[row]), alone)
-
-
-def random_tree(seed):
-    """(parents, base) of a random tree or forest behind a prefix of random length, none included."""
-    random = np.random.default_rng(seed)
-    rows = int(random.integers(1, 14))
-    low = -1 if seed % 3 == 0 else 0
-    parents = np.array([-1, *(int(random.integers(low, row)) for row in range(1, rows))])
-    return parents, int(random.integers(0, 12)) if seed % 4 else 0
-
-
-def path_to(parents, row):
-    path = [row]
-    while parents[path[0]] >= 0:
-        path.insert(0, int(parents[path[0]]))
-    return path
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_each_row_of_a_tree_equals_its_path_run_alone_bitwise(small, seed):
-    parents, base = random_tree(seed)
-    prefix, nodes = tokens(base, seed), tokens(len(parents), seed + 100)
-    cache = prefilled(small, prefix)
-    tree = arrays(small.forward(nodes, cache=cache, attend=parents))
-    for row in range(len(parents)):
-        path = path_to(parents, row)
-        alone = from_scratch(small, np.concatenate([prefix, nodes[:, path]], 1))
-        assert_same_bits([a[row] for a in tree], [a[-1] for a in alone], f"row {row} of {parents.tolist()}")
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_committing_a_path_and_going_on_equals_running_the_text_from_scratch_bitwise(small, seed):
-    parents, base = random_tree(seed)
-    prefix, nodes, more = tokens(base, seed), tokens(len(parents), seed + 100), tokens(5, seed + 200)
-    cache = prefilled(small, prefix)
-    run_pass(small, nodes, cache, parents)
-    path = max((path_to(parents, row) for row in range(len(parents))), key=len)
-    cache.commit(path)
-    assert cache.length == base + len(path)
-    text = np.concatenate([prefix, nodes[:, path], more], 1)
-    going_on = arrays(small.forward(more, cache=cache))
-    assert_same_bits(going_on, [a[-5:] for a in from_scratch(small, text)])
-
-
-def test_the_comparison_notices_a_commit_of_the_wrong_rows(small):
-    parents = np.array([-1, 0, 0, 1, 2])
-    prefix, nodes, more = tokens(6), tokens(5, 1), tokens(3, 2)
-    text = np.concatenate([prefix, nodes[:, [0, 2, 4]], more], 1)
-    expected = [a[-3:] for a in from_scratch(small, text)]
-    for path, same in (([0, 2, 4], True), ([0, 1, 3], False), ([0, 1, 4], False), ([0, 2, 3], False)):
-        cache = prefilled(small, prefix)
-        run_pass(small, nodes, cache, parents)
-        cache.commit(path)
-        assert (arrays(small.forward(more, cache=cache))[0] == expected[0]).all() == same, path
-
-
-def test_a_pass_whose_output_nobody_reads_still_writes_the_cache(small):
-    ids, cache = tokens(8), small.new_cache(16)
-    small.forward(ids[:, :5], cache=cache, logits=None)
-    cache.commit(np.arange(5))
-    assert_same_bits(run_pass(small, ids[:, 5:], cache), [a[5:] for a in from_scratch(small, ids)])
-
-
-def test_a_rewound_cache_goes_on_as_if_the_rows_had_never_been_there(small):
-    ids, cache = tokens(30), prefilled(small, tokens(30))
-    cache.rewind(12)
-    other = tokens(9, 5)
-    expected = from_scratch(small, np.concatenate([ids[:, :12], other], 1))
-    assert_same_bits(arrays(small.forward(other, cache=cache)), [a[12:] for a in expected])
-
-
-def test_a_plan_made_once_serves_every_length(small):
-    parents = np.array([-1, 0, 0, 2])
-    plan = RowPlan(parents)
-    for base in (0, 5, 11):
-        cache = prefilled(small, tokens(base))
-        nodes = tokens(4, base)
-        planned = arrays(small.forward(nodes, cache=cache, attend=plan))
-        assert_same_bits(planned, arrays(small.forward(nodes, cache=cache, attend=parents)))
-
-
-def test_given_positions_replace_those_that_follow_from_the_rows(small):
-    parents, positions = np.array([-1, 0, 0, 2]), np.array([7, 8, 8, 9])
-    cache = prefilled(small, tokens(7))
-    given = arrays(small.forward(tokens(4, 3), positions=positions, cache=cache, attend=parents))
-    assert_same_bits(given, arrays(small.forward(tokens(4, 3), cache=cache, attend=parents)))
-    shifted = arrays(
-        small.forward(tokens(4, 3), positions=positions + np.array([0, 0, 0, 1]), cache=cache, attend=parents)
-    )
-    assert (shifted[1][:3] == given[1][:3]).all() and (shifted[1][3] != given[1][3]).any()
-
-
-def test_only_the_logits_that_were_asked_for_come(small):
+def test_only_the_logits_that_were_asked_for_come(small, config, tokens):
     ids = tokens(9)
     everything = small.forward(ids)
     last = small.forward(jt.array(ids), logits="last")
-    assert tuple(last.logits.shape) == (1, 1, CONFIG.vocab_size)
+    assert tuple(last.logits.shape) == (1, 1, config.vocab_size)
     np.testing.assert_array_equal(last.logits.numpy()[0, 0], everything.logits.numpy()[0, -1])
     assert small.forward(ids, logits=None).logits is None
     np.testing.assert_array_equal(small.lm_logits(everything.hidden).numpy(), everything.logits.numpy())
@@ -365,84 +190,36 @@ def everything_layer(backbone, ids, index):
     return backbone.forward(ids, layers=(index,)).layers[index].numpy()
 
 
-def test_the_fingerprint_names_the_weights_and_not_the_dtype():
-    first = Backbone(CONFIG, random_tensors(), "float32").fingerprint
-    assert Backbone(CONFIG, random_tensors(), "float16").fingerprint == first
+def test_the_fingerprint_names_the_weights_and_not_the_dtype(config, random_tensors):
+    first = Backbone(config, random_tensors(), "float32").fingerprint
+    assert Backbone(config, random_tensors(), "float16").fingerprint == first
     tensors = random_tensors()
     tensors["model.norm.weight"][3] += 1
-    assert Backbone(CONFIG, tensors, "float32").fingerprint != first
+    assert Backbone(config, tensors, "float32").fingerprint != first
 
 
 # Mistakes
 
 
-def test_a_full_cache_says_how_full_it_is(small):
-    cache = prefilled(small, tokens(6), room=8)
-    with pytest.raises(CacheFull, match="holds 6 of 8 rows, 3 more do not fit"):
-        small.forward(tokens(3), cache=cache)
-    small.forward(tokens(2), cache=cache)  # what fits is still taken
-
-
-def test_a_cache_past_the_trained_positions_is_refused(small):
-    with pytest.raises(ValueError, match="129 rows exceeds the 128 positions"):
-        small.new_cache(129)
-
-
-@pytest.mark.parametrize("length", [0, -1])
-def test_a_cache_without_room_is_refused(small, length):
-    with pytest.raises(ValueError, match="at least one row"):
-        small.new_cache(length)
-
-
-@pytest.mark.parametrize("path", [[0, 3], [-1], [1, 1], [2, 0]])
-def test_a_commit_of_rows_that_were_not_written_is_refused(small, path):
-    cache = prefilled(small, tokens(4))
-    run_pass(small, tokens(3), cache)
-    with pytest.raises(ValueError, match="cannot commit rows"):
-        cache.commit(path)
-    cache.commit([0, 2])
-    with pytest.raises(ValueError, match="of a pass of 0 rows"):
-        cache.commit([0])
-
-
-@pytest.mark.parametrize("length", [-1, 5])
-def test_a_rewind_to_rows_that_are_not_there_is_refused(small, length):
-    with pytest.raises(ValueError, match=f"cannot rewind a cache of 4 rows to {length}"):
-        prefilled(small, tokens(4)).rewind(length)
-
-
-def test_an_attend_of_another_length_is_refused(small):
-    for attend in (np.array([-1, 0]), RowPlan.chain(2)):
-        with pytest.raises(ValueError, match="attend covers 2 rows, the tokens 3"):
-            small.forward(tokens(3), cache=prefilled(small, tokens(4)), attend=attend)
-    with pytest.raises(ValueError, match="attend must name an earlier row"):
-        small.forward(tokens(3), attend=np.array([-1, 0, 2]))
-
-
-def test_a_batch_over_a_cache_is_refused(small):
-    with pytest.raises(ValueError, match="batch of 1, got 2"):
-        small.forward(np.zeros((2, 3), np.int32), cache=small.new_cache(8))
-
-
-def test_an_unknown_layer_and_an_unknown_kind_of_logits_are_refused(small):
+def test_an_unknown_layer_and_an_unknown_kind_of_logits_are_refused(small, tokens):
     with pytest.raises(ValueError, match=r"layers 0 to 2, asked for \[3\]"):
         small.forward(tokens(3), layers=(1, 3))
     with pytest.raises(ValueError, match="logits must be 'all', 'last' or None, got 'some'"):
         small.forward(tokens(3), logits="some")
 
 
-def test_an_unknown_dtype_is_refused():
+def test_an_unknown_dtype_is_refused(config, random_tensors):
     with pytest.raises(ValueError, match="dtype must be one of float16, float32, got 'bfloat16'"):
-        Backbone(CONFIG, random_tensors(), "bfloat16")
+        Backbone(config, random_tensors(), "bfloat16")
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize(("value", "dtype"), [(1e6, "float16"), (np.nan, "float32")])
-def test_a_weight_that_the_dtype_cannot_hold_is_named(value, dtype):
+def test_a_weight_that_the_dtype_cannot_hold_is_named(value, dtype, config, random_tensors):
     tensors = random_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     with pytest.raises(ValueError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight is not finite in {dtype}"):
-        Backbone(CONFIG, tensors, dtype)
+        Backbone(config, tensors, dtype)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,7 @@
-"""Weights arrive as they were saved, from every container, and a file that is not weights is refused, never run."""
+"""Weights arrive as they were saved, from every container, and a file that is damaged or missing is named."""
 
 import dataclasses
-import io
 import json
-import os
-import pickle
-import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -25,39 +21,9 @@ from backbone.weights import (
     fingerprint,
     read_backbone,
     read_tensors,
-    read_torch_file,
     tensor_shapes,
     weight_files,
 )
-
-
-@pytest.fixture
-def state():
-    torch.manual_seed(0)
-    return {
-        "a.weight": torch.randn(3, 4),
-        "b.weight": torch.randn(2, 3, 4).half(),
-        "c.weight": torch.randn(5).bfloat16(),
-        "d.ids": torch.arange(6).reshape(2, 3),
-        "e.flag": torch.tensor([True, False]),
-        "f.scalar": torch.tensor(2.5, dtype=torch.float64),
-        "g.empty": torch.zeros(0, 4),
-    }
-
-
-def as_numpy(tensor):
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def assert_same(found, state):
-    found = dict(found)
-    assert found.keys() == state.keys()
-    for name, tensor in state.items():
-        expected = as_numpy(tensor)
-        assert found[name].dtype == expected.dtype and found[name].shape == expected.shape, name
-        np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
 def save_sharded(directory, state, single, with_index=True):
@@ -78,7 +44,7 @@ SINGLES = ["model.safetensors", "pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("single", SINGLES)
-def test_a_single_file_gives_back_what_was_saved(tmp_path, state, single):
+def test_a_single_file_gives_back_what_was_saved(tmp_path, state, single, assert_same):
     (save_file if single.endswith("safetensors") else torch.save)(state, tmp_path / single)
     assert_same(read_tensors(tmp_path), state)
     assert tensor_shapes(tmp_path) == {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -86,27 +52,20 @@ def test_a_single_file_gives_back_what_was_saved(tmp_path, state, single):
 
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("single", SINGLES)
-def test_shards_with_and_without_index_give_back_what_was_saved(tmp_path, state, single, with_index):
+def test_shards_with_and_without_index_give_back_what_was_saved(tmp_path, state, single, with_index, assert_same):
     save_sharded(tmp_path, state, single, with_index)
     assert_same(read_tensors(tmp_path), state)
     assert tensor_shapes(tmp_path) == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def test_names_select_tensors_and_unknown_names_are_refused(tmp_path, state):
+def test_names_select_tensors_and_unknown_names_are_refused(tmp_path, state, assert_same):
     save_sharded(tmp_path, state, "model.safetensors")
     assert_same(read_tensors(tmp_path, ["b.weight", "a.weight"]), {k: state[k] for k in ("a.weight", "b.weight")})
     with pytest.raises(ValueError, match=r"lacks nobody\.weight"):
         list(read_tensors(tmp_path, ["a.weight", "nobody.weight"]))
 
 
-def test_views_of_a_torch_storage_are_honoured(tmp_path):
-    base = torch.arange(24.0).reshape(4, 6)
-    state = {"transposed": base.t(), "slice": base[1:3, ::2], "column": base[:, 5], "whole": base, "tied": base}
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    assert_same(read_torch_file(tmp_path / "pytorch_model.bin"), state)
-
-
-def test_a_module_state_dict_with_metadata_is_read(tmp_path):
+def test_a_module_state_dict_with_metadata_is_read(tmp_path, assert_same):
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
     assert_same(read_tensors(tmp_path), module.state_dict())
@@ -121,120 +80,7 @@ def test_reading_is_lazy_one_tensor_at_a_time(tmp_path, state):
         list(reader)
 
 
-# Hostile and damaged files
-
-
-class Hostile:
-    """Unpickled the ordinary way, it creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
-
-
-def write_archive(path, pickled, records=(), compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        for name, data in records:
-            archive.writestr(name, data)
-
-
-def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path):
-    planted = tmp_path / "planted"
-    file = tmp_path / "pytorch_model.bin"
-    torch.save({"a": torch.ones(2), "b": Hostile(planted)}, file)
-    for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
-        with pytest.raises(ValueError, match=r"pytorch_model\.bin .*(posix|nt)\.mkdir"):
-            read()
-    assert not planted.exists()
-    # The control: the same file does its harm to a reader that trusts it.
-    torch.load(file, weights_only=False)
-    assert planted.exists()
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [("builtins", "eval"), ("torch", "load"), ("torch._utils", "_rebuild_parameter"), ("collections", "Counter")],
-)
-def test_every_other_global_is_refused_by_name(tmp_path, module, name):
-    file = tmp_path / "x.bin"
-    write_archive(file, f"c{module}\n{name}\n.".encode())
-    with pytest.raises(ValueError, match=f"{module}.{name}"):
-        list(read_torch_file(file))
-
-
-class Storage:
-    """Pickled as a reference to record 0 with four float32 numbers."""
-
-
-def pickle_of_view(offset, shape, stride, reference=("storage", "FloatStorage", "0", "cpu", 4)):
-    class Writer(pickle.Pickler):
-        def persistent_id(self, value):
-            return reference if isinstance(value, Storage) else None
-
-    buffer = io.BytesIO()
-    Writer(buffer, protocol=2).dump((Storage(), offset, shape, stride, False, None))
-    arguments = buffer.getvalue()[2:-1]  # without the protocol header and the final stop
-    # {"w": torch._utils._rebuild_tensor_v2(*arguments)}
-    return b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"Rs."
-
-
-def test_a_hand_written_view_is_read_and_views_outside_their_storage_are_refused(tmp_path):
-    file = tmp_path / "x.bin"
-    data = [("archive/data/0", np.arange(4, dtype=np.float32).tobytes())]
-    write_archive(file, pickle_of_view(1, (2,), (2,)), data)
-    ((name, tensor),) = read_torch_file(file)
-    assert name == "w" and tensor.tolist() == [1.0, 3.0]
-    for offset, shape, stride in [
-        (0, (5,), (1,)),
-        (3, (2,), (1,)),
-        (-1, (2,), (1,)),
-        (0, (2,), (-1,)),
-        (0, (10**9, 10**9), (0, 0)),
-        (0, (2, 2), (1,)),
-        (0, (2.0,), (1,)),
-        (0, ("a",), (1,)),
-    ]:
-        write_archive(file, pickle_of_view(offset, shape, stride), data)
-        with pytest.raises(ValueError, match=r"x\.bin"):
-            list(read_torch_file(file))
-
-
-def test_bad_storages_are_refused(tmp_path):
-    file = tmp_path / "x.bin"
-    short = [("archive/data/0", b"\0" * 12)]
-    view = (0, (4,), (1,))
-    write_archive(file, pickle_of_view(*view), short)
-    with pytest.raises(ValueError, match="12 bytes, expected 4 x 4"):
-        list(read_torch_file(file))
-    write_archive(file, pickle_of_view(*view))
-    with pytest.raises(ValueError, match="archive/data/0"):
-        list(read_torch_file(file))
-    write_archive(file, pickle_of_view(*view, reference=("storage", "QInt8Storage", "0", "cpu", 4)), short)
-    with pytest.raises(ValueError, match="QInt8Storage"):
-        list(read_torch_file(file))
-    write_archive(file, pickle_of_view(*view), [("archive/data/0", b"\0" * 10**6)], zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="compressed"):
-        list(read_torch_file(file))
-
-
-def test_checkpoints_with_more_than_tensors_are_refused(tmp_path):
-    file = tmp_path / "x.bin"
-    torch.save({"model": {"a": torch.ones(2)}, "step": 3}, file)
-    with pytest.raises(ValueError, match="entry 'model' is a dict"):
-        list(read_torch_file(file))
-    torch.save([torch.ones(2)], file)
-    with pytest.raises(ValueError, match="holds a list"):
-        list(read_torch_file(file))
-
-
-def test_the_format_before_the_zip_is_refused(tmp_path):
-    file = tmp_path / "x.bin"
-    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"x\.bin cannot be read as weights: File is not a zip file"):
-        list(read_torch_file(file))
+# Damaged files
 
 
 @pytest.mark.parametrize("single", SINGLES)
@@ -247,15 +93,6 @@ def test_truncated_and_corrupted_files_are_refused_by_name(tmp_path, state, sing
         for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
             with pytest.raises(ValueError, match=single):
                 read()
-
-
-def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):
-    torch.save({"a": torch.full((64,), 3.0)}, tmp_path / "x.bin")
-    data = bytearray((tmp_path / "x.bin").read_bytes())
-    data[data.find(np.float32(3.0).tobytes() * 8)] ^= 1
-    (tmp_path / "x.bin").write_bytes(data)
-    with pytest.raises(ValueError, match="CRC"):
-        list(read_torch_file(tmp_path / "x.bin"))
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -326,14 +163,14 @@ def test_safetensors_win_over_bin(tmp_path):
 
 
 @pytest.fixture
-def small():
+def small_config():
     config = read_config(EMBEDDED)
     return dataclasses.replace(
         config, vocab_size=7, hidden_size=8, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
     )
 
 
-def test_expected_shapes_are_those_of_transformers(small):
+def test_expected_shapes_are_those_of_transformers(small_config):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -348,8 +185,8 @@ def test_expected_shapes_are_those_of_transformers(small):
         )
     )
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert expected_shapes(small) == theirs
-    tied = expected_shapes(dataclasses.replace(small, tie_embeddings=True))
+    assert expected_shapes(small_config) == theirs
+    tied = expected_shapes(dataclasses.replace(small_config, tie_embeddings=True))
     assert tied == {name: shape for name, shape in theirs.items() if name != LM_HEAD}
 
 
@@ -362,8 +199,8 @@ def test_the_embedded_weights_match_their_config():
         next(read_backbone(EMBEDDED, dataclasses.replace(config, num_layers=5)))
 
 
-def test_every_wrong_name_and_shape_is_in_one_error(small):
-    expected = expected_shapes(small)
+def test_every_wrong_name_and_shape_is_in_one_error(small_config):
+    expected = expected_shapes(small_config)
     found = {**expected, "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
     check_names(found, expected)
     del found["model.norm.weight"]
@@ -376,30 +213,30 @@ def test_every_wrong_name_and_shape_is_in_one_error(small):
     assert "model.embed_tokens.weight is (8, 8), expected (7, 8)" in message and "inv_freq" not in message
 
 
-def test_long_lists_of_names_end_in_a_count(small):
+def test_long_lists_of_names_end_in_a_count(small_config):
     with pytest.raises(ValueError, match=r"21 missing: .* and 11 more"):
-        check_names({}, expected_shapes(small))
+        check_names({}, expected_shapes(small_config))
 
 
-def test_a_tied_checkpoint_may_carry_an_equal_head_only(tmp_path, small):
-    tied = dataclasses.replace(small, tie_embeddings=True)
-    state = {name: torch.randn(shape) for name, shape in expected_shapes(small).items()}
+def test_a_tied_checkpoint_may_carry_an_equal_head_only(tmp_path, small_config):
+    tied = dataclasses.replace(small_config, tie_embeddings=True)
+    state = {name: torch.randn(shape) for name, shape in expected_shapes(small_config).items()}
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"differs from model\.embed_tokens\.weight"):
         list(read_backbone(tmp_path, tied))
     state[LM_HEAD] = state[EMBEDDING].clone()
     save_file(state, tmp_path / "model.safetensors")
     assert {name for name, _ in read_backbone(tmp_path, tied)} == expected_shapes(tied).keys()
-    assert LM_HEAD in {name for name, _ in read_backbone(tmp_path, small)}
+    assert LM_HEAD in {name for name, _ in read_backbone(tmp_path, small_config)}
     both = [(EMBEDDING, np.ones(2)), (LM_HEAD, np.ones(2))]
     for order in (both, both[::-1]):
         assert [name for name, _ in drop_tied_head(order, tied)] == [EMBEDDING]
 
 
-def test_fingerprints_ignore_the_order_and_notice_every_difference(small):
+def test_fingerprints_ignore_the_order_and_notice_every_difference(small_config):
     tensors = [("a", np.arange(6.0).reshape(2, 3)), ("b", np.ones(2, dtype=ml_dtypes.bfloat16))]
-    first = fingerprint(small, tensors)
-    assert first == fingerprint(small, tensors[::-1]) and len(first) == 16 and int(first, 16) >= 0
+    first = fingerprint(small_config, tensors)
+    assert first == fingerprint(small_config, tensors[::-1]) and len(first) == 16 and int(first, 16) >= 0
     others = [
         [("a", tensors[0][1]), ("c", tensors[1][1])],
         [("a", tensors[0][1].reshape(3, 2)), tensors[1]],
@@ -408,10 +245,10 @@ def test_fingerprints_ignore_the_order_and_notice_every_difference(small):
         [("a", tensors[0][1]), ("b", tensors[1][1].view(np.uint16))],
         tensors[:1],
     ]
-    assert len({first, *(fingerprint(small, other) for other in others)}) == 1 + len(others)
-    assert fingerprint(dataclasses.replace(small, rope_theta=5e5), tensors) != first
-    contiguous = Fingerprint(small)
+    assert len({first, *(fingerprint(small_config, other) for other in others)}) == 1 + len(others)
+    assert fingerprint(dataclasses.replace(small_config, rope_theta=5e5), tensors) != first
+    contiguous = Fingerprint(small_config)
     contiguous.add("a", np.ascontiguousarray(tensors[0][1].T))
-    transposed = Fingerprint(small)
+    transposed = Fingerprint(small_config)
     transposed.add("a", tensors[0][1].T)
     assert contiguous.hexdigest() == transposed.hexdigest()

@@ -17,13 +17,13 @@ from trainer.data import (
     TokenizedData,
     batches,
     encode_conversations,
-    inspect,
     load_conversations,
     main,
     split_held_out,
     targets,
     useful_positions,
 )
+from trainer.inspect import inspect
 
 DEV = Path(__file__).resolve().parents[3] / "shared" / "data" / "chat" / "dev.jsonl.gz"
 

@@ -10,21 +10,10 @@ from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
 from ops.select import argmax
 from runtime.entry import run_entry
-from trainer import distill
 from trainer.data import load_conversations
-from trainer.distill import (
-    Corpus,
-    Options,
-    Prompt,
-    Talk,
-    Writer,
-    in_loop,
-    lane_plan,
-    main,
-    read_prompts,
-    sample,
-    write_corpus,
-)
+from trainer.dialogue import OPENINGS, Prompt, Talk, Writer, in_loop
+from trainer.distill import Corpus, Options, main, read_prompts, write_corpus
+from trainer.lanes import lane_plan, sample
 
 
 @pytest.fixture(scope="module")
@@ -292,4 +281,4 @@ def test_the_command_line_writes_what_it_reports(tmp_path, capsys, backbone, mon
     assert len(path.read_text().splitlines()) == 2
     out = capsys.readouterr().out
     assert out.startswith("2 conversations, 2 turns") and f"{path.stat().st_size:,} bytes" in out
-    assert set(distill.OPENINGS) >= {"booking", "openchat", "story", "math", "chitchat"}
+    assert set(OPENINGS) >= {"booking", "openchat", "story", "math", "chitchat"}

@@ -1,0 +1,102 @@
+"""A small random backbone, text for it, and tensors of every type that a checkpoint may hold."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from backbone.config import BackboneConfig
+from backbone.model import Backbone
+from backbone.weights import expected_shapes
+
+CONFIG = BackboneConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=56,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    max_positions=128,
+    tie_embeddings=False,
+    model_type="llama",
+    bos_id=1,
+    eos_ids=(2,),
+)
+
+
+def draw_tensors(seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        name: (
+            random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.standard_normal(shape) * 2 / shape[1] ** 0.5
+        ).astype(np.float32)
+        for name, shape in expected_shapes(CONFIG).items()
+    }
+
+
+@pytest.fixture
+def config():
+    """The small backbone's."""
+    return CONFIG
+
+
+@pytest.fixture
+def random_tensors():
+    """random_tensors(): name -> float32 weights of the small backbone, the same at each call."""
+    return draw_tensors
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def small(request):
+    """The small backbone in either type."""
+    return Backbone(CONFIG, draw_tensors(), request.param)
+
+
+@pytest.fixture
+def tokens():
+    """tokens(count, seed): random text for the small backbone, (1, count) int32."""
+
+    def draw(count, seed=0):
+        return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (1, count)).astype(np.int32)
+
+    return draw
+
+
+@pytest.fixture
+def state():
+    """A state dict with a tensor of every kind."""
+    torch.manual_seed(0)
+    return {
+        "a.weight": torch.randn(3, 4),
+        "b.weight": torch.randn(2, 3, 4).half(),
+        "c.weight": torch.randn(5).bfloat16(),
+        "d.ids": torch.arange(6).reshape(2, 3),
+        "e.flag": torch.tensor([True, False]),
+        "f.scalar": torch.tensor(2.5, dtype=torch.float64),
+        "g.empty": torch.zeros(0, 4),
+    }
+
+
+def as_numpy(tensor):
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+@pytest.fixture
+def assert_same():
+    """assert_same(found, state): what was read is the state dict, type for type and bit for bit."""
+
+    def check(found, state):
+        found = dict(found)
+        assert found.keys() == state.keys()
+        for name, tensor in state.items():
+            expected = as_numpy(tensor)
+            assert found[name].dtype == expected.dtype and found[name].shape == expected.shape, name
+            np.testing.assert_array_equal(found[name], expected, err_msg=name)
+
+    return check
