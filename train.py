@@ -1,7 +1,7 @@
 """Train one draft head on a frozen backbone.
 
-    python train.py --head gated_rnn
-    python train.py --head mlp --data FILE... --backbone DIR --out DIR --epochs 2 --head.num_layers 2
+python train.py --head gated_rnn
+python train.py --head mlp --data FILE... --backbone DIR --out DIR --epochs 2 --head.num_layers 2
 """
 
 from __future__ import annotations

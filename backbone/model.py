@@ -165,9 +165,7 @@ class Backbone:
             scores = self.lm_logits(hidden)
         elif logits is not None:
             raise ValueError(f"logits must be 'all', 'last' or None, got {logits!r}")
-        return BackboneOutput(
-            hidden, scores, {i: w.reshape(batch, rows, c.hidden_size) for i, w in wanted.items()}
-        )
+        return BackboneOutput(hidden, scores, {i: w.reshape(batch, rows, c.hidden_size) for i, w in wanted.items()})
 
 
 def load_backbone(path=None, dtype: str = "float16") -> Backbone:

@@ -92,8 +92,10 @@ def open_cache(
     Path(root).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if free < size * 1.05:
-        raise ValueError(f"the feature cache takes {size / 1e9:.2f} GB, {root} has {free / 1e9:.2f} GB free; "
-                         "use --features online or another --cache-dir")
+        raise ValueError(
+            f"the feature cache takes {size / 1e9:.2f} GB, {root} has {free / 1e9:.2f} GB free; "
+            "use --features online or another --cache-dir"
+        )
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
