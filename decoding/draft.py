@@ -59,16 +59,16 @@ def draft_plan(tree: Tree) -> DraftPlan:
 def draft(head, state, root_token: int, tree: Tree) -> np.ndarray:
     """Tokens of all nodes, (nodes,) int32 on the host; entry 0 is ``root_token``, whose text the head has begun.
 
-    state: what ``head.begin`` returned. A parallel head is asked once for all depths, another one once per depth, for
-    the nodes that have children. ``decoding.tree.check_tree`` says whether the head can fill the tree.
+    state: what ``head.begin`` returned. A parallel head is asked once for all depths, another one once a depth,
+    for the nodes that have children. ``decoding.tree.check_tree`` says whether the head can fill the tree.
     """
     if tree.depth == 0:
         return np.array([root_token], np.int32)
     plan = draft_plan(tree)
     if head.parallel:
-        logits = head.score_depths(state)
-        assert logits.shape[0] >= tree.depth, (logits.shape, tree.depth)
-        candidates = top_k(logits[: tree.depth], plan.max_candidates)[1].numpy().reshape(-1)
+        logits = head.score_depths(state, tree.depth)
+        assert logits.shape[0] == tree.depth, (logits.shape, tree.depth)
+        candidates = top_k(logits, plan.max_candidates)[1].numpy().reshape(-1)
         picked = candidates[plan.parallel_tokens]
     else:
         tokens, per_step = jt.array(np.array([root_token], np.int32)), []

@@ -120,6 +120,6 @@ class Head(jt.Module):
         row in ``state``. Returns (logits (nodes, vocab) of each node's children, the nodes' state)."""
         raise TypeError(f"{type(self).__name__} does not define step")
 
-    def score_depths(self, state):
-        """All depths at once, for heads with ``parallel = True``: (depth, vocab) float32."""
+    def score_depths(self, state, num_depths: int):
+        """The first ``num_depths`` depths at once, for heads with ``parallel = True``: (num_depths, vocab) float32."""
         raise TypeError(f"{type(self).__name__} does not define score_depths")

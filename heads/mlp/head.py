@@ -66,6 +66,6 @@ class MLPHead(Head):
         x = x[parents]
         return self.depth_logits(x, depth), (x, depth + 1)
 
-    def score_depths(self, state):
+    def score_depths(self, state, num_depths):
         x, _ = state
-        return jt.concat([self.depth_logits(x, k) for k in range(self.num_depths)], 0)
+        return jt.concat([self.depth_logits(x, k) for k in range(num_depths)], 0)

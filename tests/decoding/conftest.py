@@ -83,10 +83,10 @@ class ParallelHead(KnowingHead):
 
     parallel = True
 
-    def score_depths(self, state):
+    def score_depths(self, state, num_depths):
         self.calls += 1
         start = int(state.numpy()[0, 0])
-        return jt.array(np.stack([self.guess(start + d, d) for d in range(1, self.num_depths + 1)]))
+        return jt.array(np.stack([self.guess(start + d, d) for d in range(1, num_depths + 1)]))
 
 
 class MixingHead(Head):

@@ -67,7 +67,7 @@ def test_the_worked_example_by_hand(backbone):
 
 def test_a_parallel_head_by_hand():
     rows = jt.array(np.array([[0, 1, 5, 3], [9, 1, 2, 3], [7, 7, 7, 7]], np.float32))
-    head = SimpleNamespace(parallel=True, score_depths=lambda state: rows)
+    head = SimpleNamespace(parallel=True, score_depths=lambda state, depths: rows[:depths])
     tokens = draft(head, None, 6, FOUR)
     assert tokens.tolist() == [6, 2, 3, 0] and tokens.dtype == np.int32
 

@@ -135,10 +135,13 @@ def test_a_parallel_head_scores_all_depths_as_its_steps_do(head, backbone, token
     state = begun(head, features, token_ids, 0, 5)
     if not head.parallel:
         with pytest.raises(TypeError, match="does not define score_depths"):
-            head.score_depths(state)
+            head.score_depths(state, DEPTHS)
         return
     stepped = drafted(head, state, [7] * DEPTHS)  # told nothing that matters
-    assert np.abs(head.score_depths(state).numpy() - stepped).max() < tolerance(stepped)
+    for depths in range(1, DEPTHS + 1):
+        scored = head.score_depths(state, depths).numpy()
+        assert scored.shape == stepped[:depths].shape
+        assert np.abs(scored - stepped[:depths]).max() < tolerance(stepped)
 
 
 def test_parents_say_whose_state_a_node_goes_on_from(head, backbone, token_ids):

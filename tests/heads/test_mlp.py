@@ -85,7 +85,7 @@ def test_a_case_worked_by_hand():
         Features(jt.array(np.array([[[9, 9], [1, 2]]], np.float32))), jt.array(np.zeros((1, 2), np.int32))
     )
     first = 1 + 0.75 * math.log(3)
-    np.testing.assert_allclose(head.score_depths(state).numpy(), [[first, 2, first + 2]], atol=1e-6)
+    np.testing.assert_allclose(head.score_depths(state, 1).numpy(), [[first, 2, first + 2]], atol=1e-6)
 
 
 @pytest.mark.parametrize(
