@@ -282,9 +282,17 @@ def _own_template(directory: Path, settings: dict[str, Any]) -> str:
     return own
 
 
-def _load_fast(directory: Path) -> Any:
-    import transformers  # here, because it takes a second that --help need not pay
+def _transformers() -> Any:
+    """The library, imported late, because it takes a second that --help need not pay, and without its advice to
+    install PyTorch, which tokenizers and templates do not need."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
 
+    return transformers
+
+
+def _load_fast(directory: Path) -> Any:
+    transformers = _transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns about class names that make no difference here
     try:
@@ -307,7 +315,6 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
     every piece of text between special tokens, otherwise only at the very start, as transformers does.
     """
     import sentencepiece
-    import transformers
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     path = directory / "tokenizer.model"
@@ -339,7 +346,7 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
     roles = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
     own = {role: names[index] for role, index in roles.items() if index >= 0}
     own |= {role: _text_of(settings[role]) for role in (*roles, "pad_token") if settings.get(role)}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **own)
+    return _transformers().PreTrainedTokenizerFast(tokenizer_object=backend, **own)
 
 
 def _merges(vocab: dict[str, int], ids: list[int]) -> list[tuple[str, str]]:

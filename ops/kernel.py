@@ -18,8 +18,8 @@ KERNELS = Path(__file__).resolve().parent / "kernels"
 @functools.cache
 def cpu_header(name: str = "cpu.h") -> str:
     """The ``cpu_header`` argument that makes ``ops/kernels/<name>`` visible to a kernel body."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("cpu*.h")))).hexdigest()
-    names = dict.fromkeys(["cpu.h", name])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.h")))).hexdigest()
+    names = dict.fromkeys(["vector.h", "cpu.h", name])
     return "".join(f'#include "{KERNELS / each}"\n' for each in names) + f"// {digest[:16]}\n"
 
 
