@@ -33,6 +33,7 @@ from decoding.generate import (
 from decoding.tree import Tree
 from heads.base import Head
 from runtime import jt, warm
+from runtime.interrupt import check_interrupt, deferred_interrupts
 
 # Prompt lengths of the warm-up: a lone row has kernels of its own, two rows are the shortest text, forty a usual one.
 WARM_LENGTHS = (1, 2, 40)
@@ -177,15 +178,17 @@ def measure(setup: Setup, prompts: Sequence[Prompt], on_prompt: Callable[[Measur
     """
     result = Measurement()
     try:
-        warm_up(setup)
-        kernels = loaded_kernels()
-        for index, prompt in enumerate(prompts):
-            try:
-                measure_prompt(setup, prompt, index, result)
-            except ValueError as error:
-                result.failures.append(Failure(prompt_id=prompt.prompt_id, error=str(error)))
-            on_prompt(result)
-        result.late_kernels = None if kernels is None else loaded_kernels() - kernels
+        with deferred_interrupts():
+            warm_up(setup)
+            kernels = loaded_kernels()
+            for index, prompt in enumerate(prompts):
+                try:
+                    measure_prompt(setup, prompt, index, result)
+                except ValueError as error:
+                    result.failures.append(Failure(prompt_id=prompt.prompt_id, error=str(error)))
+                on_prompt(result)
+                check_interrupt()
+            result.late_kernels = None if kernels is None else loaded_kernels() - kernels
     except KeyboardInterrupt:
         result.interrupted = True
     return result

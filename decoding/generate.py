@@ -20,6 +20,7 @@ from decoding.verify import verify_greedy
 from heads.base import Features
 from ops.select import argmax, top_k
 from runtime import jt
+from runtime.interrupt import check_interrupt
 
 OnTokens = Callable[[list[int]], None]
 
@@ -155,6 +156,7 @@ def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Cl
         if head:
             features, following = Features(output.hidden, output.layers), np.append(prompt[1:], root)
         while text.finish_reason is None:
+            check_interrupt()
             if cache.room < tree.num_nodes:
                 tree, head, layers = Tree.autoregressive(), None, ()
             if cache.room < tree.num_nodes:

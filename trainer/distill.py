@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.entry import Parser, run_entry
+from runtime.interrupt import check_interrupt, deferred_interrupts
 from trainer.dialogue import Prompt, Talk, Writer, new_talks
 from trainer.lanes import Batch
 
@@ -236,7 +237,7 @@ def write_corpus(
     conversations is of use. Ctrl-C says how far it got and leaves no file.
     """
     corpus = Corpus(options)
-    with atomic_lines(Path(out)) as write:
+    with atomic_lines(Path(out)) as write, deferred_interrupts():
         batch = Batch(backbone, Writer(tokenizer, options))
         begun = said = time.perf_counter()
 
@@ -252,6 +253,7 @@ def write_corpus(
                     raise ValueError(f"none of 1000 conversations is of use: {dict(corpus.dropped)}")
                 if corpus.full:
                     break
+                check_interrupt()
                 if time.perf_counter() - said > 5:
                     said = time.perf_counter()
                     print(progress(), file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import numpy as np
 from heads.base import Features
 from ops.decoder_layer import RowPlan
 from runtime import jt
+from runtime.interrupt import check_interrupt, deferred_interrupts
 from trainer.data import TokenizedData
 
 CHUNK_TOKENS = 8192  # of a pass while the cache is written: 8 MB of activations a layer at 256 wide
@@ -99,7 +100,8 @@ def open_cache(
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        _write(backbone, data, layers, partial, on_tokens)
+        with deferred_interrupts():
+            _write(backbone, data, layers, partial, on_tokens)
         os.rename(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -123,6 +125,7 @@ def _write(backbone, data: TokenizedData, layers, directory: Path, on_tokens) ->
                     raise ValueError("a feature is outside float16; use --features online")
                 file.write(values.tobytes())
             on_tokens(int(data.offsets[last] - data.offsets[first]))
+            check_interrupt()
             first = last
     finally:
         for file in files:

@@ -14,6 +14,7 @@ import numpy as np
 import runtime
 from heads.checkpoint import save_checkpoint
 from runtime import jt
+from runtime.interrupt import check_interrupt, deferred_interrupts
 from trainer.config import TrainConfig
 from trainer.data import TokenizedData, batches
 from trainer.loss import head_loss, make_batch
@@ -119,9 +120,14 @@ def fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_out
     """Train ``run.head`` and keep its best checkpoint in ``run.out / "checkpoint"``.
 
     source(indices), held_out_source(indices) -> Features of those conversations. progress(step, num_steps, record) is
-    called after every step. Ctrl-C scores what there is, keeps it if best, and returns. Raises FloatingPointError
-    when a gradient is not finite; the best checkpoint until then stays.
+    called after every step. Ctrl-C, looked for after every step, scores what there is, keeps it if best, and returns.
+    Raises FloatingPointError when a gradient is not finite; the best checkpoint until then stays.
     """
+    with deferred_interrupts():
+        return _fit(run, data, held_out, source, held_out_source, progress)
+
+
+def _fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_out_source, progress) -> FitResult:
     config, head = run.config, run.head
     optimizer = AdamW(
         head.parameters(),
@@ -167,3 +173,4 @@ def _train_step(run: Run, optimizer: AdamW, batch, num_steps: int, progress) -> 
     if run.step % 10 == 0:
         run.log(record)
     progress(run.step, num_steps, record)
+    check_interrupt()
