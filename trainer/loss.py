@@ -9,7 +9,7 @@ import numpy as np
 from heads.base import Features
 from ops.training import cross_entropy
 from runtime import jt
-from trainer.data import IGNORE, TokenizedData, targets
+from trainer.data import IGNORE, TokenizedData, targets, useful_positions
 
 
 @dataclass
@@ -32,7 +32,8 @@ def make_batch(data: TokenizedData, indices, source, num_depths: int) -> Batch:
     part = data.select(indices)
     labels = targets(part.mask, part.token_ids, part.offsets, num_depths)
     root_is_reply = np.append(part.mask[1:], False)
-    positions = np.flatnonzero((labels != IGNORE).any(0) & root_is_reply).astype(np.int32)
+    positions = useful_positions(labels)
+    positions = positions[root_is_reply[positions]].astype(np.int32)
     padded = np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)])
     return Batch(source(indices), padded[None], positions, np.ascontiguousarray(labels[:, positions]))
 
