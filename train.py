@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from heads.registry import available, head_class
 from runtime.entry import run_entry
 from trainer.config import EMBEDDED_CORPUS, TrainConfig, parse
@@ -65,7 +67,9 @@ def main(arguments) -> int:
     runtime.set_seed(config.seed)
     head = build(config.head, config.head_options, backbone)
     out = prepare_out(config)
-    layers = tuple(type(head).layers)
+    replies = training.token_ids[training.mask]
+    head.prepare(np.bincount(replies, minlength=backbone.config.vocab_size))
+    layers = tuple(head.layers)
     base = {
         "head": config.head,
         "head_config": vars(head.config),
@@ -86,7 +90,7 @@ def main(arguments) -> int:
             "tokens": int(training.offsets[-1]),
         },
     }
-    num_steps = count_steps(config, training)
+    num_steps = count_steps(config, training, head)
     card(config, backbone, head, report, num_steps, out)
     with Watch(num_steps) as watch:
         if config.features == "cache":

@@ -69,13 +69,17 @@ def draft(head, state, root_token: int, tree: Tree) -> np.ndarray:
         logits = head.score_depths(state, tree.depth)
         assert logits.shape[0] == tree.depth, (logits.shape, tree.depth)
         candidates = top_k(logits, plan.max_candidates)[1].numpy().reshape(-1)
+        if head.draft_vocab is not None:
+            candidates = head.draft_vocab[candidates]
         picked = candidates[plan.parallel_tokens]
     else:
         tokens, per_step = jt.array(np.array([root_token], np.int32)), []
+        meant = None if head.draft_vocab is None else jt.array(head.draft_vocab)  # column of the logits -> token
         for step in plan.steps:
             if per_step:
                 tokens = per_step[-1].reshape(-1)[step.source]
             logits, state = head.step(state, tokens, step.parents)
-            per_step.append(top_k(logits, step.num_candidates)[1])
+            columns = top_k(logits, step.num_candidates)[1]
+            per_step.append(columns if meant is None else meant[columns])
         picked = np.concatenate([ids.reshape(-1) for ids in jt.fetch_sync(per_step)])[plan.tokens]
     return np.concatenate([np.array([root_token], np.int32), picked], dtype=np.int32)

@@ -29,10 +29,31 @@ class Features:
 
 @dataclass
 class HeadOutput:
-    """logits: one Var (positions, vocab) float32 per depth; aux: named extra losses, scalar Vars, already weighted."""
+    """What a head says of some positions.
+
+    logits: one Var (positions, vocab) float32 per depth; while training, None for a depth that gets no loss of its
+    own. aux: named extra losses, scalar Vars, already weighted. stats: named figures to report, (positions, ...) each;
+    their means over the held-out text go into checkpoints and results, see ``Head.describe``.
+    """
 
     logits: list
     aux: dict[str, object] = field(default_factory=dict)
+    stats: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training. share: of the run's optimizer steps. rates: what the learning rate is multiplied with, by
+    the beginning of a parameter's name; the longest that fits counts, and a parameter that none fits is not trained."""
+
+    name: str
+    share: float = 1.0
+    rates: dict[str, float] = field(default_factory=lambda: {"": 1.0})
+
+    def rate(self, parameter: str) -> float | None:
+        """The multiple for a parameter by name; None: not trained in this stage."""
+        fitting = [prefix for prefix in self.rates if parameter.startswith(prefix)]
+        return self.rates[max(fitting, key=len)] if fitting else None
 
 
 def option(default, help: str):
@@ -44,13 +65,19 @@ class Head(jt.Module):
     """Base of all draft heads: what a subclass has to say and to compute.
 
     A subclass has a ``Config`` dataclass with at least ``num_depths``, sets ``parallel`` and, where it needs more than
-    the last hidden state, ``layers``. It borrows the backbone's embedding and language-model head through ``embed``
-    and ``lm_logits`` and owns neither, so neither is trained nor saved with it.
+    the last hidden state, ``layers``, here or in its constructor. It borrows the backbone's embedding and
+    language-model head through ``embed`` and ``lm_logits`` and owns neither, so neither is trained nor saved with it.
+
+    parallel: the logits of a depth do not depend on the drafted tokens. trained: False for a head without parameters,
+    which drafts without a checkpoint. draft_vocab: (draft vocabulary,) int32 NumPy, the token that each column of the
+    logits stands for; None: every token, in order.
     """
 
     Config: ClassVar[type]
     parallel: ClassVar[bool] = False
-    layers: ClassVar[tuple[int, ...]] = ()
+    trained: ClassVar[bool] = True
+    layers: tuple[int, ...] = ()
+    draft_vocab: np.ndarray | None = None
 
     def __init__(self, config, backbone):
         super().__init__()
@@ -65,16 +92,41 @@ class Head(jt.Module):
         """Tokens this head can draft after the root."""
         return self.config.num_depths
 
+    def trainable(self) -> dict:
+        """The parameters by name, without the buffers: Vars of the head that carry no gradient."""
+        return {name: p for name, p in self.named_parameters() if not p.is_stop_grad()}
+
     @property
     def num_parameters(self) -> int:
         """Trainable numbers the head owns."""
-        return sum(int(p.numel()) for p in self.parameters())
+        return sum(int(p.numel()) for p in self.trainable().values())
 
     def forget_packed(self) -> None:
         """Drop what layers derived from their parameters; called when parameters were replaced."""
         for module in self.modules():
             if hasattr(module, "_packed"):
                 module._packed = None
+
+    # What a head may say about its training and its backbone; most need none of it.
+
+    def prepare(self, token_counts: np.ndarray) -> None:
+        """Look at the training text before training. token_counts: (vocab,), how often each token is a reply's."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stretches that training consists of, in order; their shares add up to 1."""
+        return (Stage("heads"),)
+
+    def enter(self, stage: str, progress: float) -> None:
+        """Called before every training step. stage: by name; progress: within it, from 0 to below 1."""
+
+    def describe(self, means: dict[str, np.ndarray]) -> dict:
+        """What is reported of the means of ``HeadOutput.stats``; JSON-ready."""
+        return {name: np.asarray(mean).tolist() for name, mean in means.items()}
+
+    @property
+    def decoding_backbone(self):
+        """The backbone to decode with: the borrowed one, unless the head changes it (adapters, merged)."""
+        return self.borrowed
 
     def embed(self, token_ids):
         """The backbone's embedding. token_ids: (rows,) int32, Var or NumPy -> (rows, dim) float32."""
@@ -86,6 +138,12 @@ class Head(jt.Module):
         if self.is_training():
             return jt.nn.matmul_transpose(hidden, self.borrowed.lm_head_weight)
         return self.borrowed.lm_logits(hidden)
+
+    @staticmethod
+    def sequence_lengths(features: Features) -> np.ndarray:
+        """Length of each sequence of a batch, in order, (sequences,) int64."""
+        batch, seq = features.hidden.shape[:2]
+        return np.asarray(features.lengths if features.lengths is not None else [seq] * batch, np.int64)
 
     @staticmethod
     def select(hidden, positions):

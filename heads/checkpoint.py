@@ -107,8 +107,8 @@ def load_parameters(head, path: Path) -> None:
     for name in sorted(set(own) & set(tensors)):
         if tuple(own[name].shape) != tensors[name].shape:
             problems.append(f"{name} is {list(tensors[name].shape)}, expected {list(own[name].shape)}")
-        elif tensors[name].dtype != np.float32:
-            problems.append(f"{name} is {tensors[name].dtype}, expected float32")
+        elif tensors[name].dtype != own[name].dtype:
+            problems.append(f"{name} is {tensors[name].dtype}, expected {own[name].dtype}")
     if problems:
         raise ValueError(f"{path} does not fit head {type(head).__name__}: {'; '.join(problems[:10])}")
     for name, parameter in own.items():

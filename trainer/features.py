@@ -47,8 +47,7 @@ class CachedFeatures:
     def __init__(self, directory: Path, data: TokenizedData, dim: int, layers: tuple[int, ...]):
         self.data, self.layers = data, layers
         shape = (int(data.offsets[-1]), dim)
-        names = ["hidden", *(f"layer{i}" for i in layers)]
-        self.maps = [np.memmap(directory / f"{n}.f16", np.float16, "r", shape=shape) for n in names]
+        self.maps = [np.memmap(directory / name, np.float16, "r", shape=shape) for name in file_names(layers)]
 
     def __call__(self, indices: Sequence[int]) -> Features:
         ranges = [(int(self.data.offsets[i]), int(self.data.offsets[i + 1])) for i in indices]
@@ -59,10 +58,15 @@ class CachedFeatures:
         return Features(hidden, dict(zip(self.layers, layers, strict=True)), lengths)
 
 
-def cache_key(backbone, tokenizer_fingerprint: str, data: TokenizedData, layers: tuple[int, ...]) -> str:
-    """Names a cache by all it depends on: backbone, its dtype, tokenizer and template, the tokens, the layers."""
+def file_names(layers: Sequence[int]) -> list[str]:
+    """The files of a feature cache: that of the last hidden state, then one for each layer."""
+    return ["hidden.f16", *(f"layer{i}.f16" for i in layers)]
+
+
+def cache_key(backbone, tokenizer_fingerprint: str, data: TokenizedData) -> str:
+    """Names a cache by all it depends on: backbone, its dtype, tokenizer and template, the tokens."""
     digest = hashlib.sha256()
-    digest.update(json.dumps([backbone.fingerprint, backbone.dtype, tokenizer_fingerprint, list(layers)]).encode())
+    digest.update(json.dumps([backbone.fingerprint, backbone.dtype, tokenizer_fingerprint]).encode())
     digest.update(data.token_ids.tobytes())
     digest.update(data.offsets.tobytes())
     return digest.hexdigest()[:24]
@@ -77,18 +81,20 @@ def open_cache(
     on_start: Callable[[Path, int], None] = lambda path, size: None,
     on_tokens: Callable[[int], None] = lambda done: None,
 ) -> CachedFeatures:
-    """The feature cache of this data, written now if it is not there yet.
+    """The feature cache of this data; what it lacks of the wanted layers is written now.
 
-    on_start(path, bytes) is called before anything is written, on_tokens(count) as it goes. It is written beside its
-    place and renamed when whole: an interrupted write leaves no cache. Raises ValueError when the disk lacks the room.
+    Heads share it: each adds the layers that none before it asked for. on_start(path, bytes) is called before anything
+    is written, on_tokens(count) as it goes. A file is written beside its place and renamed when whole: an interrupted
+    write leaves none. Raises ValueError when the disk lacks the room.
     """
     dim, total = backbone.config.hidden_size, int(data.offsets[-1])
-    directory = Path(root) / cache_key(backbone, tokenizer_fingerprint, data, layers)
-    if directory.exists():
+    directory = Path(root) / cache_key(backbone, tokenizer_fingerprint, data)
+    missing = [name for name in file_names(layers) if not (directory / name).exists()]
+    if not missing:
         cached = CachedFeatures(directory, data, dim, layers)
         on_tokens(total)
         return cached
-    size = total * dim * 2 * (1 + len(layers))
+    size = total * dim * 2 * len(missing)
     on_start(directory, size)
     Path(root).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
@@ -97,20 +103,27 @@ def open_cache(
             f"the feature cache takes {size / 1e9:.2f} GB, {root} has {free / 1e9:.2f} GB free; "
             "use --features online or another --cache-dir"
         )
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    partial = directory / f".{os.getpid()}.partial"
+    partial.mkdir(parents=True)
     try:
         with deferred_interrupts():
-            _write(backbone, data, layers, partial, on_tokens)
-        os.rename(partial, directory)
+            _write(backbone, data, layers, missing, partial, on_tokens)
+        for name in missing:
+            os.rename(partial / name, directory / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_if_empty(directory)
     return CachedFeatures(directory, data, dim, layers)
 
 
-def _write(backbone, data: TokenizedData, layers, directory: Path, on_tokens) -> None:
-    names = ["hidden", *(f"layer{i}" for i in layers)]
-    files = [open(directory / f"{name}.f16", "wb") for name in names]  # noqa: SIM115 - closed below, one per layer
+def _remove_if_empty(directory: Path) -> None:
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _write(backbone, data: TokenizedData, layers, wanted: Sequence[str], directory: Path, on_tokens) -> None:
+    names = file_names(layers)
+    files = {name: open(directory / name, "wb") for name in wanted}  # noqa: SIM115 - closed below
     try:
         first = 0
         while first < len(data):
@@ -119,14 +132,16 @@ def _write(backbone, data: TokenizedData, layers, directory: Path, on_tokens) ->
                 last += 1
             features = backbone_features(backbone, data, range(first, last), layers)
             parts = [features.hidden, *(features.layers[i] for i in layers)]
-            for file, part in zip(files, parts, strict=True):
+            for name, part in zip(names, parts, strict=True):
+                if name not in files:
+                    continue
                 values = part.numpy()[0].astype(np.float16)
                 if not np.isfinite(values).all():
                     raise ValueError("a feature is outside float16; use --features online")
-                file.write(values.tobytes())
+                files[name].write(values.tobytes())
             on_tokens(int(data.offsets[last] - data.offsets[first]))
             check_interrupt()
             first = last
     finally:
-        for file in files:
+        for file in files.values():
             file.close()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import runtime
+from heads.base import Stage
 from heads.checkpoint import save_checkpoint
 from runtime import jt
 from runtime.interrupt import check_interrupt, deferred_interrupts
@@ -27,18 +30,21 @@ HELD_OUT_TOKENS = 4096  # tokens of a scoring pass
 
 @dataclass
 class Score:
-    """What held-out text says. expected_accept_length: tokens per pass; top1, top5: per depth; loss: nats per depth."""
+    """What held-out text says. expected_accept_length: tokens per pass; top1, top5: per depth; loss: nats per depth;
+    tree: the paths that give it; stats: what the head says of itself, see ``Head.describe``."""
 
     expected_accept_length: float
     top1: list[float]
     top5: list[float]
     loss: list[float]
     tree: list[list[int]]
+    stats: dict
 
 
 def score_head(head, data: TokenizedData, source, num_nodes: int) -> Score:
     """Teacher-forced ranks over all held-out conversations. Leaves the head in training mode."""
     ranks, losses, counts = [], np.zeros(head.num_depths), np.zeros(head.num_depths)
+    sums, positions = {}, 0
     head.eval()
     with jt.no_grad():
         for indices in batches(data, HELD_OUT_TOKENS):
@@ -51,6 +57,9 @@ def score_head(head, data: TokenizedData, source, num_nodes: int) -> Score:
             losses += np.array([float(x.item()) for x in parts.depth_losses]) * labelled
             counts += labelled
             ranks.append(rank)
+            positions += len(batch.positions)
+            for name, values in parts.stats.items():
+                sums[name] = sums.get(name, 0) + np.asarray(values, np.float64).sum(0)
     head.train()
     if not ranks:
         raise ValueError("the held-out text is too short to score on; hold out more conversations")
@@ -63,6 +72,7 @@ def score_head(head, data: TokenizedData, source, num_nodes: int) -> Score:
         accuracy(ranks, 5),
         (losses / np.maximum(counts, 1)).tolist(),
         [list(path) for path in tree],
+        head.describe({name: total / positions for name, total in sums.items()}),
     )
 
 
@@ -109,18 +119,56 @@ class Run:
         save_checkpoint(self.out / "checkpoint", self.head, config, runtime.provenance(self.config.seed))
 
 
-def count_steps(config: TrainConfig, data: TokenizedData) -> int:
-    """Optimizer steps of the run. Raises ValueError when there is no whole step."""
+def count_steps(config: TrainConfig, data: TokenizedData, head) -> int:
+    """Optimizer steps of the run, at least one; none for a head that has nothing to train."""
+    if not head.trained:
+        return 0
     per_epoch = len(batches(data, config.tokens_per_step, seed=config.seed))
     steps = max(1, math.floor(per_epoch * config.epochs))
     return min(steps, config.max_steps) if config.max_steps else steps
+
+
+@dataclass
+class Stretch:
+    """A stage of the head's training as steps of this run: ``first`` up to and without ``last``."""
+
+    stage: Stage
+    first: int
+    last: int
+
+
+def stretches(stages: Sequence[Stage], num_steps: int) -> list[Stretch]:
+    """The stages as steps; one that comes to no step is left out.
+
+    Worked example: shares 0.6 and 0.4 of 5 steps are the steps 0 to 2 and 3 to 4.
+    """
+    shares = np.array([stage.share for stage in stages])
+    assert (shares >= 0).all() and abs(shares.sum() - 1) < 1e-6, [stage.share for stage in stages]
+    edges = np.round(np.cumsum([0.0, *shares]) * num_steps).astype(int).tolist()
+    found = [Stretch(stage, a, b) for stage, a, b in zip(stages, edges, edges[1:], strict=False)]
+    return [stretch for stretch in found if stretch.last > stretch.first]
+
+
+def make_optimizer(config: TrainConfig, head, stage: Stage) -> AdamW:
+    """AdamW over the parameters that this stage trains."""
+    rates = {name: stage.rate(name) for name in head.trainable()}
+    chosen = {name: p for name, p in head.trainable().items() if rates[name] is not None}
+    return AdamW(
+        list(chosen.values()),
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        rates=[rates[name] for name in chosen],
+    )
 
 
 def fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_out_source, progress) -> FitResult:
     """Train ``run.head`` and keep its best checkpoint in ``run.out / "checkpoint"``.
 
     source(indices), held_out_source(indices) -> Features of those conversations. progress(step, num_steps, record) is
-    called after every step. Ctrl-C, looked for after every step, scores what there is, keeps it if best, and returns.
+    called after every step. The stages of the head follow each other, each with an optimizer and a rate schedule of
+    its own. Ctrl-C, looked for after every step, scores what there is, keeps it if best, and returns.
     Raises FloatingPointError when a gradient is not finite; the best checkpoint until then stays.
     """
     with deferred_interrupts():
@@ -129,26 +177,18 @@ def fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_out
 
 def _fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_out_source, progress) -> FitResult:
     config, head = run.config, run.head
-    optimizer = AdamW(
-        head.parameters(),
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-    )
-    num_steps = count_steps(config, data)
+    num_steps = count_steps(config, data, head)
     interrupted = False
     head.train()
     try:
-        epoch = 0
-        while run.step < num_steps:
-            for indices in batches(data, config.tokens_per_step, seed=config.seed, epoch=epoch):
-                if run.step == num_steps:
-                    break
-                _train_step(run, optimizer, make_batch(data, indices, source, head.num_depths), num_steps, progress)
+        order = _batch_order(data, config)
+        for stretch in stretches(head.stages(), num_steps):
+            optimizer = make_optimizer(config, head, stretch.stage)
+            while run.step < stretch.last:
+                batch = make_batch(data, next(order), source, head.num_depths)
+                _train_step(run, optimizer, batch, stretch, num_steps, progress)
                 if run.step % config.score_every == 0 and run.step < num_steps:
                     run.keep_if_best(score_head(head, held_out, held_out_source, config.tree_nodes))
-            epoch += 1
     except KeyboardInterrupt:
         interrupted = True
     run.keep_if_best(score_head(head, held_out, held_out_source, config.tree_nodes))
@@ -158,10 +198,18 @@ def _fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_ou
     return result
 
 
-def _train_step(run: Run, optimizer: AdamW, batch, num_steps: int, progress) -> None:
-    config = run.config
-    rate = learning_rate(run.step, num_steps, config.learning_rate, config.warmup, config.final_rate)
-    record = {"step": run.step + 1, "rate": rate}
+def _batch_order(data: TokenizedData, config: TrainConfig) -> Iterator[np.ndarray]:
+    """The conversations of one batch after another, epoch after epoch, without end."""
+    for epoch in itertools.count():
+        yield from batches(data, config.tokens_per_step, seed=config.seed, epoch=epoch)
+
+
+def _train_step(run: Run, optimizer: AdamW, batch, stretch: Stretch, num_steps: int, progress) -> None:
+    config, length = run.config, stretch.last - stretch.first
+    step = run.step - stretch.first
+    run.head.enter(stretch.stage.name, step / length)
+    rate = learning_rate(step, length, config.learning_rate, config.warmup, config.final_rate)
+    record = {"step": run.step + 1, "stage": stretch.stage.name, "rate": rate}
     if len(batch.positions):
         parts = head_loss(run.head, batch, config.depth_weight)
         record["grad_norm"] = optimizer.update(parts.total, rate)

@@ -40,30 +40,51 @@ def make_batch(data: TokenizedData, indices, source, num_depths: int) -> Batch:
 
 @dataclass
 class LossParts:
-    """total: the scalar to minimise; depth_losses: mean nats per labelled position, one Var per depth; ranks: Vars
-    (num,) int32 per depth; aux: the head's own terms."""
+    """total: the scalar to minimise; depth_losses: mean nats per labelled position, one Var per depth that has logits;
+    ranks: Vars (num,) int32 per such depth, the vocabulary's size for a label that the head cannot draft; aux: the
+    head's own terms; stats: its figures to report."""
 
     total: object
     depth_losses: list
     ranks: list
     aux: dict
+    stats: dict
 
 
 def head_loss(head, batch: Batch, depth_weight: float) -> LossParts:
-    """sum_k depth_weight^k CE_k / sum_k depth_weight^k, plus the head's aux terms. CE_k averages over its labels."""
+    """sum_k depth_weight^k CE_k / sum_k depth_weight^k, plus the head's aux terms. CE_k averages over its labels.
+
+    The sums run over the depths that the head gave logits for. A label outside the head's draft vocabulary has no loss.
+    """
     highest = int(batch.labels.max(initial=IGNORE))
     assert highest < head.vocab_size, f"label {highest} is outside the vocabulary of {head.vocab_size}"
     output = head(batch.features, batch.token_ids, batch.positions)
     assert len(output.logits) == head.num_depths, (len(output.logits), head.num_depths)
+    columns = label_columns(head)
+    weights = np.array([depth_weight**k if logits is not None else 0.0 for k, logits in enumerate(output.logits)])
+    weights /= weights.sum()
     total, depth_losses, ranks = 0, [], []
-    weights = depth_weight ** np.arange(head.num_depths)
-    for depth, logits in enumerate(output.logits):
-        labels = batch.labels[depth]
+    for logits, tokens, weight in zip(output.logits, batch.labels, weights, strict=True):
+        if logits is None:
+            continue
+        labels = tokens if columns is None else np.where(tokens == IGNORE, IGNORE, columns[tokens])
         losses, rank = cross_entropy(logits, jt.array(labels))
         mean = losses.sum() / max(1, int((labels != IGNORE).sum()))
-        total = total + mean * float(weights[depth] / weights.sum())
+        total = total + mean * float(weight)
         depth_losses.append(mean)
+        if columns is not None:
+            rank = jt.where(jt.array((labels == IGNORE) & (tokens != IGNORE)), head.vocab_size, rank)
         ranks.append(rank)
     for term in output.aux.values():
         total = total + term
-    return LossParts(total, depth_losses, ranks, output.aux)
+    return LossParts(total, depth_losses, ranks, output.aux, output.stats)
+
+
+def label_columns(head) -> np.ndarray | None:
+    """The column of the logits that stands for each token, -100 for one that the head cannot draft, (vocab,) int32;
+    None when every token has its own."""
+    if head.draft_vocab is None:
+        return None
+    columns = np.full(head.vocab_size, IGNORE, np.int32)
+    columns[head.draft_vocab] = np.arange(len(head.draft_vocab))
+    return columns

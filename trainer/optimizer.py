@@ -19,10 +19,23 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup: float, final: 
 
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) over float32 parameters, updated in place. Matrices decay, vectors do not."""
+    """AdamW (arXiv 1711.05101) over float32 parameters, updated in place. Matrices decay, vectors do not.
 
-    def __init__(self, parameters: list, *, beta1: float, beta2: float, weight_decay: float, clip: float):
+    rates: what the learning rate is multiplied with, one number per parameter; default: 1.
+    """
+
+    def __init__(
+        self,
+        parameters: list,
+        *,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        clip: float,
+        rates: list[float] | None = None,
+    ):
         self.parameters, self.steps = parameters, 0
+        self.rates = rates or [1.0] * len(parameters)
         self.beta1, self.beta2, self.weight_decay, self.clip = beta1, beta2, weight_decay, clip
         self.means = [jt.zeros(tuple(p.shape)) for p in parameters]
         self.squares = [jt.zeros(tuple(p.shape)) for p in parameters]
@@ -39,13 +52,14 @@ class AdamW:
             raise FloatingPointError(f"the gradient is not finite at step {self.steps}; lower the learning rate")
         scale = self.clip / norm if self.clip and norm > self.clip else 1.0
         self.steps += 1
-        for weight, grad, mean, square in zip(self.parameters, grads, self.means, self.squares, strict=True):
+        states = zip(self.parameters, grads, self.means, self.squares, self.rates, strict=True)
+        for weight, grad, mean, square, multiple in states:
             adamw(
                 weight,
                 grad,
                 mean,
                 square,
-                rate=rate,
+                rate=rate * multiple,
                 beta1=self.beta1,
                 beta2=self.beta2,
                 eps=1e-8,

@@ -59,7 +59,7 @@ def test_the_worked_example_by_hand(backbone):
         return jt.array(wants), token_ids
 
     expected = [[-5], [7]]  # the state of the root's parent row, then that of the root
-    head = SimpleNamespace(parallel=False, step=step)
+    head = SimpleNamespace(parallel=False, draft_vocab=None, step=step)
     # Root 7: its best are 8 and 9; behind node 2 (token 9) comes 0.
     assert draft(head, jt.array(np.array([-5], np.int32)), 7, FOUR).tolist() == [7, 8, 9, 0]
     assert expected == []
@@ -67,9 +67,25 @@ def test_the_worked_example_by_hand(backbone):
 
 def test_a_parallel_head_by_hand():
     rows = jt.array(np.array([[0, 1, 5, 3], [9, 1, 2, 3], [7, 7, 7, 7]], np.float32))
-    head = SimpleNamespace(parallel=True, score_depths=lambda state, depths: rows[:depths])
+    head = SimpleNamespace(parallel=True, draft_vocab=None, score_depths=lambda state, depths: rows[:depths])
     tokens = draft(head, None, 6, FOUR)
     assert tokens.tolist() == [6, 2, 3, 0] and tokens.dtype == np.int32
+
+
+def test_columns_of_a_draft_vocabulary_stand_for_its_tokens():
+    vocab = np.array([3, 10, 20, 30], np.int32)
+    rows = jt.array(np.array([[0, 1, 5, 3], [9, 1, 2, 3], [7, 7, 7, 7]], np.float32))
+    head = SimpleNamespace(parallel=True, draft_vocab=vocab, score_depths=lambda state, depths: rows[:depths])
+    assert draft(head, None, 6, FOUR).tolist() == [6, 20, 30, 3]
+
+    def step(state, token_ids, parents):
+        told.append(token_ids.numpy().tolist())
+        return rows[:1], state
+
+    told = []
+    head = SimpleNamespace(parallel=False, draft_vocab=vocab, step=step)
+    assert draft(head, jt.array(np.zeros(1, np.int32)), 6, FOUR).tolist() == [6, 20, 30, 20]
+    assert told == [[6], [30]]  # the next step is told tokens, not columns
 
 
 def test_a_lone_root_asks_no_head():

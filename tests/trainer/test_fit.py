@@ -39,6 +39,7 @@ CONFIG = BackboneConfig(
     eos_ids=(2,),
 )
 NUM_STEPS = 12
+TRAINED = SimpleNamespace(trained=True)
 
 
 def random_backbone(dtype="float32", seed=0):
@@ -135,7 +136,7 @@ def test_every_line_of_the_log_is_json_and_says_what_it_is(train):
     log = read_log(out)
     steps = [line for line in log if "rate" in line]
     assert [line["step"] for line in steps] == [10] and steps[0] == records[9]
-    assert {"step", "rate", "grad_norm", "loss", "aux", "tokens"} == set(steps[0])
+    assert {"step", "stage", "rate", "grad_norm", "loss", "aux", "tokens"} == set(steps[0])
     scores = [line for line in log if "held_out" in line]
     assert [line["step"] for line in scores] == [5, 10, 12]
     best = max(scores, key=lambda line: line["held_out"]["expected_accept_length"])
@@ -151,11 +152,11 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(train):
 
 def test_epochs_decide_the_steps_unless_there_is_a_limit(data):
     config = TrainConfig(head="mlp", tokens_per_step=160, epochs=2.0)
-    per_epoch = count_steps(TrainConfig(head="mlp", tokens_per_step=160), data.training)
-    assert per_epoch > 2 and count_steps(config, data.training) == 2 * per_epoch
+    per_epoch = count_steps(TrainConfig(head="mlp", tokens_per_step=160), data.training, TRAINED)
+    assert per_epoch > 2 and count_steps(config, data.training, TRAINED) == 2 * per_epoch
     config.max_steps = 3
-    assert count_steps(config, data.training) == 3
-    assert count_steps(TrainConfig(head="mlp", tokens_per_step=160, epochs=0.001), data.training) == 1
+    assert count_steps(config, data.training, TRAINED) == 3
+    assert count_steps(TrainConfig(head="mlp", tokens_per_step=160, epochs=0.001), data.training, TRAINED) == 1
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_says_so(train, backbone):
@@ -247,6 +248,22 @@ def test_cached_features_equal_online_features_rounded_to_float16(backbone, data
     assert told == [] and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_cache_is_shared_and_grows_by_the_layers_it_lacks(backbone, data, tmp_path):
+    told = []
+    open_cache(backbone, "tok", data.training, (1,), tmp_path)
+    [directory] = tmp_path.iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+    assert set(before) == {"hidden.f16", "layer1.f16"}
+    cached = open_cache(backbone, "tok", data.training, (0, 1), tmp_path, lambda *what: told.append(what))
+    total = int(data.training.offsets[-1])
+    assert told == [(directory, total * 32 * 2)]  # one more layer alone
+    after = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+    assert set(after) == {*before, "layer0.f16"} and before.items() <= after.items()
+    want = OnlineFeatures(backbone, data.training, (0, 1))([3])
+    for index, layer in cached([3]).layers.items():
+        np.testing.assert_array_equal(layer.numpy(), want.layers[index].numpy().astype(np.float16).astype(np.float32))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_write_leaves_no_cache(backbone, data, tmp_path, error):
     def stop(count):
@@ -282,17 +299,16 @@ def test_the_cache_is_named_by_all_it_depends_on(backbone, data):
     other_cut = TokenizedData(data.training.token_ids, data.training.mask, data.training.offsets.copy())
     other_cut.offsets[1] += 1
     keys = [
-        cache_key(backbone, "tok", data.training, ()),
-        cache_key(backbone, "other", data.training, ()),
-        cache_key(backbone, "tok", other_ids, ()),
-        cache_key(backbone, "tok", other_cut, ()),
-        cache_key(backbone, "tok", data.training, (1,)),
-        cache_key(random_backbone("float16"), "tok", data.training, ()),
-        cache_key(random_backbone(seed=1), "tok", data.training, ()),
+        cache_key(backbone, "tok", data.training),
+        cache_key(backbone, "other", data.training),
+        cache_key(backbone, "tok", other_ids),
+        cache_key(backbone, "tok", other_cut),
+        cache_key(random_backbone("float16"), "tok", data.training),
+        cache_key(random_backbone(seed=1), "tok", data.training),
     ]
     assert len(set(keys)) == len(keys)
     again = TokenizedData(data.training.token_ids.copy(), data.training.mask, data.training.offsets.copy())
-    assert cache_key(random_backbone(), "tok", again, ()) == keys[0]
+    assert cache_key(random_backbone(), "tok", again) == keys[0]
 
 
 def test_a_run_on_cached_features_lowers_the_loss_as_online_ones_do(train, backbone, data, tmp_path):
