@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runtime
 from backbone.model import load_backbone
 from bench.record import check_writable, write_atomically
+from ops.attention import attention, reference_attention
 from ops.decoder_layer import RowPlan
 from ops.linear import PackedLinear
 from ops.training import (
@@ -95,6 +96,32 @@ def training_times(repeats: int, rows: int, dim: int, vocab: int) -> dict[str, f
     }
 
 
+def attention_times(repeats: int, heads: int, dim: int, own: int) -> dict[str, float]:
+    """Attention of every second token of ten packed conversations, forward and back, and with Jittor's own operations.
+
+    own: further keys of each row, as after so many drafted tokens.
+    """
+    lengths = np.array([50, 80, 120, 150, 180, 200, 236, 250, 270, 512])
+    num_tokens, plan = int(lengths.sum()), RowPlan.sequences(lengths)
+    first, count = (jt.array(plan.meta_array[::2, column].copy()) for column in (2, 3))
+    rng = np.random.default_rng(0)
+    rows = first.shape[0]
+    shapes = [(rows, heads, dim), *[(num_tokens, heads, dim)] * 2, *[(rows, own, heads, dim)] * 2]
+    inputs = [jt.array(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+    upstream = jt.array(rng.standard_normal(shapes[0]).astype(np.float32))
+    jt.sync_all()
+
+    def step(function):
+        q, k, v, own_k, own_v = inputs
+        y = function(q, k, v, first, count, own_k, own_v)
+        jt.sync(jt.grad((y * upstream).sum(), inputs))
+
+    return {
+        "attention_and_gradients": median_ms(lambda: step(attention), repeats),
+        "attention_and_gradients_reference": median_ms(lambda: step(reference_attention), repeats),
+    }
+
+
 def main(arguments) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench/kernels.py", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -113,6 +140,7 @@ def main(arguments) -> int:
         "product_4096x256_ms": product_times(options.repeats, 4096, 256),
         "product_4096x4096_ms": product_times(max(5, options.repeats // 5), 4096, 4096),
         "training_1024x256x4096_ms": training_times(max(5, options.repeats // 5), 1024, 256, 4096),
+        "attention_1024x4x64_ms": attention_times(max(5, options.repeats // 5), 4, 64, 6),
     }
     text = json.dumps(result, indent=1) + "\n"
     if options.out:

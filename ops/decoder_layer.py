@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ops.kernel import cpu_header, on_cpu
-from ops.linear import pack, pack_gated
+from ops.linear import pack, pack_gated, unpack, unpack_gated
 from runtime import jt
 
 
@@ -42,6 +42,18 @@ class LayerWeights:
         else:
             gate_up = np.concatenate([gate, up])
         self.qkv, self.o, self.gate_up, self.down = (jt.array(w).stop_grad() for w in (qkv, o, gate_up, down))
+
+    def matrices(self) -> dict[str, np.ndarray]:
+        """The seven matrices as they came, (out, in), by the names of the constructor."""
+        s = self.shape
+        q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        qkv, o, gate_up, down = (w.numpy() for w in (self.qkv, self.o, self.gate_up, self.down))
+        if on_cpu():
+            qkv, o, down = unpack(qkv, q + 2 * kv), unpack(o, s.hidden_size), unpack(down, s.hidden_size)
+            gate, up = unpack_gated(gate_up, s.intermediate_size)
+        else:
+            gate, up = np.split(gate_up, 2)
+        return {"q": qkv[:q], "k": qkv[q : q + kv], "v": qkv[q + kv :], "o": o, "gate": gate, "up": up, "down": down}
 
 
 class RowPlan:

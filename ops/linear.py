@@ -28,6 +28,18 @@ def pack_gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.stack([packed_gate, packed_up], 1).reshape(-1, *packed_gate.shape[1:]))
 
 
+def unpack(packed: np.ndarray, num_out: int) -> np.ndarray:
+    """The (out, in) matrix that ``pack`` was given."""
+    blocks, num_in, lanes = packed.shape
+    return np.ascontiguousarray(packed.transpose(0, 2, 1).reshape(blocks * lanes, num_in)[:num_out])
+
+
+def unpack_gated(packed: np.ndarray, num_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two (out, in) matrices that ``pack_gated`` was given."""
+    alternating = packed.reshape(-1, 2, *packed.shape[1:])
+    return unpack(alternating[:, 0], num_out), unpack(alternating[:, 1], num_out)
+
+
 def reference_linear(x, weight):
     """y = x W^T. x: (rows, in) float32; weight: (out, in); y: (rows, out) float32."""
     return jt.matmul(x, weight.float32().transpose(1, 0))

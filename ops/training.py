@@ -100,6 +100,44 @@ def cross_entropy(logits, targets):
     return losses, function.rank
 
 
+def reference_kl_divergence(logits, teacher):
+    """Plain Jittor: the losses of ``kl_divergence``."""
+    log_p, log_q = (jt.nn.log_softmax(x, 1) for x in (teacher.detach(), logits))
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+class _KLDivergence(jt.Function):
+    def execute(self, logits, teacher):
+        rows = logits.shape[0]
+        loss, log_sum, teacher_log_sum = jt.code(
+            [(rows,), (rows,), (rows,)],
+            ["float32", "float32", "float32"],
+            [logits, teacher],
+            cpu_header=cpu_header(HEADER),
+            cpu_src="gorgon::kl_forward(in0_p, in1_p, in0_shape0, in0_shape1, out0_p, out1_p, out2_p);",
+        )
+        self.saved = logits, teacher, log_sum, teacher_log_sum
+        return loss
+
+    def grad(self, upstream):
+        return jt.code(
+            tuple(self.saved[0].shape),
+            "float32",
+            [*self.saved, upstream],
+            cpu_header=cpu_header(HEADER),
+            cpu_src="gorgon::kl_backward(in0_p, in1_p, in2_p, in3_p, in4_p, in0_shape0, in0_shape1, out0_p);",
+        ), None
+
+
+def kl_divergence(logits, teacher):
+    """KL(softmax(teacher) || softmax(logits)) of each row, in nats; the gradient reaches ``logits`` alone.
+
+    logits, teacher: (rows, vocab) float32. Returns (rows,) float32.
+    """
+    assert tuple(logits.shape) == tuple(teacher.shape), (logits.shape, teacher.shape)
+    return _KLDivergence()(logits, teacher.detach()) if on_cpu() else reference_kl_divergence(logits, teacher)
+
+
 def squared_norm(grads: list) -> float:
     """Sum of squares over all gradients, in double precision."""
     if not on_cpu():

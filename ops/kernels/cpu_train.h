@@ -111,6 +111,55 @@ static inline void cross_entropy_backward(const float* logits, const int32_t* ta
     }
 }
 
+// ---- KL(softmax(teacher) || softmax(logits)) over the last dimension ----
+
+static inline float log_sum_exp(const float* x, int64_t width) {
+    float highest = x[0];
+    for (int64_t n = 0; n < width; n++) highest = x[n] > highest ? x[n] : highest;
+    vec total = {};
+    int64_t n = 0;
+    for (; n + LANES <= width; n += LANES) total += exp_vec(load(x + n) - splat(highest));
+    float sum = sum_lanes(total);
+    for (; n < width; n++) sum += __builtin_expf(x[n] - highest);
+    return highest + __builtin_logf(sum);
+}
+
+static inline void kl_forward(const float* logits, const float* teacher, int64_t rows, int64_t width, float* loss,
+                              float* log_sum, float* teacher_log_sum) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = logits + r * width, *t = teacher + r * width;
+        float s = log_sum[r] = log_sum_exp(x, width), ts = teacher_log_sum[r] = log_sum_exp(t, width);
+        vec total = {};
+        int64_t n = 0;
+        for (; n + LANES <= width; n += LANES) {
+            vec log_p = load(t + n) - splat(ts);
+            total += exp_vec(log_p) * (log_p - load(x + n) + splat(s));
+        }
+        float sum = sum_lanes(total);
+        for (; n < width; n++) sum += __builtin_expf(t[n] - ts) * (t[n] - ts - x[n] + s);
+        loss[r] = sum;
+    }
+}
+
+// grad = (softmax(logits) - softmax(teacher)) * weight.
+static inline void kl_backward(const float* logits, const float* teacher, const float* log_sum,
+                               const float* teacher_log_sum, const float* weight, int64_t rows, int64_t width,
+                               float* grad) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = logits + r * width, *t = teacher + r * width;
+        float* g = grad + r * width;
+        int64_t n = 0;
+        for (; n + LANES <= width; n += LANES) {
+            vec gap = exp_vec(load(x + n) - splat(log_sum[r])) - exp_vec(load(t + n) - splat(teacher_log_sum[r]));
+            store(g + n, gap * splat(weight[r]));
+        }
+        for (; n < width; n++)
+            g[n] = (__builtin_expf(x[n] - log_sum[r]) - __builtin_expf(t[n] - teacher_log_sum[r])) * weight[r];
+    }
+}
+
 // ---- AdamW ----
 
 struct AdamW {

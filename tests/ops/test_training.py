@@ -9,9 +9,11 @@ import torch
 from ops.training import (
     adamw,
     cross_entropy,
+    kl_divergence,
     outer_product,
     reference_adamw,
     reference_cross_entropy,
+    reference_kl_divergence,
     reference_outer_product,
     squared_norm,
     trainable_linear,
@@ -237,3 +239,39 @@ def test_the_squared_norm_of_a_gradient_that_is_not_finite_is_not_finite():
         grad = normal(50)
         grad[7] = bad
         assert not math.isfinite(squared_norm([jt.array(grad)]))
+
+
+# KL divergence
+
+
+def kl_by_numpy(logits, teacher):
+    def log_softmax(x):
+        x = x.astype(np.float64)
+        return x - x.max(1, keepdims=True) - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
+
+    log_p, log_q = log_softmax(teacher), log_softmax(logits)
+    return (np.exp(log_p) * (log_p - log_q)).sum(1), np.exp(log_q) - np.exp(log_p)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 37, 4096])
+def test_the_kl_divergence_and_its_gradient_equal_numpy(width):
+    random = np.random.default_rng(width)
+    values, teacher = (random.standard_normal((5, width)).astype(np.float32) * scale for scale in (3, 40))
+    weights = random.standard_normal(5).astype(np.float32)
+    expected, slope = kl_by_numpy(values, teacher)
+    slope *= weights[:, None]
+    reversed_slope = kl_by_numpy(teacher, values)[1] * weights[:, None]
+    for divergence in (kl_divergence, reference_kl_divergence):
+        logits, frozen = jt.array(values), jt.array(teacher)
+        losses = divergence(logits, frozen)
+        grads = jt.grad((losses * jt.array(weights)).sum(), [logits, frozen])
+        np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(grads[0].numpy(), slope, atol=1e-5)
+        assert not grads[1].numpy().any()
+        if width > 1:  # control: teacher and student changed places
+            assert np.abs(grads[0].numpy() - reversed_slope).max() > 1e-3
+
+
+def test_a_row_equal_to_its_teacher_has_no_divergence():
+    values = jt.array(np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32))
+    assert np.abs(kl_divergence(values, values.copy()).numpy()).max() < 1e-6

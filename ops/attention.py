@@ -1,0 +1,196 @@
+"""Attention that trains: rows over a stretch of shared keys and over a few keys of their own, with gradients.
+
+    y = softmax(q [K, K_own]^T / sqrt(d)) [V, V_own]
+
+A row of a packed batch sees its conversation up to itself, a stretch of the keys; while a head drafts, it also sees
+the tokens drafted before, which no other row may see. The plain-Jittor reference takes twenty to thirty times as
+long (``bench/kernels.py``). Beside it what such a layer needs: the rotary embedding and a key cache written in place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ops.decoder_layer import reference_rope
+from ops.kernel import cpu_header, on_cpu
+from runtime import jt
+
+HEADER = "cpu_attention.h"
+LANES = 16  # floats in a vector: the kernels take head widths that are a multiple of it
+
+# The sizes that the kernels read, and a check of the ranges: they may be Vars, which nothing has looked at before.
+SIZES = """
+gorgon::Attention a{in0_shape0, in0_shape1, in1_shape1, in0_shape2, in1_shape0, %s, (float)data["scale"]};
+CHECK(gorgon::ranges_fit(a, in3_p, in4_p)) << "attention: first and count must name keys that there are";
+"""
+
+
+def reference_attention(q, k, v, first, count, own_k=None, own_v=None):
+    """Plain Jittor: the result of ``attention``. first, count: (rows,) int32, NumPy arrays or Vars."""
+    (rows, heads, d), (tokens, kv_heads, _) = q.shape, k.shape
+    first, count = (jt.array(x).reshape(rows, 1) for x in (first, count))
+    index = jt.arange(tokens).reshape(1, tokens)
+    seen = jt.logical_and(index >= first, index < first + count).float32()
+    outputs = []
+    for h in range(heads):
+        kv = h // (heads // kv_heads)
+        scores = jt.nn.matmul_transpose(q[:, h], k[:, kv]) / math.sqrt(d)
+        scores = scores * seen - 1e9 * (1 - seen)
+        if own_k is not None:
+            own = (q[:, h].unsqueeze(1) * own_k[:, :, kv]).sum(-1) / math.sqrt(d)
+            scores = jt.concat([scores, own], 1)
+        weights = jt.nn.softmax(scores, 1)
+        y = jt.matmul(weights[:, :tokens], v[:, kv])
+        if own_v is not None:
+            y = y + (weights[:, tokens:].unsqueeze(-1) * own_v[:, :, kv]).sum(1)
+        outputs.append(y)
+    return jt.stack(outputs, 1)
+
+
+class _Attention(jt.Function):
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def execute(self, q, k, v, first, count, *own):
+        rows, heads, _ = q.shape
+        own_pointers = "in5_p, in6_p" if own else "nullptr, nullptr"
+        y, log_sum = jt.code(
+            [tuple(q.shape), (rows, heads)],
+            ["float32", "float32"],
+            [q, k, v, first, count, *own],
+            cpu_header=cpu_header(HEADER),
+            cpu_src=SIZES % ("in5_shape1" if own else "0")
+            + f"""
+            gorgon::attention_forward(a, in0_p, in1_p, in2_p, in3_p, in4_p, {own_pointers}, out0_p, out1_p);
+            """,
+            data={"scale": self.scale},
+        )
+        self.saved = q, k, v, first, count, y, log_sum, *own
+        return y
+
+    def grad(self, upstream):
+        q, k, v, first, count, y, log_sum, *own = self.saved
+        own_pointers, own_grads = ("in8_p, in9_p", "out3_p, out4_p") if own else ["nullptr, nullptr"] * 2
+        grads = jt.code(
+            [tuple(x.shape) for x in (q, k, v, *own)],
+            ["float32"] * (3 + len(own)),
+            [q, k, v, first, count, y, log_sum, upstream, *own],
+            cpu_header=cpu_header(HEADER),
+            cpu_src=SIZES % ("in8_shape1" if own else "0")
+            + f"""
+            gorgon::attention_backward(a, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, in7_p, {own_pointers},
+                                       {{out0_p, out1_p, out2_p, {own_grads}}});
+            """,
+            data={"scale": self.scale},
+        )
+        return *grads[:3], None, None, *grads[3:]
+
+
+def _check_ranges(first, count, rows: int, tokens: int, own: int) -> None:
+    """The host's part: shapes and types always, values where they are NumPy arrays."""
+    assert tuple(first.shape) == tuple(count.shape) == (rows,), (first.shape, count.shape, rows)
+    assert str(first.dtype) == str(count.dtype) == "int32", (first.dtype, count.dtype)
+    if isinstance(first, np.ndarray) and isinstance(count, np.ndarray):
+        assert (first >= 0).all() and (count >= 0).all(), (first.min(), count.min())
+        assert (first.astype(np.int64) + count <= tokens).all(), ((first.astype(np.int64) + count).max(), tokens)
+        assert own or (count > 0).all(), f"row {int(count.argmin())} sees no key"
+
+
+def attention(q, k, v, first, count, own_k=None, own_v=None):
+    """Softmax attention of rows over a stretch of shared keys, and over keys of the row's own.
+
+    q: (rows, heads, d) float32; k, v: (tokens, kv_heads, d) float32, of which a cache need not use all; first, count:
+    (rows,) int32, NumPy arrays or Vars: row r sees the keys first[r] .. first[r] + count[r] - 1, at least one where it
+    has none of its own; own_k, own_v: (rows, own, kv_heads, d) float32: further keys that only this row sees, or None.
+    Query head h reads key-value head h // (heads // kv_heads) (arXiv 2305.13245). Scores are scaled by 1 / sqrt(d).
+    Returns (rows, heads, d) float32, with gradients to q, k, v, own_k and own_v; a key that no row sees gets zero.
+
+    Stretches may overlap and come in any order. It is fast where rows that share ``first`` follow each other, and d is
+    a multiple of 16 (otherwise everything is copied into wider heads first). Four tokens, causal in conversations
+    of three and one: first [0, 0, 0, 3], count [1, 2, 3, 1].
+
+    A range outside the keys raises AssertionError where it can be read at once, RuntimeError from the kernel otherwise.
+    """
+    (rows, heads, d), (tokens, kv_heads, _) = q.shape, k.shape
+    own = 0 if own_k is None else own_k.shape[1]
+    assert rows > 0 and heads % kv_heads == 0, (q.shape, k.shape)
+    assert tuple(k.shape) == tuple(v.shape) == (tokens, kv_heads, d), (q.shape, k.shape, v.shape)
+    assert (own_k is None) == (own_v is None), "own_k and own_v go together"
+    _check_ranges(first, count, rows, tokens, own)
+    owns = []
+    if own:
+        assert tuple(own_k.shape) == tuple(own_v.shape) == (rows, own, kv_heads, d), (own_k.shape, own_v.shape)
+        owns = [own_k, own_v]
+    if not on_cpu():
+        return reference_attention(q, k, v, first, count, *owns)
+    first, count = (jt.array(x) if isinstance(x, np.ndarray) else x for x in (first, count))
+    scale = 1 / math.sqrt(d)
+    missing = -d % LANES
+    if missing == 0:
+        return _Attention(scale)(q, k, v, first, count, *owns)
+    q, k, v, *owns = (jt.concat([x, jt.zeros((*x.shape[:-1], missing))], -1) for x in (q, k, v, *owns))
+    return _Attention(scale)(q, k, v, first, count, *owns)[:, :, :d]
+
+
+class _Rotary(jt.Function):
+    def execute(self, x, cosine, sine):
+        self.saved = cosine, sine
+        return self.turn(x, 1)
+
+    def grad(self, upstream):
+        return self.turn(upstream, -1), None, None
+
+    def turn(self, x, direction: int):
+        return jt.code(
+            tuple(x.shape),
+            "float32",
+            [x, *self.saved],
+            cpu_header=cpu_header(HEADER),
+            cpu_src="""
+            gorgon::rotary(in0_p, in0_shape0, in0_shape1, in0_shape2, in1_p, in2_p, (float)data["direction"], out0_p);
+            """,
+            data={"direction": direction},
+        )
+
+
+def rotary(x, cosine, sine):
+    """Rotary embedding, half-split layout (see ``reference_rope``), with the gradient to x: the turn back.
+
+    x: (rows, heads, d) float32, d even; cosine, sine: (rows, d / 2) float32, which get no gradient.
+    """
+    rows, _, d = x.shape
+    assert d % 2 == 0 and tuple(cosine.shape) == tuple(sine.shape) == (rows, d // 2), (x.shape, cosine.shape)
+    if not on_cpu():
+        return reference_rope(x, cosine, sine)
+    return _Rotary()(x, cosine.stop_grad(), sine.stop_grad())
+
+
+def write_rows(cache, rows, base: int) -> None:
+    """Write ``rows`` into cache[base : base + n], in place, at once.
+
+    cache: (capacity, ...) float32, already computed; rows: (n, ...) float32. Whatever reads the cache must be computed
+    before, or asked for after: nothing orders a pending reader and this. Raises ValueError when the rows do not fit.
+    """
+    count = rows.shape[0]
+    if tuple(rows.shape[1:]) != tuple(cache.shape[1:]) or base < 0 or base + count > cache.shape[0]:
+        raise ValueError(f"rows {tuple(rows.shape)} do not fit into a cache {tuple(cache.shape)} at row {base}")
+    if count == 0:
+        return
+    if not on_cpu():
+        cache[base : base + count] = rows
+        cache.sync()
+        return
+    jt.code(
+        (1,),
+        "int32",
+        [cache, rows],
+        cpu_header="#include <cstring>",
+        cpu_src="""
+        memcpy(in0_p + (int64_t)data["base"] * in0_stride0, in1_p, in1->num * sizeof(float));
+        out0_p[0] = 0;
+        """,
+        data={"base": base},
+    ).sync()
