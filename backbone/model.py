@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,7 +88,27 @@ class Backbone:
             )
         return KVCache(self.config, max_length, self.dtype)
 
-    def _rope_tables(self, length: int):
+    def adapted(self, changes: dict[tuple[int, str], np.ndarray], name: str) -> Backbone:
+        """This backbone with changes added to some of its matrices, in its dtype; everything else is shared.
+
+        changes: (layer, "q" | "k" | "v" | "o" | "gate" | "up" | "down") -> (out, in) float32. name: tells the result
+        apart in fingerprints. Raises ValueError for a sum that the dtype cannot hold.
+        """
+        other = copy.copy(self)
+        other.fingerprint, other.blocks = f"{self.fingerprint}+{name}", list(self.blocks)
+        for layer in sorted({layer for layer, _ in changes}):
+            block, matrices = self.blocks[layer], self.blocks[layer].matrices()
+            for part in matrices:
+                if (layer, part) in changes:
+                    total = (matrices[part].astype(np.float32) + changes[layer, part]).astype(self.dtype)
+                    if not np.isfinite(total).all():
+                        raise ValueError(f"{part} of layer {layer} with its change is not finite in {self.dtype}")
+                    matrices[part] = total
+            norms = {"norm1": block.norm1.numpy(), "norm2": block.norm2.numpy()}
+            other.blocks[layer] = LayerWeights(block.shape, **norms, **matrices)
+        return other
+
+    def rotary_tables(self, length: int):
         """cos and sin of position * frequency, (at least length, head_dim / 2) float32."""
         if length > self._rope_length:
             self._rope_length = max(512, 1 << (length - 1).bit_length())
@@ -144,7 +165,7 @@ class Backbone:
         data = (cache or KVCache(self._single_layer(), batch * rows, self.dtype)).data
         if base + plan.max_position >= c.max_positions:
             raise ValueError(f"position {base + plan.max_position} exceeds the {c.max_positions} of the backbone")
-        cosine, sine = self._rope_tables(base + plan.max_position + 1)
+        cosine, sine = self.rotary_tables(base + plan.max_position + 1)
         ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
         x = self.embed(ids.reshape(-1))
         wanted = {0: x} if 0 in layers else {}

@@ -117,7 +117,7 @@ def generate(
     longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
     """
     clock = Clock()
-    check_tree(tree, head.num_depths, backbone.config.vocab_size)
+    check_tree(tree, head.num_depths, head.num_draftable)
     text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
     with evaluating(head):
         return _decode(backbone, head if tree.depth else None, prompt_ids, tree, text, cache, clock)

@@ -92,6 +92,11 @@ class Head(jt.Module):
         """Tokens this head can draft after the root."""
         return self.config.num_depths
 
+    @property
+    def num_draftable(self) -> int:
+        """Different tokens that it can draft: the columns of its logits."""
+        return self.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
+
     def trainable(self) -> dict:
         """The parameters by name, without the buffers: Vars of the head that carry no gradient."""
         return {name: p for name, p in self.named_parameters() if not p.is_stop_grad()}

@@ -8,6 +8,8 @@ from ops.linear import PackedLinear
 from ops.training import trainable_linear
 from runtime import jt
 
+LM_HEADS = ("own", "shared", "low_rank")
+
 
 class Linear(jt.Module):
     """y = x W^T + b with float32 weights (out, in).
@@ -64,3 +66,79 @@ class RMSNorm(jt.Module):
     def execute(self, x):
         """x: (rows, dim) -> (rows, dim)."""
         return x * jt.rsqrt(x.sqr().mean(-1, keepdims=True) + self.eps) * self.weight
+
+
+class LowRank(jt.Module):
+    """B A x, zero at the start: A is drawn small, B begins as zero (the form of LoRA, arXiv 2106.09685)."""
+
+    def __init__(self, num_in: int, num_out: int, rank: int):
+        super().__init__()
+        self.down = Linear(num_in, rank, bias=False)
+        self.up = Linear(rank, num_out, bias=False, weight=np.zeros((num_out, rank)))
+
+    def execute(self, x):
+        """x: (rows, in) -> (rows, out)."""
+        return self.up(self.down(x))
+
+
+class DepthLMHeads(jt.nn.ModuleList):
+    """A language-model head per depth, each beginning as the backbone's LM.
+
+    own: W_k y, with W_k a copy of the backbone's; shared: LM(y), no parameters; low_rank: LM(y) + B_k A_k y.
+    """
+
+    def __init__(self, kind: str, rank: int, num_depths: int, backbone, lm_logits):
+        """lm_logits: the head's ``Head.lm_logits``. Raises ValueError for an unknown kind or a rank below 1."""
+        if kind not in LM_HEADS:
+            raise ValueError(f"lm_head must be one of {', '.join(LM_HEADS)}, got {kind!r}")
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        num_out, dim = backbone.lm_head_weight.shape
+        if kind == "own":
+            weight = backbone.lm_head_weight.numpy()
+            own = [Linear(dim, num_out, bias=False, weight=weight) for _ in range(num_depths)]
+        else:
+            own = [LowRank(dim, num_out, rank) for _ in range(num_depths if kind == "low_rank" else 0)]
+        super().__init__(own)
+        self.kind, self.lm_logits = kind, lm_logits
+
+    def execute(self, y, depth: int):
+        """y: (rows, dim) -> (rows, vocab) for one depth."""
+        if self.kind == "own":
+            return self[depth](y)
+        return self.lm_logits(y) + self[depth](y) if self.kind == "low_rank" else self.lm_logits(y)
+
+    def all_depths(self, ys: list):
+        """One y (rows, dim) per depth -> (depths * rows, vocab), depth by depth; the frozen product is taken once."""
+        if self.kind == "shared":
+            return self.lm_logits(jt.concat(ys, 0))
+        own = jt.concat([self[depth](y) for depth, y in enumerate(ys)], 0)
+        return self.lm_logits(jt.concat(ys, 0)) + own if self.kind == "low_rank" else own
+
+
+def later_positions(positions: np.ndarray, lengths: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The positions ``steps`` rows later, and which of them still lie in the same sequence.
+
+    positions: (num,) int, flat indices into sequences that lie end to end; lengths: (sequences,) int, see
+    ``Head.sequence_lengths``. Returns (later (num,) int32, valid (num,) bool); where the sequence has ended, ``later``
+    is the position itself, so that it can be used as an index. Two sequences of 3 and 2 rows, one step on:
+
+        positions   0  1  2  3  4
+        later       1  2  2  4  4
+        valid       T  T  F  T  F
+    """
+    positions, ends = np.asarray(positions), np.cumsum(lengths)
+    assert steps >= 0 and positions.max(initial=0) < ends[-1], (steps, positions.max(initial=0), ends[-1])
+    valid = positions + steps < ends[np.searchsorted(ends, positions, side="right")]
+    return np.where(valid, positions + steps, positions).astype(np.int32), valid
+
+
+def smooth_l1(predicted, target, valid: np.ndarray):
+    """Mean over the valid rows and all dims of d^2 / 2 where d = |predicted - target| is below 1, d - 1/2 elsewhere.
+
+    predicted, target: (rows, dim) float32, the target gets no gradient; valid: (rows,) bool. Returns a scalar Var, 0
+    when no row is valid. This is the feature loss of EAGLE (arXiv 2401.15077, section 4.2).
+    """
+    d = (predicted - target.detach()).abs()
+    share = np.asarray(valid, np.float32) / max(1, int(np.sum(valid)) * predicted.shape[1])
+    return (jt.where(d < 1, 0.5 * d * d, d - 0.5) * jt.array(share).unsqueeze(1)).sum()

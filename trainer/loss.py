@@ -67,7 +67,7 @@ def head_loss(head, batch: Batch, depth_weight: float) -> LossParts:
     for logits, tokens, weight in zip(output.logits, batch.labels, weights, strict=True):
         if logits is None:
             continue
-        labels = tokens if columns is None else np.where(tokens == IGNORE, IGNORE, columns[tokens])
+        labels = tokens if columns is None else np.where(tokens == IGNORE, IGNORE, columns[np.maximum(tokens, 0)])
         losses, rank = cross_entropy(logits, jt.array(labels))
         mean = losses.sum() / max(1, int((labels != IGNORE).sum()))
         total = total + mean * float(weight)

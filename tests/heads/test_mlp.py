@@ -21,11 +21,14 @@ def silu(x):
 
 
 def medusa(parameters, x, depth, num_layers, lm_weight):
-    """Medusa (arXiv 2401.10774, section 2.1): softmax(W2 (SiLU(W1 h) + h)), here with a bias and layers in a row."""
+    """Medusa (arXiv 2401.10774, section 2.1): softmax(W2 (SiLU(W1 h) + h)), here with a bias and layers in a row;
+    low_rank: W2 = the backbone's + B A."""
     for layer in range(num_layers):
         weight = parameters[f"blocks.{depth}.{layer}.linear.weight"]
         bias = parameters[f"blocks.{depth}.{layer}.linear.bias"]
         x = x + silu(x @ weight.T + bias)
+    if f"lm_heads.{depth}.up.weight" in parameters:
+        lm_weight = lm_weight + parameters[f"lm_heads.{depth}.up.weight"] @ parameters[f"lm_heads.{depth}.down.weight"]
     return x @ parameters.get(f"lm_heads.{depth}.weight", lm_weight).T
 
 
@@ -33,10 +36,10 @@ def parameters_of(head):
     return {name: parameter.numpy().astype(np.float64) for name, parameter in head.named_parameters()}
 
 
-@pytest.mark.parametrize(("lm_head", "num_layers"), [("own", 1), ("shared", 2)])
+@pytest.mark.parametrize(("lm_head", "num_layers"), [("own", 1), ("shared", 2), ("low_rank", 2)])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_logits_are_those_of_the_published_equation(random_head, backbone, lm_head, num_layers, training):
-    head = random_head("mlp", num_depths=3, num_layers=num_layers, lm_head=lm_head)
+    head = random_head("mlp", num_depths=3, num_layers=num_layers, lm_head=lm_head, rank=4)
     head.train() if training else head.eval()
     x = np.random.default_rng(0).standard_normal((1, ROWS, DIM)).astype(np.float32)
     logits = head(Features(jt.array(x)), np.zeros((1, ROWS + 3), np.int32), np.arange(ROWS)).logits
@@ -48,10 +51,31 @@ def test_the_logits_are_those_of_the_published_equation(random_head, backbone, l
         assert np.abs(logits[depth].numpy() - swapped).max() > 100 * TOLERANCE
 
 
+def test_a_correction_of_low_rank_counts(random_head, backbone):
+    head = random_head("mlp", num_depths=2, lm_head="low_rank", rank=4)
+    x = np.random.default_rng(0).standard_normal((ROWS, DIM))
+    parameters, lm_weight = parameters_of(head), backbone.lm_head_weight.numpy()
+    without = {name: value for name, value in parameters.items() if "lm_heads" not in name}
+    assert np.abs(medusa(parameters, x, 0, 1, lm_weight) - medusa(without, x, 0, 1, lm_weight)).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("lm_head", ["shared", "low_rank"])
+def test_all_depths_at_once_are_the_depths_one_by_one(random_head, backbone, lm_head):
+    head = random_head("mlp", num_depths=3, lm_head=lm_head, rank=4)
+    head.eval()
+    x = np.random.default_rng(0).standard_normal((1, ROWS, DIM)).astype(np.float32)
+    state = head.begin(Features(jt.array(x)), jt.array(np.zeros((1, ROWS), np.int32)))
+    for num_depths in (1, 3):
+        expected = [medusa(parameters_of(head), x[0, -1:], k, 1, backbone.lm_head_weight.numpy()) for k in range(3)]
+        found = head.score_depths(state, num_depths).numpy()
+        assert found.shape == (num_depths, 64)
+        assert np.abs(found - np.concatenate(expected[:num_depths])).max() < TOLERANCE
+
+
 def test_an_untrained_depth_repeats_the_backbones_next_token(backbone):
     x = np.random.default_rng(0).standard_normal((1, ROWS, DIM)).astype(np.float32)
     expected = x[0] @ backbone.lm_head_weight.numpy().T
-    for lm_head in ("own", "shared"):
+    for lm_head in ("own", "shared", "low_rank"):
         head = build("mlp", {"num_depths": 2, "lm_head": lm_head}, backbone)
         head.eval()
         for logits in head(Features(jt.array(x)), np.zeros((1, ROWS + 2), np.int32), np.arange(ROWS)).logits:
@@ -62,6 +86,8 @@ def test_the_number_of_parameters_is_that_of_the_equation(backbone):
     block = DIM * DIM + DIM
     assert build("mlp", {"num_depths": 3, "num_layers": 2}, backbone).num_parameters == 3 * (2 * block + 64 * DIM)
     assert build("mlp", {"num_depths": 3, "lm_head": "shared"}, backbone).num_parameters == 3 * block
+    low_rank = build("mlp", {"num_depths": 3, "lm_head": "low_rank", "rank": 4}, backbone)
+    assert low_rank.num_parameters == 3 * (block + 4 * (64 + DIM))
 
 
 def test_layers_of_a_depth_have_weights_of_their_own(backbone):
@@ -90,7 +116,11 @@ def test_a_case_worked_by_hand():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"lm_head": "mine"}, "lm_head must be one of own, shared, got 'mine'"), ({"num_layers": 0}, "at least 1, got 0")],
+    [
+        ({"lm_head": "mine"}, "lm_head must be one of own, shared, low_rank, got 'mine'"),
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"lm_head": "low_rank", "rank": 0}, "rank must be at least 1, got 0"),
+    ],
 )
 def test_options_that_make_no_head_are_refused(backbone, options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,60 @@
+"""The backbone's forward pass with gradients, for training that changes it. No cache, every row of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from backbone.model import Backbone
+from ops.attention import attention, rotary
+from ops.decoder_layer import reference_rms_norm
+from runtime import jt
+
+Linear = Callable[[int, str, object, object], object]
+
+
+def frozen_linear(layer: int, name: str, x, weight):
+    """y = x W^T; the gradient reaches x alone. x: (rows, in), weight: (out, in) -> (rows, out)."""
+    return jt.nn.matmul_transpose(x, weight.float32())
+
+
+class DifferentiableBackbone:
+    """The same equations as ``Backbone.forward`` over matrices in their plain layout, a second copy of them."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+        self.matrices = [
+            {name: jt.array(matrix).stop_grad() for name, matrix in block.matrices().items()}
+            for block in backbone.blocks
+        ]
+
+    def hidden(self, token_ids: np.ndarray, lengths: np.ndarray, linear: Linear = frozen_linear):
+        """Last hidden states after the final norm, (tokens, dim) float32.
+
+        token_ids: (tokens,) int32, sequences of these lengths behind each other. linear(layer, name, x, weight) -> y
+        computes each projection, so that adapters can add to it.
+        """
+        b, c, lengths = self.backbone, self.backbone.config, np.asarray(lengths)
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        positions = np.arange(len(starts)) - starts
+        first, count = starts.astype(np.int32), (positions + 1).astype(np.int32)
+        rows = len(positions)
+        cosine, sine = b.rotary_tables(int(positions.max()) + 1)
+        index = jt.array(positions.astype(np.int32))
+        tables = cosine[index], sine[index]
+        x = b.embed(jt.array(np.asarray(token_ids, np.int32)))
+        for layer, (block, weights) in enumerate(zip(b.blocks, self.matrices, strict=True)):
+
+            def project(name, x, layer=layer, weights=weights):
+                return linear(layer, name, x, weights[name])
+
+            u = reference_rms_norm(x, block.norm1, c.rms_norm_eps)
+            q = rotary(project("q", u).reshape(rows, c.num_heads, c.head_dim), *tables)
+            k = rotary(project("k", u).reshape(rows, c.num_kv_heads, c.head_dim), *tables)
+            v = project("v", u).reshape(rows, c.num_kv_heads, c.head_dim)
+            x = x + project("o", attention(q, k, v, first, count).reshape(rows, -1))
+            u = reference_rms_norm(x, block.norm2, c.rms_norm_eps)
+            gate = project("gate", u)
+            x = x + project("down", gate * gate.sigmoid() * project("up", u))
+        return reference_rms_norm(x, b.norm, c.rms_norm_eps)

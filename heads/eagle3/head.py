@@ -1,0 +1,72 @@
+"""EAGLE-3 (arXiv 2503.01840): low, middle and high features fused; no feature loss; trained on its own drafts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from heads.base import option
+from heads.decoder import DecoderBlock, LayerHead
+from heads.layers import Linear, RMSNorm
+from runtime import jt
+
+
+@dataclass
+class Config:
+    """Options of the EAGLE-3 head."""
+
+    num_depths: int = option(4, "tokens drafted after the root, and depths that training unrolls")
+    draft_vocab_size: int = option(0, "tokens it can draft: the most frequent of the training replies; 0: all")
+
+
+def fused_layers(num_layers: int) -> tuple[int, int, int]:
+    """A low, a middle and a high layer. 32 layers: 2, 16, 29, as published; 6 layers: 1, 3, 5."""
+    low, middle = max(1, num_layers // 16), max(1, num_layers // 2)
+    return low, middle, max(middle, num_layers - max(1, round(num_layers * 3 / 32)))
+
+
+class Eagle3Head(LayerHead):
+    """g_t = W_f [l_t; m_t; h_t];  y_t = layer(residual g_t, attention over [n_e(e_{t+1}); n_g(g_t)])
+    logits_0 = W_lm n(y_t);  depth k >= 1 reads y of depth k - 1 in the place of g
+
+    l, m, h: the hidden states of a low, a middle and a high layer of the backbone; e: token embeddings; W_lm: a
+    language-model head of its own over the draft vocabulary, begun as the backbone's rows.
+    """
+
+    Config = Config
+
+    def __init__(self, config: Config, backbone):
+        super().__init__(config, backbone)
+        if not 0 <= config.draft_vocab_size <= self.vocab_size:
+            raise ValueError(f"draft_vocab_size must lie in 0 to {self.vocab_size}, got {config.draft_vocab_size}")
+        self.fused = fused_layers(backbone.config.num_layers)
+        self.layers = tuple(dict.fromkeys(self.fused))
+        eps = backbone.config.rms_norm_eps
+        self.fuse = Linear(3 * self.dim, self.dim, bias=False)
+        self.token_norm, self.feature_norm, self.norm = (RMSNorm(self.dim, eps) for _ in range(3))
+        self.block = DecoderBlock(backbone, 2 * self.dim)
+        if config.draft_vocab_size:
+            self.drafted = jt.array(np.arange(config.draft_vocab_size, dtype=np.int32)).stop_grad()
+        size = config.draft_vocab_size or self.vocab_size
+        self.lm_head = Linear(self.dim, size, bias=False, weight=backbone.lm_head_weight.numpy()[:size])
+
+    def prepare(self, token_counts):
+        if self.config.draft_vocab_size:
+            frequent = np.argsort(-token_counts, kind="stable")[: self.config.draft_vocab_size]
+            self.drafted.update(np.sort(frequent).astype(np.int32))
+            self.lm_head.weight.update(self.borrowed.lm_head_weight.numpy()[self.draft_vocab])
+
+    @property
+    def draft_vocab(self):
+        return self.drafted.numpy() if self.config.draft_vocab_size else None
+
+    def context(self, features):
+        parts = [features.layers[index].reshape(-1, self.dim) for index in self.fused]
+        return self.fuse(jt.concat(parts, 1))
+
+    def pair(self, feature, token_ids):
+        return feature, jt.concat([self.token_norm(self.embed(token_ids)), self.feature_norm(feature)], 1)
+
+    def logits(self, y):
+        return self.lm_head(self.norm(y))

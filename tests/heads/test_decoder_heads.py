@@ -1,0 +1,230 @@
+"""EAGLE-1 and EAGLE-3 against a NumPy writing of their equations that keeps no cache and shares no code with them."""
+
+import numpy as np
+import pytest
+
+from heads.base import Features
+from heads.decoder import DecoderBlock, HeadCache
+from heads.eagle3.head import fused_layers
+from heads.registry import build
+from runtime import jt
+from trainer.loss import head_loss, label_columns
+
+DEPTHS = 3
+LENGTHS = (7, 4)
+TOTAL = sum(LENGTHS)
+# Logits of size 1 to 30 after three decoder layers in float32, against float64: up to 2e-5 of their size was seen.
+TOLERANCE = 1e-4
+BASE, GROUP = 10000.0, 2  # the test backbone's rotary base, and its query heads per key-value head
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def norm(x, weight, eps=1e-6):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+def turned(x, position):
+    """Rotary embedding, half-split, of one row's heads. x: (heads, d)."""
+    half = x.shape[1] // 2
+    angle = position / BASE ** (np.arange(half) / half)
+    a, b = x[:, :half], x[:, half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1)
+
+
+def last_output(p, pairs, head_dim=8):
+    """The decoder layer over a list of (r, u), one after another; the output of the last. Nothing is cached."""
+    queries, keys, values = [], [], []
+    for position, (_, u) in enumerate(pairs):
+        kv = (u @ p["block.kv.weight"].T).reshape(2, -1, head_dim)
+        queries.append(turned((u @ p["block.q.weight"].T).reshape(-1, head_dim), position))
+        keys.append(turned(kv[0], position))
+        values.append(kv[1])
+    mixed = []
+    for head, q in enumerate(queries[-1]):
+        k, v = (np.stack([part[head // GROUP] for part in parts]) for parts in (keys, values))
+        scores = k @ q / np.sqrt(head_dim)
+        weights = np.exp(scores - scores.max())
+        mixed.append(weights / weights.sum() @ v)
+    h = pairs[-1][0] + np.concatenate(mixed) @ p["block.o.weight"].T
+    gate, up = np.split(norm(h, p["block.mlp_norm.weight"]) @ p["block.gate_up.weight"].T, 2)
+    return h + (gate * sigmoid(gate) * up) @ p["block.down.weight"].T
+
+
+def eagle_pair(p, feature, embedding):
+    x = np.concatenate([embedding, feature]) @ p["join.weight"].T + p["join.bias"]
+    return x, x
+
+
+def eagle3_pair(p, feature, embedding):
+    u = [norm(embedding, p["token_norm.weight"]), norm(feature, p["feature_norm.weight"])]
+    return feature, np.concatenate(u)
+
+
+def expected_outputs(p, pair, features, embeddings, depths):
+    """y of every position and depth of one sequence. features: (seq, dim); embeddings: of tokens 0 .. seq + depths."""
+    outputs = np.zeros((depths, *features.shape))
+    for t in range(len(features)):
+        pairs = [pair(p, features[s], embeddings[s + 1]) for s in range(t + 1)]
+        for depth in range(depths):
+            outputs[depth, t] = last_output(p, pairs)
+            pairs.append(pair(p, outputs[depth, t], embeddings[t + 2 + depth]))
+    return outputs
+
+
+@pytest.fixture
+def batch(backbone):
+    """Two sequences behind each other: features, token ids (1, total + depths), their lengths."""
+    random = np.random.default_rng(3)
+    ids = random.integers(3, 64, (1, TOTAL + DEPTHS)).astype(np.int32)
+    layers = {i: jt.array(random.standard_normal((1, TOTAL, 32)).astype(np.float32)) for i in (1,)}
+    hidden = jt.array(random.standard_normal((1, TOTAL, 32)).astype(np.float32))
+    return Features(hidden, layers, LENGTHS), ids
+
+
+def sequences(array):
+    return np.split(array, np.cumsum(LENGTHS)[:-1])
+
+
+def parameters_of(head):
+    return {name: parameter.numpy().astype(np.float64) for name, parameter in head.named_parameters()}
+
+
+def outputs_by_hand(head, backbone, batch, name):
+    """(depths, total, dim): what the NumPy writing gives for the packed batch."""
+    features, ids = batch
+    p, embedding = parameters_of(head), backbone.embedding.numpy().astype(np.float64)
+    if name == "eagle":
+        pair, rows = eagle_pair, features.hidden.numpy()[0].astype(np.float64)
+    else:
+        pair = eagle3_pair
+        fused = np.concatenate([features.layers[1].numpy()[0].astype(np.float64)] * 3, 1)
+        rows = fused @ p["fuse.weight"].T
+    parts, first = [], 0
+    for part in sequences(rows):
+        # What follows a sequence in a packed batch is the next one; no label asks for it, and both sides agree on it.
+        told = embedding[ids[0, first : first + len(part) + DEPTHS + 1]]
+        told = np.concatenate([told, np.zeros((len(part) + DEPTHS + 1 - len(told), 32))])
+        parts.append(expected_outputs(p, pair, part, told, DEPTHS))
+        first += len(part)
+    return np.concatenate(parts, 1)
+
+
+def logits_by_hand(head, backbone, name, outputs):
+    p = parameters_of(head)
+    if name == "eagle":
+        return outputs @ backbone.lm_head_weight.numpy().astype(np.float64).T
+    return norm(outputs, p["norm.weight"]) @ p["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["eagle", "eagle3"])
+def test_the_logits_are_those_of_the_equation(random_head, backbone, batch, name, training):
+    head = random_head(name, num_depths=DEPTHS)
+    head.train() if training else head.eval()
+    features, ids = batch
+    positions = np.array([0, 3, 6, 7, 9, 10], np.int32)
+    logits = np.stack([each.numpy() for each in head(features, ids, positions).logits])
+    outputs = outputs_by_hand(head, backbone, batch, name)
+    expected = logits_by_hand(head, backbone, name, outputs)[:, positions]
+    scale = np.abs(expected).max()
+    assert np.abs(logits - expected).max() < TOLERANCE * scale
+    # Controls: the sequences run together, and a head that reads the backbone's features where it should read its own.
+    features.lengths = (TOTAL,)
+    joined = np.stack([each.numpy() for each in head(features, ids, positions).logits])
+    assert np.abs(joined - expected)[:, 3:].max() > 100 * TOLERANCE * scale
+    shifted = logits_by_hand(head, backbone, name, np.roll(outputs, 1, 0))[:, positions]
+    assert np.abs(shifted - expected).max() > 100 * TOLERANCE * scale
+
+
+def test_the_feature_loss_is_the_mean_smooth_l1_over_depths(random_head, backbone, batch):
+    head = random_head("eagle", num_depths=DEPTHS, trained_depths=2, feature_weight=0.5)
+    head.train()
+    features, ids = batch
+    positions = np.arange(TOTAL, dtype=np.int32)
+    output = head(features, ids, positions)
+    assert [each is None for each in output.logits] == [False, False, True]
+    hidden = features.hidden.numpy()[0].astype(np.float64)
+    outputs, total = outputs_by_hand(head, backbone, batch, "eagle"), 0
+    for depth in range(2):
+        terms = []
+        for part, truth in zip(sequences(outputs[depth]), sequences(hidden), strict=True):
+            gap = np.abs(part[: -1 - depth] - truth[1 + depth :])
+            terms.append(np.where(gap < 1, gap**2 / 2, gap - 0.5))
+        total += np.concatenate(terms).mean() / 2
+    assert abs(float(output.aux["feature"].item()) - 0.5 * total) < 1e-4 * total
+    head.config.feature_weight = 0.0
+    assert float(head(features, ids, positions).aux["feature"].item()) == 0
+
+
+def test_noise_is_added_while_training_alone(random_head, batch):
+    head = random_head("eagle", num_depths=DEPTHS, noise=0.3)
+    features, ids = batch
+    positions = np.arange(3, dtype=np.int32)
+
+    def logits():
+        return head(features, ids, positions).logits[0].numpy()
+
+    head.train()
+    assert np.abs(logits() - logits()).max() > 0
+    head.eval()
+    np.testing.assert_array_equal(logits(), logits())
+
+
+def test_a_draft_vocabulary_keeps_the_most_frequent_tokens(backbone, batch, random_head):
+    counts = np.zeros(64, np.int64)
+    counts[[40, 3, 17, 60]] = [9, 5, 7, 7]
+    head = build("eagle3", {"num_depths": DEPTHS, "draft_vocab_size": 3}, backbone)
+    whole = build("eagle3", {"num_depths": DEPTHS}, backbone)
+    assert whole.draft_vocab is None and whole.num_parameters - head.num_parameters == 61 * 32
+    head.prepare(counts)
+    assert head.draft_vocab.tolist() == [17, 40, 60]
+    np.testing.assert_array_equal(head.lm_head.weight.numpy(), backbone.lm_head_weight.numpy()[[17, 40, 60]])
+    assert "drafted" in dict(head.named_parameters()) and "drafted" not in head.trainable()
+    assert [label_columns(head)[t] for t in (16, 17, 40, 60)] == [-100, 0, 1, 2]
+    features, ids = batch
+    labels = np.array([[17, 5], [60, -100], [5, 5]], np.int32)
+
+    class Batch:
+        pass
+
+    Batch.features, Batch.token_ids, Batch.positions, Batch.labels = features, ids, np.array([2, 8], np.int32), labels
+    head.eval()
+    parts = head_loss(head, Batch, 1.0)
+    ranks = [rank.numpy().tolist() for rank in parts.ranks]
+    assert ranks[0][1] == 64 and ranks[2] == [64, 64] and ranks[1][1] == -1
+    assert 0 <= ranks[0][0] < 3 and 0 <= ranks[1][0] < 3
+    assert float(parts.depth_losses[2].item()) == 0 and float(parts.depth_losses[0].item()) > 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(32, (2, 16, 29)), (6, (1, 3, 5)), (2, (1, 1, 1)), (1, (1, 1, 1)), (40, (2, 20, 36))]
+)
+def test_the_fused_layers_lie_low_in_the_middle_and_high(layers, expected):
+    assert fused_layers(layers) == expected
+
+
+def test_a_cache_grows_and_keeps_what_it_holds(backbone):
+    cache = HeadCache(DecoderBlock(backbone), capacity=4)
+    rows = np.random.default_rng(0).standard_normal((2, 11, 2, 8)).astype(np.float32)
+    for first, last in ((0, 3), (3, 4), (4, 11)):
+        cache.append(*(jt.array(rows[i, first:last]) for i in (0, 1)))
+    assert cache.length == 11 and cache.capacity == 11
+    np.testing.assert_array_equal(cache.keys.numpy()[:11], rows[0])
+    np.testing.assert_array_equal(cache.values.numpy()[:11], rows[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("eagle", {"trained_depths": 0}, "trained_depths must be at least 1, got 0"),
+        ("eagle", {"noise": -0.1}, "must not be negative"),
+        ("eagle", {"feature_weight": -1.0}, "must not be negative"),
+        ("eagle3", {"draft_vocab_size": 65}, "draft_vocab_size must lie in 0 to 64, got 65"),
+    ],
+)
+def test_options_that_make_no_head_are_refused(backbone, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, options, backbone)
