@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from heads.base import Head, HeadOutput
@@ -55,6 +57,39 @@ class DecoderBlock(jt.Module):
         gate, up = gate_up[:, :inner], gate_up[:, inner:]
         return h + self.down(gate * gate.sigmoid() * up)
 
+    def over(self, r, u, lengths: np.ndarray, positions: np.ndarray):
+        """A batch of sequences. r: (tokens, dim), u: (tokens, num_in), sequences of these lengths behind each other;
+        positions: (num,) int, the rows whose output is wanted. Returns y (num, dim) and the ``Context`` of the rows."""
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        everywhere = np.arange(len(starts)) - starts  # each row's position within its sequence
+        k, v = self.keys_values(u, self.tables(everywhere))
+        here = everywhere[positions]
+        context = Context(k, v, starts[positions].astype(np.int32), (here + 1).astype(np.int32), here)
+        wanted = jt.array(np.asarray(positions, np.int32))
+        return self(r[wanted], u[wanted], self.tables(here), k, v, context.first, context.count), context
+
+    def extend(self, cache: HeadCache, r, u):
+        """New rows of one text. r: (rows, dim), u: (rows, num_in). Adds them to the cache, returns the last one's y,
+        (1, dim)."""
+        here = cache.length + np.arange(r.shape[0])
+        tables = self.tables(here)
+        cache.append(*self.keys_values(u, tables))
+        last = len(here) - 1
+        tables = tuple(table[last:] for table in tables)
+        return self(r[last:], u[last:], tables, cache.keys, cache.values, *cache.seen_by(1))
+
+
+@dataclass
+class Context:
+    """What some rows of a batch see: k, v: (tokens, kv_heads, head_dim); first, count, here: (rows,), the first key a
+    row sees, how many, and its position within its sequence."""
+
+    k: object
+    v: object
+    first: np.ndarray
+    count: np.ndarray
+    here: np.ndarray
+
 
 class HeadCache:
     """Keys and values of a head's own layer for one text; grows as needed."""
@@ -79,6 +114,10 @@ class HeadCache:
         write_rows(self.keys, k, self.length)
         write_rows(self.values, v, self.length)
         self.length += rows
+
+    def seen_by(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """(first, count) of rows that see all of it."""
+        return np.zeros(rows, np.int32), np.full(rows, self.length, np.int32)
 
 
 class LayerHead(Head):
@@ -108,21 +147,17 @@ class LayerHead(Head):
 
         feature: (tokens, dim); lengths: of the sequences; token_ids, positions: as ``execute`` takes them.
         """
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        rows, tokens = np.arange(len(starts)), np.asarray(token_ids)
-        everywhere = rows - starts  # each row's position within its sequence
-        r, u = self.pair(feature, self.following(tokens, rows, 0))
-        k, v = self.block.keys_values(u, self.block.tables(everywhere))
-        wanted, here = jt.array(positions.astype(np.int32)), everywhere[positions]
-        first, count = starts[positions].astype(np.int32), (here + 1).astype(np.int32)
-        outputs = [self.block(r[wanted], u[wanted], self.block.tables(here), k, v, first, count)]
+        tokens = np.asarray(token_ids)
+        r, u = self.pair(feature, self.following(tokens, np.arange(feature.shape[0]), 0))
+        y, seen = self.block.over(r, u, lengths, positions)
+        outputs = [y]
         own: list[tuple] = []
         for depth in range(1, num_depths):
-            tables = self.block.tables(here + depth)
+            tables = self.block.tables(seen.here + depth)
             r, u = self.pair(outputs[-1], self.following(tokens, positions, depth))
             own.append(self.block.keys_values(u, tables))
             own_k, own_v = (jt.stack([each[i] for each in own], 1) for i in (0, 1))
-            outputs.append(self.block(r, u, tables, k, v, first, count, own_k, own_v))
+            outputs.append(self.block(r, u, tables, seen.k, seen.v, seen.first, seen.count, own_k, own_v))
         return outputs
 
     def execute(self, features, token_ids, positions) -> HeadOutput:
@@ -132,14 +167,7 @@ class LayerHead(Head):
 
     def begin(self, features, token_ids, state=None):
         cache = HeadCache(self.block) if state is None else state[0]
-        here = cache.length + np.arange(features.hidden.shape[1])
-        r, u = self.pair(self.context(features), token_ids[0])
-        tables = self.block.tables(here)
-        cache.append(*self.block.keys_values(u, tables))
-        last = len(here) - 1
-        tables = tuple(table[last:] for table in tables)
-        seen = np.zeros(1, np.int32), np.array([cache.length], np.int32)
-        y = self.block(r[last:], u[last:], tables, cache.keys, cache.values, *seen)
+        y = self.block.extend(cache, *self.pair(self.context(features), token_ids[0]))
         return cache, 0, y, None, None
 
     def step(self, state, token_ids, parents):
@@ -154,6 +182,5 @@ class LayerHead(Head):
                 part if kept is None else jt.concat([kept[parents], part], 1)
                 for kept, part in zip(old, new, strict=True)
             )
-            seen = np.zeros(nodes, np.int32), np.full(nodes, cache.length, np.int32)
-            y = self.block(r, u, tables, cache.keys, cache.values, *seen, own_k, own_v)
+            y = self.block(r, u, tables, cache.keys, cache.values, *cache.seen_by(nodes), own_k, own_v)
         return self.logits(y), (cache, depth + 1, y, own_k, own_v)

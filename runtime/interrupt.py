@@ -49,9 +49,12 @@ def deferred_interrupts() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGINT, _interrupts._note)
+    # Jittor waits for the lock of its kernel cache in a system call that it takes for failed when a signal ends it.
+    signal.siginterrupt(signal.SIGINT, False)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.siginterrupt(signal.SIGINT, before != _interrupts._note)
     if before != _interrupts._note:
         _interrupts.check()

@@ -8,7 +8,7 @@ import numpy as np
 
 from heads.base import HeadOutput, option
 from heads.decoder import DecoderBlock, LayerHead
-from heads.layers import Linear, later_positions, smooth_l1
+from heads.layers import Linear, RMSNorm, later_positions, smooth_l1
 from runtime import jt
 
 
@@ -16,14 +16,14 @@ from runtime import jt
 class Config:
     """Options of the EAGLE head."""
 
-    num_depths: int = option(4, "tokens drafted after the root; the weights are shared, so this costs no parameters")
-    trained_depths: int = option(4, "depths that training unrolls on the head's own features; 1: as published")
-    feature_weight: float = option(1.0, "weight of the feature loss beside the cross-entropy")
+    num_depths: int = option(6, "tokens drafted after the root; the weights are shared, so this costs no parameters")
+    trained_depths: int = option(6, "depths that training unrolls on the head's own features; 1: as published")
+    feature_weight: float = option(0.1, "weight of the feature loss beside the cross-entropy")
     noise: float = option(0.0, "largest uniform noise added to the features while training")
 
 
 class EagleHead(LayerHead):
-    """x_t = W [e_{t+1}; f_t] + b;  f'_{t+1} = layer(x_t | x_0 .. x_t);  logits_0 = LM(f'_{t+1})
+    """x_t = W [e_{t+1}; f_t] + b;  f'_{t+1} = layer(x_t; attention over n(x_0) .. n(x_t));  logits_0 = LM(f'_{t+1})
 
     f_t: the backbone's last hidden state, e_{t+1}: the embedding of the next token, LM: the backbone's frozen
     language-model head. Depth k >= 1 reads its own f'_{t+k} where the backbone's feature is not there yet.
@@ -40,11 +40,12 @@ class EagleHead(LayerHead):
                 f"feature_weight and noise must not be negative, got {config.feature_weight} and {config.noise}"
             )
         self.join = Linear(2 * self.dim, self.dim)
+        self.norm = RMSNorm(self.dim, backbone.config.rms_norm_eps)
         self.block = DecoderBlock(backbone)
 
     def pair(self, feature, token_ids):
         x = self.join(jt.concat([self.embed(token_ids), feature], 1))
-        return x, x
+        return x, self.norm(x)
 
     def logits(self, y):
         return self.lm_logits(y)

@@ -16,7 +16,7 @@ from runtime import jt
 class Config:
     """Options of the EAGLE-3 head."""
 
-    num_depths: int = option(4, "tokens drafted after the root, and depths that training unrolls")
+    num_depths: int = option(6, "tokens drafted after the root, and depths that training unrolls")
     draft_vocab_size: int = option(0, "tokens it can draft: the most frequent of the training replies; 0: all")
 
 

@@ -1,8 +1,11 @@
 """The commands of the README, as a user types them: train, measure, compare, each in a process of its own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +41,8 @@ def test_trained_heads_are_measured_and_compared(trained, tmp_path):
     words = ("--greedy", "--runs", trained, "--num-prompts", 5, "--max-new-tokens", 24, "--out-dir", tmp_path)
     measured = run("bench/run.py", *words)
     results = {head: json.loads((tmp_path / f"{head}.json").read_text()) for head in ("gated_rnn", "mlp")}
-    assert json.loads(measured.stdout.splitlines()[-1]) in results.values()
+    floor = json.loads((tmp_path / "prompt_lookup.json").read_text())
+    assert json.loads(measured.stdout.splitlines()[-1]) == floor and floor["checkpoint"] is None
     for record in results.values():
         assert record["status"] == "complete"
         assert record["parity"]["identical"] == record["parity"]["prompts"] == 5
@@ -69,6 +73,28 @@ def test_a_checkpoint_of_another_backbone_is_refused_in_one_line(trained, tmp_pa
     done = run("bench/run.py", "--checkpoint", copy, "--num-prompts", 1, "--out", tmp_path / "x.json", status=2)
     assert done.stderr.splitlines()[-1].startswith("error: ") and "0" * 16 in done.stderr
     assert not (tmp_path / "x.json").exists()
+
+
+def test_ctrl_c_keeps_the_best_checkpoint_of_a_run(tmp_path):
+    words = ["train.py", "--head", "mlp", "--features", "online", "--out", tmp_path / "run", "--held-out", 8]
+    process = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", *map(str, words), "--head.lm_head", "shared"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    assert json.loads(output.splitlines()[-1])["status"].startswith("interrupted")
+    assert (tmp_path / "run" / "checkpoint" / "head.safetensors").exists()
 
 
 @pytest.mark.parametrize(

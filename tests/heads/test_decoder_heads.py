@@ -55,7 +55,7 @@ def last_output(p, pairs, head_dim=8):
 
 def eagle_pair(p, feature, embedding):
     x = np.concatenate([embedding, feature]) @ p["join.weight"].T + p["join.bias"]
-    return x, x
+    return x, norm(x, p["norm.weight"])
 
 
 def eagle3_pair(p, feature, embedding):
