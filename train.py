@@ -14,17 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from heads.registry import available, head_class
+from heads.registry import available, head_class, summary
 from runtime.entry import run_entry
 from trainer.config import EMBEDDED_CORPUS, TrainConfig, parse
 
 
 def list_heads() -> None:
-    """One line per head: its name, how it drafts, and the first sentence of its package."""
+    """One line per head: its name, how it drafts, and what it says of itself, or why it cannot be used."""
     for name in available():
-        module = sys.modules[head_class(name).__module__.rpartition(".")[0]]
-        kind = "parallel" if head_class(name).parallel else "sequential"
-        print(f"{name:16} {kind:11} {module.__doc__.splitlines()[0]}")
+        try:
+            head = head_class(name)
+        except ValueError as error:
+            print(f"{name:16} {'broken':11} {' '.join(str(error).split())}")
+            continue
+        kind = "parallel" if head.parallel else "sequential"
+        print(f"{name:16} {kind:11} {summary(name)}{'' if head.trained else ' (nothing to train)'}")
 
 
 def prepare_out(config: TrainConfig) -> Path:
@@ -93,7 +97,7 @@ def main(arguments) -> int:
     num_steps = count_steps(config, training, head)
     card(config, backbone, head, report, num_steps, out)
     with Watch(num_steps) as watch:
-        if config.features == "cache":
+        if config.features == "cache" and head.trained:
             cached = [
                 open_cache(backbone, tokenizer.fingerprint, part, layers, Path(config.cache_dir), *watch.cache(part))
                 for part in (training, held_out)

@@ -1,6 +1,6 @@
 """Compare results on one table: who accepts more, who is faster, and whether the comparison is fair.
 
-    python bench/compare.py results/*.json --plot comparison.png
+    python bench/compare.py results/*.json --plot comparison.png --frontier frontier.png
 
 Differences in device, dtype, backbone, prompts or tree budget are warned about on stderr; a result whose parity
 check failed gets no speedup. From two results on, paired bootstrap intervals tell whether a ratio differs from 1.
@@ -31,6 +31,7 @@ from bench.summary import (
     Summary,
     differences,
     find_result,
+    format_millions,
     format_number,
     head_to_head,
     load_results,
@@ -47,6 +48,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="bench/compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="RESULT", help="result files written by bench/run.py")
     parser.add_argument("--plot", metavar="FILE", help="draw accept length and cost per pass into a .png, .pdf or .svg")
+    parser.add_argument(
+        "--frontier", metavar="FILE", help="draw accept length against draft time into a .png, .pdf or .svg"
+    )
     parser.add_argument("--sort", metavar="COLUMN", help="sort the table by a column, the best value first")
     parser.add_argument("--json", metavar="FILE", help="write the comparison as JSON")
     parser.add_argument(
@@ -74,14 +78,13 @@ def compare(options: argparse.Namespace) -> None:
     pairs, skipped = pair_up(results, options.head_to_head)
     warnings = differences(results) + skipped + _doubts(summaries)
 
-    for target in (options.plot, options.json):
-        if target is not None:
-            _check_target(target, options.results)
-    if options.plot is not None:
-        from bench.plot import check_plot_path, draw_comparison  # seaborn takes seconds to import
-
-        check_plot_path(options.plot)
-        draw_comparison(results, options.plot)
+    targets = [target for target in (options.plot, options.frontier, options.json) if target is not None]
+    for number, target in enumerate(targets):
+        check_target(target, options.results)
+        if Path(target).resolve() in {Path(other).resolve() for other in targets[:number]}:
+            raise ValueError(f"{target}: is to hold two outputs; name two files")
+    if options.plot is not None or options.frontier is not None:
+        draw(results, options.plot, options.frontier)
     if options.json is not None:
         write_atomically(options.json, comparison_json(summaries, pairs, warnings))
     for note in notes:
@@ -91,6 +94,21 @@ def compare(options: argparse.Namespace) -> None:
     show_table(summary_table(summaries))
     if pairs:
         show_table(head_to_head_table(pairs))
+
+
+def draw(results: Sequence[Result], plot: str | None, frontier: str | None) -> None:
+    """Draw what was asked for, once it is sure that all of it can be. Raises ValueError, OSError."""
+    from bench.plot import check_frontier, check_plot_path, draw_comparison, draw_frontier  # seaborn takes seconds
+
+    for target in (plot, frontier):
+        if target is not None:
+            check_plot_path(target)
+    if frontier is not None:
+        check_frontier(results)
+    if plot is not None:
+        draw_comparison(results, plot)
+    if frontier is not None:
+        draw_frontier(results, frontier)
 
 
 def pair_up(results: Sequence[Result], names: Sequence[str] | None) -> tuple[list[HeadToHead], list[str]]:
@@ -119,7 +137,7 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     table = Table(title="Results", title_justify="left", title_style="bold")
     for name in ("head", "backbone", "nodes", "dtype", "prompts", "accept length [95%]", "tokens/s", "speedup [95%]"):
         table.add_column(name, justify="left" if name in ("head", "backbone", "dtype") else "right")
-    for name in ("overhead", "draft share", "parity"):
+    for name in ("overhead", "draft share", "draft ms/pass", "parameters [M]", "train s", "parity"):
         table.add_column(name, justify="right")
     for row in summaries:
         speedup = Text(REFUSED, style="red") if row.parity_failed else format_number(row.speedup, row.speedup_ci)
@@ -135,6 +153,9 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
             speedup,
             format_number(row.overhead),
             share,
+            format_number(row.draft_ms),
+            format_millions(row.parameters),
+            format_number(row.train_s),
             Text(row.parity, style="red" if row.parity_failed else ""),
         ]
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
@@ -192,12 +213,19 @@ def _doubts(summaries: Sequence[Summary]) -> list[str]:
             sentences.append(f"parity failed ({row.parity} identical), speedup refused: {row.path}")
         elif row.speedup is not None and row.parity == "not checked":
             sentences.append(f"parity was not checked, the speedup rests on trust: {row.path}")
+        if row.adapted:
+            share, tokens = 100 * row.greedy_agreement, 100 * row.token_agreement
+            sentences.append(
+                f"{row.label} changes the backbone: {share:.0f}% of its texts are the original's, {tokens:.1f}% of the "
+                f"tokens up to the first difference; its speedup is over the original, parity with the changed one: "
+                f"{row.path}"
+            )
         if row.interrupted:
             sentences.append(f"interrupted after {row.prompts} of {row.num_prompts} prompts: {row.path}")
     return sentences
 
 
-def _check_target(target: str, sources: Sequence[str]) -> None:
+def check_target(target: str, sources: Sequence[str]) -> None:
     """Raises when ``target`` cannot be written, or would overwrite a result."""
     if Path(target).resolve() in {Path(source).resolve() for source in sources}:
         raise ValueError(f"{target}: is one of the results to compare; write elsewhere")

@@ -1,8 +1,13 @@
-"""Times a head and its autoregressive twin on the same prompts, back to back, and counts what both gave.
+"""Times a head and autoregressive decoding, the baseline, on the same prompts, back to back, and counts what both gave.
 
-Both sides share one backbone, one key-value cache and one set of stopping rules, and read the same prompts: the
-history of a later turn holds the twin's replies on either side. Which side goes first alternates by prompt, so that
-a machine that grows warmer or busier favours neither.
+Both sides share one key-value cache and one set of stopping rules, and read the same prompts: the history of a later
+turn holds the baseline's replies for every side. Which of them goes first alternates by prompt, so that a machine that
+grows warmer or busier favours neither.
+
+The head's tokens have to be those of its twin: autoregressive decoding by the backbone that the head decodes with. That
+is the baseline, unless the head adapts the backbone; then the twin is a third side, off the clock, and says besides how
+far the adapted backbone's text is from the original's. The baseline is the original backbone's in any case: what a user
+had before.
 """
 
 from __future__ import annotations
@@ -17,9 +22,9 @@ import numpy as np
 from backbone.cache import KVCache
 from backbone.model import Backbone
 from backbone.tokenizer import ChatTokenizer
-from bench.metrics import comparable_rows
+from bench.metrics import agreement, comparable_rows
 from bench.prompts import Prompt
-from bench.record import Baseline, Failure, FirstDifference, Parity, PromptRow, Timing
+from bench.record import Adaptation, AdaptedText, Baseline, Failure, FirstDifference, Parity, PromptRow, Timing
 from decoding.draft import draft
 from decoding.generate import (
     Generation,
@@ -38,11 +43,14 @@ from runtime.interrupt import check_interrupt, deferred_interrupts
 # Prompt lengths of the warm-up: a lone row has kernels of its own, two rows are the shortest text, forty a usual one.
 WARM_LENGTHS = (1, 2, 40)
 WARM_TOKENS = 8
+# The sides: the original backbone alone, the backbone that the head changed alone, the head.
+BASELINE, ADAPTED, HEAD = "baseline", "adapted", "head"
 
 
 @dataclass
 class Setup:
-    """What both sides share. head: None measures the twin alone; tree: a lone root then."""
+    """What all sides share. backbone: the original. head: None measures the baseline alone; tree: a lone root then.
+    decoder: the backbone that the head decodes with, asked for once."""
 
     backbone: Backbone
     tokenizer: ChatTokenizer
@@ -51,8 +59,24 @@ class Setup:
     repeats: int = 1
     head: Head | None = None
     tree: Tree = field(default_factory=Tree.autoregressive)
+    decoder: Backbone = field(init=False)
 
-    def decode(self, prompt_ids: Sequence[int], with_head: bool) -> Generation:
+    def __post_init__(self):
+        self.decoder = self.backbone if self.head is None else self.head.decoding_backbone
+        ours, theirs = ((b.config, b.dtype) for b in (self.backbone, self.decoder))
+        assert ours == theirs, f"an adapted backbone has the original's shape and dtype: {theirs} instead of {ours}"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the head changes the backbone."""
+        return self.decoder is not self.backbone
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Who decodes a prompt; the two on the clock first."""
+        return (BASELINE, *((HEAD,) if self.head is not None else ()), *((ADAPTED,) if self.adapts else ()))
+
+    def decode(self, prompt_ids: Sequence[int], side: str) -> Generation:
         """One reply. A tokenizer goes along only where the template's end of turn is no token and has to be read."""
         ending = self.tokenizer.end_of_turn
         is_text = bool(ending) and tuple(self.tokenizer.encode(ending)) not in {(i,) for i in self.tokenizer.eos_ids}
@@ -63,9 +87,9 @@ class Setup:
             "tokenizer": self.tokenizer if is_text else None,
             "cache": self.cache,
         }
-        if with_head:
-            return generate(self.backbone, self.head, prompt_ids, self.tree, **rules)
-        return generate_autoregressive(self.backbone, prompt_ids, **rules)
+        if side == HEAD:
+            return generate(self.decoder, self.head, prompt_ids, self.tree, **rules)
+        return generate_autoregressive(self.backbone if side == BASELINE else self.decoder, prompt_ids, **rules)
 
 
 @dataclass
@@ -105,7 +129,7 @@ class Difference:
     """Where a head first left its twin. before: tokens of the turns before; position: in this turn."""
 
     prompt_ids: list[int]
-    baseline_ids: list[int]
+    twin_ids: list[int]
     head_ids: list[int]
     before: int
     position: int
@@ -113,18 +137,20 @@ class Difference:
 
 @dataclass
 class Attempt:
-    """One prompt, every turn both ways, once. dropped_turns: turns whose prompt no longer fitted into the cache."""
+    """One prompt, every turn by every side, once; a side that is not there has no turns. dropped_turns: turns whose
+    prompt no longer fitted into the cache."""
 
     baseline: Stretch
     head: Stretch
+    adapted: Stretch
     dropped_turns: int = 0
     difference: Difference | None = None
 
 
 @dataclass
 class Measurement:
-    """What one head and its twin gave on all prompts. Rows of the two lists belong together; ``rows`` is empty when
-    the twin was measured alone. timers: the sums over the rows."""
+    """What one head and the baseline gave on all prompts. Rows of the two lists belong together; ``rows`` is empty when
+    the baseline was measured alone. timers: the sums over the rows."""
 
     rows: list[PromptRow] = field(default_factory=list)
     baseline_rows: list[PromptRow] = field(default_factory=list)
@@ -138,7 +164,7 @@ class Measurement:
 
     @property
     def baseline(self) -> Baseline:
-        """The twin on the prompts that count on both sides. pass_s is the median over prompts."""
+        """The baseline on the prompts that count on both sides. pass_s is the median over prompts."""
         rows = comparable_rows(self.rows)
         tokens = sum(row.baseline_tokens for row in rows)
         seconds = sum(row.baseline_time_s for row in rows)
@@ -155,6 +181,13 @@ class Measurement:
         """How many prompts gave the twin's tokens, all turns of all repeats."""
         identical = sum(bool(row.identical) for row in self.rows)
         return Parity(prompts=len(self.rows), identical=identical, first_difference=self.difference)
+
+    def adaptation(self, stats: dict) -> Adaptation | None:
+        """What the head did to the backbone's text; None where it left the backbone alone. stats: the checkpoint's."""
+        if not any(row.adapted for row in self.rows):
+            return None
+        greedy, tokens = agreement(self.rows)
+        return Adaptation(stats=stats, greedy_agreement=greedy, token_agreement=tokens)
 
 
 def timing(timers: Timers) -> Timing:
@@ -195,23 +228,24 @@ def measure(setup: Setup, prompts: Sequence[Prompt], on_prompt: Callable[[Measur
 
 
 def measure_prompt(setup: Setup, prompt: Prompt, index: int, result: Measurement) -> None:
-    """Decode one prompt ``setup.repeats`` times both ways and add its rows, of the repeats with the median time.
+    """Decode one prompt ``setup.repeats`` times by every side and add its rows, of the repeats with the median time.
 
     Raises ValueError when the first turn does not fit into the cache, or does not make a prompt.
     """
     attempts = [measure_once(setup, prompt, (index + repeat) % 2 == 1) for repeat in range(setup.repeats)]
-    twin = middle([attempt.baseline for attempt in attempts])
+    baseline = middle([attempt.baseline for attempt in attempts])
     differences = [attempt.difference for attempt in attempts if attempt.difference is not None]
     dropped = attempts[0].dropped_turns
     row = None
     if setup.head is not None:
         stretch = middle([attempt.head for attempt in attempts])
         if differences and result.difference is None:
-            result.difference = explain(setup.backbone, prompt, differences[0])
-        row = make_row(prompt, stretch, dropped, twin, identical=not differences)
+            result.difference = explain(setup.decoder, prompt, differences[0])
+        adapted = compare_texts(attempts[0].baseline, attempts[0].adapted) if setup.adapts else None
+        row = make_row(prompt, stretch, dropped, baseline, identical=not differences, adapted=adapted)
     # From here on nothing is computed: an interrupt must not leave one side of a pair behind.
-    result.baseline_rows.append(make_row(prompt, twin, dropped))
-    result.baseline_timers = sum_timers([result.baseline_timers, twin.timers])
+    result.baseline_rows.append(make_row(prompt, baseline, dropped))
+    result.baseline_timers = sum_timers([result.baseline_timers, baseline.timers])
     result.dropped_turns += dropped
     if row is not None:
         result.rows.append(row)
@@ -219,8 +253,9 @@ def measure_prompt(setup: Setup, prompt: Prompt, index: int, result: Measurement
 
 
 def measure_once(setup: Setup, prompt: Prompt, head_first: bool) -> Attempt:
-    """All turns of a prompt in order, each decoded by both sides back to back."""
-    attempt, messages = Attempt(Stretch(), Stretch()), []
+    """All turns of a prompt in order, each decoded by the sides back to back, those on the clock first."""
+    attempt, messages = Attempt(Stretch(), Stretch(), Stretch()), []
+    sides = (HEAD, BASELINE, *setup.sides[2:]) if head_first and HEAD in setup.sides else setup.sides
     for turn, said in enumerate(prompt.turns):
         messages.append({"role": "user", "content": said})
         prompt_ids = setup.tokenizer.encode_chat(messages)
@@ -230,19 +265,31 @@ def measure_once(setup: Setup, prompt: Prompt, head_first: bool) -> Attempt:
                 raise ValueError(f"the prompt has {len(prompt_ids)} tokens, the cache {rows} rows; see --cache-length")
             attempt.dropped_turns = len(prompt.turns) - turn
             break
-        sides = (False,) if setup.head is None else (True, False) if head_first else (False, True)
-        given = {with_head: setup.decode(prompt_ids, with_head) for with_head in sides}
-        twin = given[False]
-        if setup.head is not None:
-            position = first_difference(twin.token_ids, given[True].token_ids)
-            if position is not None and attempt.difference is None:
-                before = sum(len(earlier.token_ids) for earlier in attempt.baseline.generations)
-                attempt.difference = Difference(prompt_ids, twin.token_ids, given[True].token_ids, before, position)
-            attempt.head.generations.append(given[True])
-        attempt.baseline.generations.append(twin)
-        reply = setup.tokenizer.decode(twin.token_ids) if twin.text is None else twin.text
+        given = {side: setup.decode(prompt_ids, side) for side in sides}
+        baseline, twin = given[BASELINE], given.get(ADAPTED, given[BASELINE])
+        if HEAD in given and attempt.difference is None:
+            position = first_difference(twin.token_ids, given[HEAD].token_ids)
+            if position is not None:
+                earlier = (attempt.adapted if setup.adapts else attempt.baseline).generations
+                before = sum(len(generation.token_ids) for generation in earlier)
+                attempt.difference = Difference(prompt_ids, twin.token_ids, given[HEAD].token_ids, before, position)
+        for side, generation in given.items():
+            getattr(attempt, side).generations.append(generation)
+        reply = setup.tokenizer.decode(baseline.token_ids) if baseline.text is None else baseline.text
         messages.append({"role": "assistant", "content": reply.strip()})
     return attempt
+
+
+def compare_texts(original: Stretch, adapted: Stretch) -> AdaptedText:
+    """How far each turn of the adapted backbone's text is the original's.
+
+    Worked example: turns of 3 and 2 tokens, the adapted ones equal and different in the first token: 3 tokens agree.
+    """
+    agreeing = 0
+    for ours, theirs in zip(original.generations, adapted.generations, strict=True):
+        position = first_difference(ours.token_ids, theirs.token_ids)
+        agreeing += len(ours.token_ids) if position is None else position
+    return AdaptedText(tokens=adapted.tokens, agreeing_tokens=agreeing)
 
 
 def middle(stretches: Sequence[Stretch]) -> Stretch:
@@ -251,7 +298,7 @@ def middle(stretches: Sequence[Stretch]) -> Stretch:
 
 
 def explain(backbone: Backbone, prompt: Prompt, difference: Difference) -> FirstDifference:
-    """The difference as a record holds it, with the gap between the backbone's two best logits there."""
+    """The difference as a record holds it, with the gap between the twin's two best logits there. backbone: its."""
 
     def token(ids: list[int]) -> int | None:
         return ids[difference.position] if difference.position < len(ids) else None
@@ -259,16 +306,21 @@ def explain(backbone: Backbone, prompt: Prompt, difference: Difference) -> First
     return FirstDifference(
         prompt_id=prompt.prompt_id,
         position=difference.before + difference.position,
-        baseline_token=token(difference.baseline_ids),
+        baseline_token=token(difference.twin_ids),
         head_token=token(difference.head_ids),
-        logit_gap=logit_gap(backbone, difference.prompt_ids, difference.baseline_ids, difference.position),
+        logit_gap=logit_gap(backbone, difference.prompt_ids, difference.twin_ids, difference.position),
     )
 
 
 def make_row(
-    prompt: Prompt, stretch: Stretch, dropped_turns: int, twin: Stretch | None = None, identical: bool | None = None
+    prompt: Prompt,
+    stretch: Stretch,
+    dropped_turns: int,
+    baseline: Stretch | None = None,
+    identical: bool | None = None,
+    adapted: AdaptedText | None = None,
 ) -> PromptRow:
-    """One line of ``per_prompt``. twin: the baseline's stretch; None in the baseline's own record."""
+    """One line of ``per_prompt``. baseline: None in the baseline's own record."""
     tokens, passes, timers = stretch.tokens, stretch.passes, stretch.timers
     return PromptRow(
         prompt_id=prompt.prompt_id,
@@ -281,13 +333,14 @@ def make_row(
         reached_by_depth=stretch.by_depth("reached_by_depth"),
         accept_length=tokens / passes if passes else None,
         time_s=stretch.time_s,
-        baseline_tokens=twin.tokens if twin else None,
-        baseline_passes=twin.passes if twin else None,
-        baseline_time_s=twin.time_s if twin else None,
+        baseline_tokens=baseline.tokens if baseline else None,
+        baseline_passes=baseline.passes if baseline else None,
+        baseline_time_s=baseline.time_s if baseline else None,
         draft_s=timers.draft_s,
         verify_s=timers.verify_s,
         identical=identical,
         finish_reason="cache" if dropped_turns else stretch.generations[-1].finish_reason,
+        adapted=adapted,
     )
 
 
@@ -296,8 +349,8 @@ def warm_up(setup: Setup) -> None:
     short = dataclasses.replace(setup, max_new_tokens=min(WARM_TOKENS, setup.max_new_tokens))
     for length in WARM_LENGTHS:
         prompt_ids = np.arange(min(length, setup.cache.max_length)) % setup.backbone.config.vocab_size
-        for with_head in (False, True) if setup.head is not None else (False,):
-            short.decode(prompt_ids, with_head)
+        for side in setup.sides:
+            short.decode(prompt_ids, side)
     if setup.tree.depth:
         warm_acceptance(setup)
     warm()
@@ -310,7 +363,7 @@ def warm_acceptance(setup: Setup) -> None:
     cache.rewind(0)
     with jt.no_grad():
         tokens = np.zeros((1, tree.num_nodes), np.int32)
-        output = setup.backbone.forward(tokens, cache=cache, attend=tree.plan, layers=head.layers)
+        output = setup.decoder.forward(tokens, cache=cache, attend=tree.plan, layers=head.layers)
         path, state = np.array([0, tree.num_nodes - 1], np.int32), None
         for rows in (path, path, path[:1]):
             following = jt.array(np.zeros((1, len(rows)), np.int32))

@@ -29,7 +29,7 @@ def build_parser() -> Parser:
         parser.add_argument(flag, help=help if default is None else f"{help} (default: {default})", **settings)
 
     parser.add_argument("--greedy", action="store_true", help="accept what greedy decoding gives: the only rule so far")
-    add("--head", "measure the latest checkpoint of this head; may be repeated", metavar="NAME", action="append")
+    add("--head", "measure this head (its latest checkpoint); may be repeated", metavar="NAME", action="append")
     add("--checkpoint", "measure this checkpoint; may be repeated", metavar="DIR", action="append")
     add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
     add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")

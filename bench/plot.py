@@ -1,7 +1,10 @@
-"""The picture of a comparison: how much each head accepts, and what each of its passes costs.
+"""The pictures of a comparison: how much each head accepts, and what each of its passes costs.
 
-Left: accept length by category with bootstrap intervals. Right: seconds per decoding pass, stacked by phase,
-beside the autoregressive pass. A head pays off where the left grows faster than the right.
+The comparison. Left: accept length by category with bootstrap intervals. Right: seconds per decoding pass, stacked by
+phase, beside the autoregressive pass. A head pays off where the left grows faster than the right.
+
+The frontier: accept length against draft time, a point per head. Verifying costs the same for every head of one tree
+budget, so a head below and to the right of another has no case on that machine.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-from bench.metrics import accept_length, comparable_rows, paired_bootstrap
-from bench.record import Record, write_atomically
-from bench.summary import AUTOREGRESSIVE, Result
+from bench.metrics import accept_length, comparable_rows, paired_bootstrap, pareto_frontier
+from bench.record import Interval, Record, write_atomically
+from bench.summary import AUTOREGRESSIVE, Result, draft_ms, num_passes, parity_failed
 
 FORMATS = (".png", ".pdf", ".svg")
 PHASES = ("draft", "verify", "accept", "cache", "host")
@@ -41,7 +44,7 @@ def draw_comparison(results: Sequence[Result], path: str | Path) -> None:
     Raises ValueError for another ending than FORMATS and OSError when the file cannot be written.
     """
     check_plot_path(path)
-    heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
+    heads = _heads(results)
     categories = list(dict.fromkeys(row.category for result in results for row in result.record.per_prompt))
     width = max(5.0, 0.9 + 0.11 * (len(heads) + 2) * (len(categories) + 1))
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
@@ -53,11 +56,105 @@ def draw_comparison(results: Sequence[Result], path: str | Path) -> None:
             _draw_pass_time(right, results, heads)
             sns.despine(figure)
             figure.tight_layout(w_pad=3)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=Path(path).suffix.lower()[1:], dpi=160, bbox_inches="tight")
+            content = _render(figure, path)
         finally:
             plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, content)
+
+
+def check_frontier(results: Sequence[Result]) -> list[Result]:
+    """The heads that have a place in the picture. Raises ValueError when none has a draft time and an accept length."""
+    placed = [result for result in _heads(results) if None not in _place(result.record)]
+    if not placed:
+        names = ", ".join(result.path for result in results)
+        raise ValueError(f"no head with a draft time and an accept length among {names}; measure one with bench/run.py")
+    return placed
+
+
+def draw_frontier(results: Sequence[Result], path: str | Path) -> None:
+    """Draw accept length against draft time into ``path``, whole or not at all; heads without either are left out.
+
+    Raises ValueError as ``check_plot_path`` and ``check_frontier`` do, OSError when the file cannot be written.
+    """
+    check_plot_path(path)
+    heads = check_frontier(results)
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
+        figure, axes = plt.subplots(figsize=(7.6, 5.0))
+        try:
+            _draw_frontier(axes, heads)
+            sns.despine(figure)
+            figure.tight_layout()
+            content = _render(figure, path)
+        finally:
+            plt.close(figure)
+    write_atomically(path, content)
+
+
+def _render(figure, path: str | Path) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lower()[1:], dpi=160, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def _heads(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if result.record.head != AUTOREGRESSIVE]
+
+
+def _place(record: Record) -> tuple[float | None, float | None]:
+    """(milliseconds of drafting per pass, tokens per pass)."""
+    return draft_ms(record), record.metrics.accept_length
+
+
+def _draw_frontier(axes, heads: Sequence[Result]) -> None:
+    """Points with 95% intervals both ways, and steps along the heads that no other one beats."""
+    costs, values = zip(*(_place(result.record) for result in heads), strict=True)
+    colors = sns.color_palette("colorblind" if len(heads) <= 10 else "husl", len(heads))
+    for result, cost, value, color in zip(heads, costs, values, colors, strict=True):
+        across = paired_bootstrap(result.record.per_prompt, "draft_ms")
+        axes.errorbar(
+            [cost], [value], xerr=_bars(cost, across), yerr=_bars(value, result.record.metrics.accept_length_ci),
+            fmt="o", markersize=7, capsize=2.5, elinewidth=1.4, color=color, zorder=3,
+        )  # fmt: skip
+    frontier = pareto_frontier(costs, values)
+    right = max(axes.get_xlim()[1], 1.2 * max(costs))
+    xs, ys = [costs[index] for index in frontier], [values[index] for index in frontier]
+    axes.plot(
+        [*xs, right], [*ys, ys[-1]], drawstyle="steps-post", color=BACKBONE_COLOR, linewidth=1.6, zorder=2,
+        label="Pareto frontier",
+    )  # fmt: skip
+    axes.axhline(1, color="0.35", linewidth=1.2, linestyle="--", zorder=1, label=AUTOREGRESSIVE)
+    axes.set_xlim(min(0, axes.get_xlim()[0]), right)
+    axes.set_ylim(min(0.9, axes.get_ylim()[0]), axes.get_ylim()[1] + 0.1)
+    labels = [result.label + (" (parity failed)" if parity_failed(result.record) else "") for result in heads]
+    _label_points(axes, labels, costs, values)
+    axes.set_xlabel("milliseconds of drafting per decoding pass")
+    axes.set_ylabel("tokens per pass")
+    axes.set_title("Accept length against draft time (95% intervals)", loc="left", weight="bold", pad=12)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
+def _bars(value: float, interval: Interval | None) -> list[list[float]]:
+    """An interval as matplotlib wants it: lengths below and above."""
+    low, high = interval or (value, value)
+    return [[max(value - low, 0)], [max(high - value, 0)]]
+
+
+def _label_points(axes, labels: Sequence[str], xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Each name beside its point, in the first of eight places that hides neither a point nor another name."""
+    axes.figure.canvas.draw()
+    points, taken, frame = axes.transData.transform(np.column_stack([xs, ys])), [], axes.get_window_extent()
+    places = [(x, y) for y in (6, -14, 20, -28) for x in (7, -7)]  # points from the mark; a line of text takes 14
+    for label, x, y in zip(labels, xs, ys, strict=True):
+        for shift in places:
+            side = "left" if shift[0] > 0 else "right"
+            text = axes.annotate(label, (x, y), shift, textcoords="offset points", ha=side, size=9, zorder=4)
+            box = text.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+            if inside and not any(box.overlaps(other) for other in taken) and not box.count_contains(points):
+                break
+            if shift != places[-1]:
+                text.remove()
+        taken.append(box)
 
 
 def _draw_accept_length(axes, heads: Sequence[Result], categories: Sequence[str]) -> None:
@@ -141,13 +238,9 @@ def _draw_pass_time(axes, results: Sequence[Result], heads: Sequence[Result]) ->
     )  # fmt: skip
 
 
-def _num_passes(record: Record) -> int:
-    return sum(row.passes for row in record.per_prompt)
-
-
 def _phases_ms(record: Record) -> dict[str, float]:
     """Phase -> milliseconds per pass; a phase whose time is unknown is missing."""
-    passes = _num_passes(record)
+    passes = num_passes(record)
     seconds = {phase: getattr(record.timing, f"{phase}_s") for phase in PHASES}
     return {phase: 1e3 * value / passes for phase, value in seconds.items() if value is not None and passes}
 
@@ -160,6 +253,6 @@ def _baseline_ms(record: Record) -> float | None:
 def _autoregressive_ms(results: Sequence[Result]) -> float | None:
     """The autoregressive pass: of its own record when there is one, else of the first head that has a twin."""
     for result in results:
-        if result.record.head == AUTOREGRESSIVE and _num_passes(result.record):
-            return 1e3 * sum(row.time_s for row in result.record.per_prompt) / _num_passes(result.record)
+        if result.record.head == AUTOREGRESSIVE and num_passes(result.record):
+            return 1e3 * sum(row.time_s for row in result.record.per_prompt) / num_passes(result.record)
     return next((ms for ms in map(_baseline_ms, (result.record for result in results)) if ms is not None), None)

@@ -1,7 +1,8 @@
 """The schema of a result: one JSON file per measurement, everything needed to judge its numbers inside.
 
 Units stand in the keys (``time_s`` is seconds), ``null`` is unknown, unknown keys are refused, and per-prompt
-rows are kept so that intervals can be recomputed without running anything again.
+rows are kept so that intervals can be recomputed without running anything again. Fields with a default came later:
+a file without them is read as if it held the default.
 """
 
 from __future__ import annotations
@@ -69,12 +70,15 @@ class RunConfig(_Model):
 
 
 class Checkpoint(_Model):
+    """train_steps, train_tokens, train_s: up to the kept checkpoint. seed: the training's."""
+
     path: str
     sha256: str
     parameters: Count
     train_steps: Count | None
     train_tokens: Count | None
     train_s: Seconds | None
+    seed: Count | None = None
 
 
 class Data(_Model):
@@ -87,7 +91,8 @@ class Data(_Model):
 
 
 class Baseline(_Model):
-    """The autoregressive twin in the same process. pass_s: median seconds per pass; total_s: prefill left out."""
+    """Autoregressive decoding by the unchanged backbone in the same process. pass_s: median seconds per pass;
+    total_s: prefill left out."""
 
     tokens_per_s: Seconds | None
     pass_s: Seconds | None
@@ -122,7 +127,8 @@ class Timing(_Model):
 
 
 class FirstDifference(_Model):
-    """position counts generated tokens; a token is null where that side had already ended."""
+    """position counts generated tokens; a token is null where that side had already ended. baseline_token: what
+    autoregressive decoding by the head's backbone gave."""
 
     prompt_id: str
     position: Count
@@ -132,7 +138,8 @@ class FirstDifference(_Model):
 
 
 class Parity(_Model):
-    """Of ``prompts`` compared with greedy autoregressive decoding, ``identical`` agreed token for token."""
+    """Of ``prompts`` compared with greedy autoregressive decoding by the same backbone, ``identical`` agreed token for
+    token. A head that adapts the backbone is compared with the adapted one."""
 
     prompts: Count
     identical: Count
@@ -143,6 +150,19 @@ class Parity(_Model):
         if self.identical > self.prompts:
             raise ValueError(f"identical ({self.identical}) exceeds prompts ({self.prompts})")
         return self
+
+
+class Adaptation(_Model):
+    """What a head that adapts the backbone did to its greedy text, as ``bench.metrics.agreement`` defines it.
+
+    stats: the checkpoint's figures about it. greedy_agreement: share of the prompts whose text, all turns, is the
+    original backbone's token for token. token_agreement: tokens before the first difference of each turn, over the
+    original's tokens.
+    """
+
+    stats: dict[str, Any]
+    greedy_agreement: Rate | None
+    token_agreement: Rate | None
 
 
 class Failure(_Model):
@@ -159,13 +179,22 @@ class CategoryResult(_Model):
     speedup: Seconds | None
 
 
+class AdaptedText(_Model):
+    """Autoregressive decoding by the adapted backbone. tokens: of the decoding passes. agreeing_tokens: before the
+    first difference from the original's text, summed over the turns; here a turn's first token counts too."""
+
+    tokens: Count
+    agreeing_tokens: Count
+
+
 class PromptRow(_Model):
-    """One prompt, its turns summed. Both sides count alike.
+    """One prompt, its turns summed. All sides read the same prompts and count alike.
 
     tokens, passes, time_s: of the decoding passes; the prefill, its seconds and its token are left out.
     reached_by_depth[d]: passes that had depth d accepted (depth 0 is the root) and a candidate at depth d + 1;
     accepted_by_depth[d]: those of them in which depth d + 1 was accepted. baseline_*: null when not measured.
-    identical: the tokens equal the baseline's; null when there is nothing to compare (sampling).
+    identical: the tokens equal those of autoregressive decoding by the same backbone, which is the baseline unless
+    ``adapted`` is there; null when there is nothing to compare (sampling).
     """
 
     prompt_id: str
@@ -185,6 +214,7 @@ class PromptRow(_Model):
     verify_s: Seconds | None
     identical: bool | None
     finish_reason: str
+    adapted: AdaptedText | None = None
 
     @model_validator(mode="after")
     def _counts_agree(self):
@@ -193,13 +223,23 @@ class PromptRow(_Model):
             raise ValueError(f"accepted_by_depth {accepted} does not fit reached_by_depth {reached}")
         if any(deeper > above for deeper, above in zip(reached[1:], accepted, strict=False)):
             raise ValueError(f"a depth was reached more often than the one above was accepted: {reached}, {accepted}")
-        if self.identical and self.baseline_tokens not in (None, self.tokens):
-            raise ValueError(f"identical, but {self.tokens} tokens against the baseline's {self.baseline_tokens}")
+        twin, whose = self.baseline_tokens, "baseline"
+        if self.adapted:
+            twin, whose = self.adapted.tokens, "adapted backbone"
+            most = self.turns + min(twin, twin if self.baseline_tokens is None else self.baseline_tokens)
+            if self.adapted.agreeing_tokens > most:
+                raise ValueError(f"agreeing_tokens is {self.adapted.agreeing_tokens}, of at most {most}")
+        if self.identical and twin not in (None, self.tokens):
+            raise ValueError(f"identical, but {self.tokens} tokens against the {whose}'s {twin}")
         return self
 
 
 class Record(_Model):
-    """A result file. baseline and parity are null in the record of the autoregressive baseline itself."""
+    """A result file. baseline and parity are null in the record of the autoregressive baseline itself.
+
+    checkpoint: null also for a head that drafts without one, having nothing to train. head_stats: what the head said
+    of itself on its held-out text. adaptation: null for a head that leaves the backbone as it is.
+    """
 
     schema_version: Literal[1]
     kind: Literal["generation"]
@@ -216,6 +256,8 @@ class Record(_Model):
     failures: list[Failure]
     categories: dict[str, CategoryResult]
     per_prompt: list[PromptRow]
+    head_stats: dict[str, Any] = Field(default_factory=dict)
+    adaptation: Adaptation | None = None
 
     @model_validator(mode="after")
     def _prompt_ids_are_unique(self):

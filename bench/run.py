@@ -2,14 +2,16 @@
 
     python bench/run.py --greedy
 
-Without --head or --checkpoint every head with a checkpoint under --runs is measured. Each result goes to
-<out-dir>/<head>.json, that of autoregressive decoding to <out-dir>/autoregressive.json when the whole prompt file was
-used. Progress is shown on stderr; stdout gets a table and one line of JSON per result, the last head's at the end.
+Without --head or --checkpoint every head with a checkpoint under --runs is measured, and for the floor every head that
+needs none (not with --out, which takes one head). Each result goes to <out-dir>/<head>.json, that of autoregressive
+decoding to <out-dir>/autoregressive.json when the whole prompt file was used. Progress is shown on stderr; stdout gets
+a table and one line of JSON per result, the last head's at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from bench.prompts import PromptSet
 from bench.record import KIND, SCHEMA_VERSION, Record, check_writable, parse_record, read_record, to_json, write_record
 from bench.summary import AUTOREGRESSIVE, load_results, summarise
 from decoding.tree import Tree, check_tree, default_tree
-from runtime.entry import INTERRUPTED, run_entry, suggest
+from runtime.entry import INTERRUPTED, run_entry
 
 if TYPE_CHECKING:
     from bench.measure import Measurement, Setup
@@ -46,10 +48,11 @@ NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @dataclass
 class Trained:
-    """A checkpoint that is ready to be measured. out: where its result goes."""
+    """A head that is ready to be measured. directory: its checkpoint, None for one that needs none and has none; out:
+    where its result goes."""
 
     name: str
-    directory: Path
+    directory: Path | None
     config: dict
     head: object
     tree: Tree
@@ -72,27 +75,45 @@ def choose_tree(config: dict, num_depths: int, nodes: int, name: str) -> Tree:
         raise ValueError(f"the checkpoint of {name} holds no usable tree: {error}") from error
 
 
-def find_trained(options: argparse.Namespace) -> list[tuple[Path, dict]]:
-    """Directory and config of each checkpoint that was asked for, else of the latest of each trained head.
+def read_stats(config: dict, name: str) -> dict:
+    """What the head said of itself on its held-out text. Raises ValueError where that is no table of figures."""
+    stats = config.get("metrics", {}).get("stats", {})
+    if not isinstance(stats, dict):
+        raise ValueError(f"the checkpoint of {name} holds no usable stats: expected an object, got {stats!r}")
+    return stats
 
-    Raises ValueError for an unknown head, a head without a checkpoint, a directory that holds none, and heads whose
-    results would overwrite each other; OSError when a result could not be written.
+
+def fresh_config(name: str) -> dict:
+    """What a checkpoint's config would say of a head that needs none: its default options, and no tree."""
+    from heads.registry import make_config
+
+    return {"head": name, "head_config": vars(make_config(name, {})), "backbone": {}}
+
+
+def find_trained(options: argparse.Namespace) -> list[tuple[Path | None, dict]]:
+    """Directory and config of each checkpoint that was asked for, else of the latest of each head and, unless there
+    is --out, of each head that needs none. The directory of a head that needs none and has none is None.
+
+    Raises ValueError for an unknown head, a head without the checkpoint it needs, a directory that holds none, and
+    heads whose results would overwrite each other; OSError when a result could not be written.
     """
     from heads.checkpoint import find_checkpoint, latest_checkpoints, read_config
-    from heads.registry import available
+    from heads.registry import available, head_class
 
     latest = latest_checkpoints(Path(options.runs))
-    directories = [find_checkpoint(directory) for directory in options.checkpoint or []]
-    for name in options.head or []:
-        if name not in available():
-            raise suggest("head", name, available())
-        if name not in latest:
+    directories, fresh = [find_checkpoint(directory) for directory in options.checkpoint or []], []
+    for name in dict.fromkeys(options.head or []):
+        needs_one = head_class(name).trained
+        if name in latest:
+            directories.append(latest[name])
+        elif not needs_one:
+            fresh.append((None, fresh_config(name)))
+        else:
             raise ValueError(
                 f"head {name!r} is not trained: nothing in {options.runs}; run python train.py --head {name}"
             )
-        directories.append(latest[name])
-    if directories:
-        found = [(directory, read_config(directory)) for directory in dict.fromkeys(directories)]
+    if directories or fresh:
+        found = [(directory, read_config(directory)) for directory in dict.fromkeys(directories)] + fresh
         names = [config["head"] for _, config in found]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated:
@@ -105,39 +126,52 @@ def find_trained(options: argparse.Namespace) -> list[tuple[Path, dict]]:
                 found.append((directory, config))
             else:
                 note(f"passed over {directory}: it holds the head {config['head']}; pass it as --checkpoint")
+        for name in [] if options.out else sorted({*available()} - {config["head"] for _, config in found}):
+            try:
+                needs_one = head_class(name).trained
+            except ValueError as error:
+                note(f"passed over {name}: {error}")
+                continue
+            if not needs_one:
+                found.append((None, fresh_config(name)))
     for _, config in found:
         check_writable(output_path(options, config["head"]))
     return found
 
 
 def load_trained(
-    options: argparse.Namespace, found: Sequence[tuple[Path, dict]], backbone, tokenizer, tree: Tree | None
+    options: argparse.Namespace, found: Sequence[tuple[Path | None, dict]], backbone, tokenizer, tree: Tree | None
 ) -> list[Trained]:
     """The heads that were found, loaded, each with its tree. tree: of --tree.
 
-    A head of another backbone is passed over unless it was asked for. Raises ValueError for a checkpoint that does not
-    fit the backbone or the tree, and for several heads with --out.
+    A head of another backbone is passed over unless it was asked for; one that needs no checkpoint does without it.
+    Raises ValueError for a checkpoint that does not fit the backbone or the tree, and for several heads with --out.
     """
     from heads.checkpoint import load_head
+    from heads.registry import available, build, head_class
 
     trained = []
     for directory, config in found:
         name, trained_on = config["head"], config["backbone"].get("fingerprint")
-        if trained_on != backbone.fingerprint and not (options.head or options.checkpoint):
-            note(f"passed over {directory}: it was trained on another backbone")
-            continue
-        head, _ = load_head(directory, backbone)
+        if directory and trained_on != backbone.fingerprint and not options.checkpoint:
+            if not head_class(name).trained:
+                note(f"passed over {directory}: it is of another backbone; {name} is measured with its defaults")
+                directory, config = None, fresh_config(name)
+            elif not options.head:
+                note(f"passed over {directory}: it was trained on another backbone")
+                continue
+        head = load_head(directory, backbone)[0] if directory else build(name, config["head_config"], backbone)
+        head.eval()
         own = tree or choose_tree(config, head.num_depths, options.nodes or DEFAULT_NODES, name)
-        check_tree(own, head.num_depths, backbone.config.vocab_size)
-        if config.get("tokenizer", {}).get("fingerprint") != tokenizer.fingerprint:
+        check_tree(own, head.num_depths, head.num_draftable)
+        if directory and config.get("tokenizer", {}).get("fingerprint") != tokenizer.fingerprint:
             note(f"warning: {name} was trained with another tokenizer or chat template; it will draft worse")
         trained.append(Trained(name, directory, config, head, own, output_path(options, name)))
     if options.out and len(trained) > 1:
         raise ValueError(f"--out takes one head, there are {', '.join(t.name for t in trained)}; use --out-dir")
-    if not trained:
-        from heads.registry import available
-
-        note(f"no trained head under {options.runs}: autoregressive decoding is measured alone")
+    if not any(each.head.trained for each in trained) and not (options.head or options.checkpoint):
+        names = ", ".join(each.name for each in trained)
+        note(f"no trained head under {options.runs}: {names or 'autoregressive decoding'} is measured alone")
         note(f"train one with python train.py --head NAME, where NAME is one of {', '.join(available())}")
     return trained
 
@@ -236,10 +270,8 @@ class Recorder:
         return self._record(AUTOREGRESSIVE, measured, rows, timers, Tree.autoregressive())
 
     def head(self, trained: Trained, measured: Measurement) -> Record:
-        """The record of a head, with what its twin did on the same prompts."""
-        from heads.checkpoint import weights_sha256
-
-        progress = trained.config.get("progress", {})
+        """The record of a head, with what the baseline did on the same prompts."""
+        stats = read_stats(trained.config, trained.name)
         return self._record(
             trained.name,
             measured,
@@ -247,17 +279,28 @@ class Recorder:
             measured.timers,
             trained.tree,
             head_config=trained.config["head_config"],
-            checkpoint={
-                "path": project_path(trained.directory),
-                "sha256": weights_sha256(trained.directory),
-                "parameters": trained.head.num_parameters,
-                "train_steps": progress.get("step"),
-                "train_tokens": progress.get("tokens"),
-                "train_s": progress.get("train_s"),
-            },
+            checkpoint=describe_checkpoint(trained) if trained.directory else None,
             baseline=measured.baseline,
             parity=measured.parity,
+            head_stats=stats,
+            adaptation=measured.adaptation(stats),
         )
+
+
+def describe_checkpoint(trained: Trained) -> dict:
+    """The ``checkpoint`` of a record."""
+    from heads.checkpoint import weights_sha256
+
+    progress = trained.config.get("run", {})
+    return {
+        "path": project_path(trained.directory),
+        "sha256": weights_sha256(trained.directory),
+        "parameters": trained.head.num_parameters,
+        "train_steps": progress.get("steps"),
+        "train_tokens": progress.get("tokens"),
+        "train_s": progress.get("train_s"),
+        "seed": trained.config.get("trainer", {}).get("seed"),
+    }
 
 
 def measure_all(
@@ -265,11 +308,13 @@ def measure_all(
 ) -> tuple[list[Path], bool]:
     """Measure head after head and write each result as soon as it is there; returns (paths, interrupted).
 
-    The result of autoregressive decoding is what ran beside the first head. Raises ValueError when no prompt at all
-    could be measured.
+    The result of autoregressive decoding is what ran beside the first head. Raises ValueError for a checkpoint with
+    unusable stats, before anything is measured, and when no prompt at all could be measured.
     """
     from bench.measure import measure
 
+    for each in trained:
+        read_stats(each.config, each.name)
     recorder, written, interrupted = Recorder(options, setup, prompts), [], False
     whole = options.num_prompts is None and not options.out
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
@@ -284,8 +329,8 @@ def measure_all(
                 length = f"{sum(row.tokens for row in measured.rows) / passes:.2f} tokens a pass" if passes else ""
                 progress.update(task, advance=1, note=length)
 
-            setup.head, setup.tree = (each.head, each.tree) if each else (None, Tree.autoregressive())
-            measured = measure(setup, prompts.prompts, show)
+            own = {"head": each.head, "tree": each.tree} if each else {}
+            measured = measure(dataclasses.replace(setup, **own), prompts.prompts, show)
             interrupted = measured.interrupted
             if not measured.baseline_rows and not interrupted:
                 first = measured.failures[0]
@@ -313,6 +358,11 @@ def report_doubts(name: str, measured: Measurement) -> None:
     if measured.rows and measured.parity.identical < measured.parity.prompts:
         parity = measured.parity
         note(f"warning: {name}: only {parity.identical} of {parity.prompts} prompts gave the tokens of its twin")
+    adaptation = measured.adaptation({})
+    if adaptation and adaptation.greedy_agreement is not None:
+        same = f"{100 * adaptation.greedy_agreement:.0f}% of its greedy texts are the original's, "
+        same += f"{100 * adaptation.token_agreement:.1f}% of the tokens up to the first difference"
+        note(f"note: {name} changes the backbone: {same}")
     if measured.late_kernels:
         note(f"warning: {name}: {measured.late_kernels} kernel(s) were first used on the clock; run it once more")
     if measured.interrupted:

@@ -1,7 +1,7 @@
 """Results side by side: reading several files, one summary line each, and what keeps them from being comparable.
 
-Shared by ``bench/compare.py`` and ``bench/report.py``, so that a table in a terminal and a table in a README
-can never disagree.
+Shared by ``bench/compare.py``, ``bench/report.py`` and ``bench/seeds.py``, so that a table in a terminal and a table in
+a README can never disagree.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ SORT_COLUMNS: dict[str, bool | None] = {
     "speedup": True,
     "overhead": False,
     "draft_share": False,
+    "draft_ms": False,
+    "parameters": False,
+    "train_s": False,
     "parity": None,
 }
 
@@ -48,8 +51,10 @@ class Summary:
     """One line of a comparison. None is unknown; speedup and its interval are None too when parity failed.
 
     backbone: the last part of its path; data: the last two parts of the prompt file's path. prompts: rows kept,
-    of num_prompts asked. draft_share: drafting seconds over decoding seconds. parity: ``identical/prompts`` or
-    ``not checked``.
+    of num_prompts asked. draft_share: drafting seconds over decoding seconds. draft_ms: milliseconds of drafting per
+    decoding pass. parameters: of the head. train_s: seconds until the kept checkpoint. parity: ``identical/prompts`` or
+    ``not checked``. greedy_agreement, token_agreement: of an adapted backbone's text with the original's; both None
+    where the backbone is as it was.
     """
 
     label: str
@@ -69,9 +74,19 @@ class Summary:
     speedup_ci: Interval | None
     overhead: float | None
     draft_share: float | None
+    draft_ms: float | None
+    parameters: int | None
+    train_s: float | None
     parity: str
     parity_failed: bool
     interrupted: bool
+    greedy_agreement: float | None
+    token_agreement: float | None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the head decoded with a backbone of its own making."""
+        return self.greedy_agreement is not None
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,17 @@ def parity_failed(record: Record) -> bool:
     return record.parity is not None and record.parity.identical < record.parity.prompts
 
 
+def num_passes(record: Record) -> int:
+    """Decoding passes of all rows."""
+    return sum(row.passes for row in record.per_prompt)
+
+
+def draft_ms(record: Record) -> float | None:
+    """Milliseconds of drafting per decoding pass; None when unknown or without a pass."""
+    passes, seconds = num_passes(record), record.timing.draft_s
+    return None if seconds is None or not passes else 1e3 * seconds / passes
+
+
 def summarise(result: Result) -> Summary:
     """The line of one result."""
     record = result.record
@@ -119,7 +145,7 @@ def summarise(result: Result) -> Summary:
     share = None
     if None not in (timing.draft_s, timing.total_s, timing.prefill_s) and timing.total_s > timing.prefill_s:
         share = timing.draft_s / (timing.total_s - timing.prefill_s)
-    failed = parity_failed(record)
+    failed, checkpoint, adaptation = parity_failed(record), record.checkpoint, record.adaptation
     return Summary(
         label=result.label,
         path=result.path,
@@ -138,9 +164,14 @@ def summarise(result: Result) -> Summary:
         speedup_ci=None if failed else metrics.speedup_ci,
         overhead=metrics.overhead,
         draft_share=share,
+        draft_ms=draft_ms(record),
+        parameters=checkpoint.parameters if checkpoint else None,
+        train_s=checkpoint.train_s if checkpoint else None,
         parity=f"{parity.identical}/{parity.prompts}" if parity and parity.prompts else "not checked",
         parity_failed=failed,
         interrupted=record.status == "interrupted",
+        greedy_agreement=adaptation.greedy_agreement if adaptation else None,
+        token_agreement=adaptation.token_agreement if adaptation else None,
     )
 
 
@@ -155,10 +186,17 @@ def sort_summaries(summaries: Sequence[Summary], column: str) -> list[Summary]:
     return sorted(known, key=lambda summary: getattr(summary, column), reverse=bool(SORT_COLUMNS[column])) + unknown
 
 
-def differences(results: Sequence[Result]) -> list[str]:
-    """One sentence per field in which the results differ though a fair comparison needs them equal.
+# Conditions that decide which tokens and passes there are; the others decide what they cost.
+SAME_WORK = (
+    "dtype", "backbone fingerprint", "prompts sha256", "num_prompts", "tree budget (num_nodes)", "max_new_tokens",
+    "greedy", "template",
+)  # fmt: skip
 
-    Tree budgets are compared among heads only: the autoregressive twin has no tree.
+
+def unequal_conditions(results: Sequence[Result]) -> dict[str, str]:
+    """Condition -> a sentence, for each in which the results differ though a fair comparison needs them equal.
+
+    Tree budgets are compared among heads only: autoregressive decoding has no tree.
     """
     heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
     fields: list[tuple[str, Sequence[Result], Callable[[Record], object]]] = [
@@ -176,7 +214,7 @@ def differences(results: Sequence[Result]) -> list[str]:
         ("template", results, lambda record: record.config.decoding.template),
         ("git_sha", results, lambda record: record.provenance.get("git_sha")),
     ]
-    sentences = []
+    sentences = {}
     for name, among, value_of in fields:
         files_by_value: dict[str, list[str]] = {}
         for result in among:
@@ -184,7 +222,13 @@ def differences(results: Sequence[Result]) -> list[str]:
             files_by_value.setdefault("unknown" if value is None else str(value), []).append(result.path)
         if len(files_by_value) > 1:
             values = "; ".join(f"{value} in {', '.join(files)}" for value, files in files_by_value.items())
-            sentences.append(f"{name} differs: {values}")
+            sentences[name] = f"{name} differs: {values}"
+    return sentences
+
+
+def differences(results: Sequence[Result]) -> list[str]:
+    """One sentence per unequal condition, and one on results of uncommitted code."""
+    sentences = list(unequal_conditions(results).values())
     dirty = [result.path for result in results if result.record.provenance.get("git_dirty")]
     if dirty:
         sentences.append(f"measured with uncommitted changes (git_dirty): {', '.join(dirty)}")
@@ -229,6 +273,11 @@ def find_result(results: Sequence[Result], name: str) -> Result:
     close = difflib.get_close_matches(name, available, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"Unknown head {name!r}.{hint} Available: {', '.join(available)}")
+
+
+def format_millions(count: int | None) -> str:
+    """``4.46``, in millions; ``-`` for unknown."""
+    return "-" if count is None else "0" if count == 0 else format_number(count / 1e6)
 
 
 def format_number(value: float | None, interval: Interval | None = None) -> str:

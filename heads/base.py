@@ -32,8 +32,8 @@ class HeadOutput:
     """What a head says of some positions.
 
     logits: one Var (positions, vocab) float32 per depth; while training, None for a depth that gets no loss of its
-    own. aux: named extra losses, scalar Vars, already weighted. stats: named figures to report, (positions, ...) each;
-    their means over the held-out text go into checkpoints and results, see ``Head.describe``.
+    own. aux: named extra losses, scalar Vars, already weighted. stats: named figures to report, NumPy arrays
+    (positions, ...); their means over the held-out text go into checkpoints and results, see ``Head.describe``.
     """
 
     logits: list
@@ -69,13 +69,15 @@ class Head(jt.Module):
     language-model head through ``embed`` and ``lm_logits`` and owns neither, so neither is trained nor saved with it.
 
     parallel: the logits of a depth do not depend on the drafted tokens. trained: False for a head without parameters,
-    which drafts without a checkpoint. draft_vocab: (draft vocabulary,) int32 NumPy, the token that each column of the
+    which drafts without a checkpoint. buffers: names of Vars that are saved with the parameters and not trained; their
+    constructor stops their gradient. draft_vocab: (draft vocabulary,) int32 NumPy, the token that each column of the
     logits stands for; None: every token, in order.
     """
 
     Config: ClassVar[type]
     parallel: ClassVar[bool] = False
     trained: ClassVar[bool] = True
+    buffers: ClassVar[tuple[str, ...]] = ()
     layers: tuple[int, ...] = ()
     draft_vocab: np.ndarray | None = None
 
@@ -98,8 +100,8 @@ class Head(jt.Module):
         return self.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
 
     def trainable(self) -> dict:
-        """The parameters by name, without the buffers: Vars of the head that carry no gradient."""
-        return {name: p for name, p in self.named_parameters() if not p.is_stop_grad()}
+        """The parameters by name, without the buffers."""
+        return {name: p for name, p in self.named_parameters() if name not in self.buffers}
 
     @property
     def num_parameters(self) -> int:

@@ -75,6 +75,14 @@ def read_config(directory: Path) -> dict:
     return config
 
 
+def update_config(directory: Path, changes: dict) -> None:
+    """Set some keys of a checkpoint's config.json, whole or not at all."""
+    config, path = {**read_config(directory), **changes}, Path(directory) / CONFIG
+    partial = path.with_name(f".{CONFIG}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, path)
+
+
 def load_head(directory, backbone):
     """The head of a checkpoint on this backbone, ready to draft; returns (head, config).
 

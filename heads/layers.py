@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from heads.base import option
 from ops.linear import PackedLinear
 from ops.training import trainable_linear
 from runtime import jt
@@ -81,6 +84,18 @@ class LowRank(jt.Module):
         return self.up(self.down(x))
 
 
+@dataclass
+class LMHeadOptions:
+    """Options of ``DepthLMHeads``, for the Config of a head that has them."""
+
+    lm_head: str = option(
+        "own",
+        "own: a language-model head per depth, begun as a copy; shared: the backbone's; low_rank: the backbone's "
+        "and a correction per depth",
+    )
+    rank: int = option(64, "of each depth's correction with lm_head=low_rank")
+
+
 class DepthLMHeads(jt.nn.ModuleList):
     """A language-model head per depth, each beginning as the backbone's LM.
 
@@ -137,7 +152,7 @@ def smooth_l1(predicted, target, valid: np.ndarray):
     """Mean over the valid rows and all dims of d^2 / 2 where d = |predicted - target| is below 1, d - 1/2 elsewhere.
 
     predicted, target: (rows, dim) float32, the target gets no gradient; valid: (rows,) bool. Returns a scalar Var, 0
-    when no row is valid. This is the feature loss of EAGLE (arXiv 2401.15077, section 4.2).
+    when no row is valid. This is the feature loss of EAGLE (arXiv 2401.15077).
     """
     d = (predicted - target.detach()).abs()
     share = np.asarray(valid, np.float32) / max(1, int(np.sum(valid)) * predicted.shape[1])

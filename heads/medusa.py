@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from heads.base import Head, HeadOutput, option
-from heads.layers import DepthLMHeads, ResidualBlock
+from heads.layers import DepthLMHeads, LMHeadOptions, ResidualBlock
 from runtime import jt
 
 
@@ -38,17 +38,11 @@ class ParallelHead(Head):
 
 
 @dataclass
-class MedusaConfig:
+class MedusaConfig(LMHeadOptions):
     """Options of Medusa's networks."""
 
     num_depths: int = option(4, "tokens drafted after the root, one network each")
     num_layers: int = option(1, "residual blocks per depth, each with its own weights")
-    lm_head: str = option(
-        "own",
-        "own: a language-model head per depth, begun as a copy; shared: the backbone's; low_rank: the backbone's "
-        "and a correction per depth",
-    )
-    rank: int = option(64, "of each depth's correction with lm_head=low_rank")
 
 
 class MedusaHead(ParallelHead):

@@ -1,30 +1,112 @@
-"""Finds heads on disk: a folder ``heads/<name>/`` whose ``__init__`` says ``HEAD = <class>`` is a head."""
+"""Finds heads on disk: a folder ``<name>/`` with a ``head.py``, whose ``__init__`` says ``HEAD = <class>``, is a head.
+
+Heads lie in ``heads/`` and in the folders that the environment variable GORGON_HEADS names, separated as in PATH:
+
+    GORGON_HEADS=~/my_heads python train.py --list-heads
+
+All are imported as ``heads.<name>``, wherever they lie.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import heads
 from runtime.entry import suggest
 
 if TYPE_CHECKING:
     from heads.base import Head
 
 FOLDER = Path(__file__).resolve().parent
+VARIABLE = "GORGON_HEADS"
+
+
+def roots() -> list[Path]:
+    """The folders that hold heads: this one and those of GORGON_HEADS. Raises ValueError for one that cannot."""
+    found = [FOLDER]
+    for entry in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        root = Path(entry).expanduser().resolve()
+        if not root.is_dir():
+            raise ValueError(f"{VARIABLE} names {entry!r}, which is not a folder; it takes folders that hold heads")
+        if (root / "head.py").exists():
+            raise ValueError(f"{VARIABLE} names the head {entry!r} itself; name the folder around it, {root.parent}")
+        if root not in found:
+            found.append(root)
+    return found
+
+
+def folders() -> dict[str, Path]:
+    """The folder of each head by name, sorted. Raises ValueError for a name that two folders have."""
+    found: dict[str, Path] = {}
+    for root in roots():
+        for folder in sorted(path.parent for path in root.glob("*/head.py")):
+            if folder.name in found:
+                raise ValueError(f"two heads are called {folder.name!r}: {found[folder.name]} and {folder}; rename one")
+            found[folder.name] = folder
+    return dict(sorted(found.items()))
 
 
 def available() -> list[str]:
-    """Names of all heads, sorted."""
-    return sorted(path.parent.name for path in FOLDER.glob("*/head.py"))
+    """Names of all heads, sorted. A head that cannot be imported is among them: ``head_class`` says why it cannot."""
+    return list(folders())
+
+
+def head_folder(name: str) -> Path:
+    """Where a head lies. Raises ValueError with a suggestion for an unknown name."""
+    known = folders()
+    if name not in known:
+        hint = "" if os.environ.get(VARIABLE) else f" ({VARIABLE} is not set: none outside the repository)"
+        raise ValueError(f"{suggest('head', name, known)}{hint}")
+    return known[name]
 
 
 def head_class(name: str) -> type[Head]:
-    """The class of a head by name. Raises ValueError with a suggestion for an unknown one."""
-    if name not in available():
-        raise suggest("head", name, available())
-    return importlib.import_module(f"heads.{name}").HEAD
+    """The class of a head by name. Raises ValueError for an unknown name, with a suggestion, and for a folder that
+    cannot be imported or does not hold a head, naming it."""
+    folder = head_folder(name)
+    from heads.base import Head  # before the head's own import: what goes wrong here is not the head's fault
+
+    module = _import(name, folder)
+    where = folder / "__init__.py"
+    if not hasattr(module, "HEAD"):
+        raise ValueError(f"{where} must say HEAD = <the class of the head>")
+    found = module.HEAD
+    if not (isinstance(found, type) and issubclass(found, Head)):
+        raise ValueError(f"{where}: HEAD must be a subclass of heads.base.Head, got {found!r}")
+    config = getattr(found, "Config", None)
+    if not dataclasses.is_dataclass(config) or "num_depths" not in {f.name for f in dataclasses.fields(config)}:
+        raise ValueError(f"{where}: {found.__name__} needs a Config, a dataclass with at least num_depths")
+    return found
+
+
+def _import(name: str, folder: Path):
+    """The package of a head. Raises ValueError naming the folder and, where its code is to blame, the line."""
+    heads.__path__[:] = [str(root) for root in roots()]
+    if f"heads.{name}" not in sys.modules:
+        importlib.invalidate_caches()  # the folder may be younger than the last look at its parent
+    try:
+        module = importlib.import_module(f"heads.{name}")
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
+        line = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+        raise ValueError(f"{folder} cannot be imported: {type(error).__name__}: {error}{line}") from error
+    files = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
+    if str(folder) not in files:
+        raise ValueError(f"{folder} needs another name: heads.{name} is {files[0] or files[-1]}")
+    return module
+
+
+def summary(name: str) -> str:
+    """What a head says of itself in one line: the first of its package, else of its class."""
+    said = head_class(name)
+    said = sys.modules[f"heads.{name}"].__doc__ or said.__doc__ or ""
+    return said.strip().partition("\n")[0]
 
 
 def make_config(name: str, options: dict):

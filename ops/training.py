@@ -55,7 +55,9 @@ def reference_cross_entropy(logits, targets):
     highest = logits.max(1, keepdims=True)
     log_sum = (logits - highest).exp().sum(1, keepdims=True).log() + highest
     loss = (log_sum - wanted).squeeze(1) * kept.float32()
-    rank = jt.where(kept, (logits > wanted).int32().sum(1), jt.full_like(targets, -1))
+    earlier = jt.arange(logits.shape[1]).unsqueeze(0) < index
+    above = jt.logical_or(logits > wanted, jt.logical_and(logits == wanted, earlier))
+    rank = jt.where(kept, above.int32().sum(1), jt.full_like(targets, -1))
     return loss, rank
 
 
@@ -91,7 +93,8 @@ def cross_entropy(logits, targets):
     """Cross-entropy of each row, in nats, and the rank of its target.
 
     logits: (rows, vocab) float32; targets: (rows,) int32, negative where the row is ignored. Returns losses (rows,)
-    float32, 0 where ignored, and ranks (rows,) int32: the number of logits above the target's, -1 where ignored.
+    float32, 0 where ignored, and ranks (rows,) int32: the place that ``top_k`` gives the target (ties by index), -1
+    where ignored.
     """
     if not on_cpu():
         return reference_cross_entropy(logits, targets)

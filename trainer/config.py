@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from heads.registry import FOLDER, available, head_class, make_config
+from heads.registry import available, head_class, head_folder, make_config
 from runtime.entry import Parser, suggest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,10 +113,11 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
-def recipe(head: str) -> dict:
-    """The head's measured defaults, ``heads/<name>/recipe.yaml``; empty where it has none."""
-    path = FOLDER / head / "recipe.yaml"
-    return read_yaml(path) if path.exists() else {}
+def recipe(head: str) -> tuple[str, dict]:
+    """The head's measured defaults, ``recipe.yaml`` in its folder, empty where it has none, and where they stand."""
+    path = head_folder(head) / "recipe.yaml"
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return str(where), read_yaml(path) if path.exists() else {}
 
 
 def _convert_head_option(head: str, key: str, text: str):
@@ -150,7 +151,14 @@ def _parser(head: str | None) -> Parser:
             parser.add_argument(flag, type=kind, metavar=name.upper(), **shared)
     for name in [head] if head else available():
         group = parser.add_argument_group(f"options of head {name}")
-        for f in dataclasses.fields(head_class(name).Config):
+        try:
+            options = dataclasses.fields(head_class(name).Config)
+        except ValueError as error:
+            if head:
+                raise
+            group.description = f"broken: {error}"
+            continue
+        for f in options:
             flag = f"--head.{f.name}"
             if flag in parser._option_string_actions:
                 continue  # without --head, an option that several heads have is listed with the first
@@ -180,7 +188,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
         raise ValueError(f"--head NAME is needed; available: {', '.join(available())}")
     options = parser.parse_args(arguments)
     config = TrainConfig()
-    for source, values in ((f"heads/{head}/recipe.yaml", recipe(head)), (known.config, file_options)):
+    for source, values in (recipe(head), (known.config, file_options)):
         for key, value in values.items():
             _set(config, key, value, str(source))
     for name, value in vars(options).items():

@@ -15,7 +15,7 @@ import numpy as np
 
 import runtime
 from heads.base import Stage
-from heads.checkpoint import save_checkpoint
+from heads.checkpoint import save_checkpoint, update_config
 from runtime import jt
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from trainer.config import TrainConfig
@@ -118,6 +118,14 @@ class Run:
         }
         save_checkpoint(self.out / "checkpoint", self.head, config, runtime.provenance(self.config.seed))
 
+    def finish(self, interrupted: bool) -> FitResult:
+        """Note in the checkpoint and in the log what the whole run took, which may have gone on after its best step."""
+        seconds = time.perf_counter() - self.started
+        totals = {"steps": self.step, "tokens": self.tokens, "train_s": seconds}
+        update_config(self.out / "checkpoint", {"run": {**totals, "interrupted": interrupted}})
+        self.log({"finished": not interrupted, **totals})
+        return FitResult(self.best, self.best_step, interrupted=interrupted, **totals)
+
 
 def count_steps(config: TrainConfig, data: TokenizedData, head) -> int:
     """Optimizer steps of the run, at least one; none for a head that has nothing to train."""
@@ -192,10 +200,7 @@ def _fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_ou
     except KeyboardInterrupt:
         interrupted = True
     run.keep_if_best(score_head(head, held_out, held_out_source, config.tree_nodes))
-    seconds = time.perf_counter() - run.started
-    result = FitResult(run.best, run.best_step, run.step, run.tokens, seconds, interrupted)
-    run.log({"finished": not interrupted, "steps": run.step, "tokens": run.tokens, "train_s": seconds})
-    return result
+    return run.finish(interrupted)
 
 
 def _batch_order(data: TokenizedData, config: TrainConfig) -> Iterator[np.ndarray]:

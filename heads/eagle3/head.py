@@ -35,6 +35,7 @@ class Eagle3Head(LayerHead):
     """
 
     Config = Config
+    buffers = ("drafted",)
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)

@@ -4,61 +4,69 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from heads.base import Head, HeadOutput, option
+from heads.base import option
 from heads.layers import Linear, RMSNorm
+from heads.recurrent import RecurrentHead
 from runtime import jt
+
+CELLS = ("gated", "gru")
 
 
 @dataclass
 class Config:
     """Options of the gated RNN head."""
 
-    num_depths: int = option(4, "tokens drafted after the root; the weights are shared, so this costs no parameters")
-    inner_size: int = option(768, "width of the gated MLP that proposes the new state")
+    num_depths: int = option(6, "tokens drafted after the root; the weights are shared, so this costs no parameters")
+    cell: str = option("gated", "gated: one gate and a gated MLP that proposes the new state; gru: a GRU cell")
+    inner_size: int = option(768, "width of the gated MLP that proposes the new state, with cell=gated")
 
 
-class GatedRNNHead(Head):
-    """s_0 = h;  u = [norm(s_k), norm(e_k)];  c = W_o (silu(W_a u) * W_b u);  g = sigmoid(W_g u + b)
-    s_{k+1} = g * s_k + (1 - g) * c;  logits_k = LM(s_{k+1})
+class GatedRNNHead(RecurrentHead):
+    """s_0 = h;  u = [n1(s_k); n2(e_k)];  s_{k+1} = g * s_k + (1 - g) * c;  logits_k = LM(s_{k+1})
 
-    h: the last hidden state; e_k: the embedding of the token chosen before depth k's guess; LM: the backbone's frozen
-    language-model head. The gate keeps what the context says and lets each token overwrite the rest.
+    gated: g = sigmoid(W_g u + b_g),  c = W_o (silu(W_a u + b_a) * (W_b u + b_b))
+    gru: [g; r] = sigmoid(W_g u + b),  c = tanh(W_c [r * n1(s_k); n2(e_k)] + b_c)   (arXiv 1406.1078, eq. 5 to 8)
+
+    h: the last hidden state; e_k: the embedding of the token chosen before depth k's guess; n1, n2: RMSNorms; LM: the
+    backbone's frozen language-model head. The gate keeps what the context says and lets each token overwrite the rest.
     """
 
     Config = Config
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
+        if config.cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {config.cell!r}")
         if config.inner_size < 1:
             raise ValueError(f"inner_size must be at least 1, got {config.inner_size}")
         dim = self.dim
         self.state_norm, self.token_norm = RMSNorm(dim), RMSNorm(dim)
-        self.gate = Linear(2 * dim, dim)
-        self.proposal_gate = Linear(2 * dim, config.inner_size, bias=False)
-        self.proposal_up = Linear(2 * dim, config.inner_size, bias=False)
+        if config.cell == "gru":
+            self.gates = Linear(2 * dim, 2 * dim)
+            self.proposal = Linear(2 * dim, dim)
+            return
+        self.joint = Linear(2 * dim, dim + 2 * config.inner_size)  # [W_g; W_a; W_b], one product while drafting
         self.proposal_down = Linear(config.inner_size, dim, bias=False)
 
     def advance(self, state, token_ids):
-        """One step of the recurrence. state: (rows, dim), token_ids: (rows,) -> (rows, dim)."""
-        u = jt.concat([self.state_norm(state), self.token_norm(self.embed(token_ids))], 1)
-        a = self.proposal_gate(u)
-        proposal = self.proposal_down(a * a.sigmoid() * self.proposal_up(u))
-        gate = self.gate(u).sigmoid()
-        return gate * state + (1 - gate) * proposal
+        s, e = self.state_norm(state[0]), self.token_norm(self.embed(token_ids))
+        gate, proposal = self.gru(s, e) if self.config.cell == "gru" else self.gated(s, e)
+        return (gate * state[0] + (1 - gate) * proposal,)
 
-    def execute(self, features, token_ids, positions) -> HeadOutput:
-        state, logits = self.select(features.hidden, positions), []
-        for depth in range(self.num_depths):
-            state = self.advance(state, self.following(np.asarray(token_ids), positions, depth))
-            logits.append(self.lm_logits(state))
-        return HeadOutput(logits)
+    def gated(self, s, e):
+        """The gated cell's g and c, (rows, dim) each. s, e: normed state and embedding, (rows, dim)."""
+        joint, inner = self.joint(jt.concat([s, e], 1)), self.config.inner_size
+        gate, a, b = joint[:, : self.dim], joint[:, self.dim : -inner], joint[:, self.dim + inner :]
+        return gate.sigmoid(), self.proposal_down(a * a.sigmoid() * b)
 
-    def begin(self, features, token_ids, state=None):
-        rows = features.hidden.shape[1]
-        return features.hidden[0, rows - 1 : rows]
+    def gru(self, s, e):
+        """The GRU cell's g and c, (rows, dim) each. s, e: normed state and embedding, (rows, dim)."""
+        gates = self.gates(jt.concat([s, e], 1)).sigmoid()
+        reset = gates[:, self.dim :]
+        return gates[:, : self.dim], self.proposal(jt.concat([reset * s, e], 1)).tanh()
 
-    def step(self, state, token_ids, parents):
-        state = self.advance(state[parents], token_ids)
-        return self.lm_logits(state), state
+    def start(self, hidden):
+        return (hidden,)
+
+    def score(self, state):
+        return self.lm_logits(state[0])

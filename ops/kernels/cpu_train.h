@@ -65,7 +65,8 @@ static inline void outer_product(const float* a, const float* b, int64_t T, int6
 
 // ---- cross-entropy over the last dimension ----
 
-// Per row: loss = logsumexp - logit of the target, and the target's rank (how many logits are larger).
+// Per row: loss = logsumexp - logit of the target, and the target's rank (how many logits are larger, or
+// as large and before it).
 // A negative target is ignored: loss 0, rank -1.
 static inline void cross_entropy_forward(const float* logits, const int32_t* targets, int64_t rows, int64_t width,
                                          float* loss, float* log_sum, int32_t* rank) {
@@ -85,7 +86,8 @@ static inline void cross_entropy_forward(const float* logits, const int32_t* tar
         for (; n + LANES <= width; n += LANES) total += exp_vec(load(x + n) - splat(highest));
         float sum = sum_lanes(total);
         for (; n < width; n++) sum += __builtin_expf(x[n] - highest);
-        for (n = 0; n < width; n++) above += x[n] > wanted;
+        for (n = 0; n < targets[r]; n++) above += x[n] >= wanted;
+        for (; n < width; n++) above += x[n] > wanted;
         log_sum[r] = highest + __builtin_logf(sum);
         loss[r] = log_sum[r] - wanted;
         rank[r] = above;

@@ -32,6 +32,7 @@ def build_row(prompt_id="p0", **changes):
         "verify_s": 1.0,
         "identical": True,
         "finish_reason": "stop",
+        "adapted": None,
     }
     unknown = set(changes) - set(fields)
     assert not unknown, f"no such field: {unknown}"
@@ -87,6 +88,7 @@ def build_record(rows=None, **changes):
             "train_steps": 10,
             "train_tokens": 1000,
             "train_s": 1.5,
+            "seed": 0,
         },
         "data": {"path": "prompts/question.jsonl", "sha256": "cafe", "num_prompts": len(rows), "dropped": {}},
         "baseline": {"tokens_per_s": 2.5, "pass_s": 0.4, "total_s": 8.0, "tokens": 24},
@@ -108,6 +110,8 @@ def build_record(rows=None, **changes):
         "failures": [],
         "categories": {name: category.model_dump(mode="json") for name, category in categories.items()},
         "per_prompt": [row.model_dump(mode="json") for row in rows],
+        "head_stats": {"experts": [0.25, 0.75]},
+        "adaptation": None,
     }
     for name, value in changes.items():
         *parents, last = name.split("__")

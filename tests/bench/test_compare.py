@@ -34,7 +34,7 @@ def test_the_table_shows_the_numbers_of_each_file(write_result, capsys):
     cells = [cell.strip() for cell in line.strip("│┃|").split("│")]
     assert cells == [
         "gated_rnn", "tiny-vicuna", "64", "float16", "2", "3.00 [2.50, 3.50]", "123.5", "1.93 [1.81, 2.04]", "1.31",
-        "25.0%", "2/2",
+        "25.0%", "156.2", "0.000123", "1.50", "2/2",
     ]  # fmt: skip
     assert err == ""
 
@@ -147,10 +147,49 @@ def test_results_of_one_head_are_told_apart_by_file(write_result):
         find_result(results, "mpl")
 
 
+def test_what_a_head_costs_is_shown_and_null_where_unknown(write_result, tmp_path, capsys):
+    known = write_result("a.json", checkpoint__parameters=4_457_472, timing__draft_s=0.002, checkpoint__train_s=119.52)
+    unknown = write_result("b.json", head="mlp", checkpoint=None, timing__draft_s=None)
+    assert main([known, unknown, "--json", str(tmp_path / "out.json")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "float16" in line]
+    cells = [[cell.strip() for cell in line.strip("│┃|").split("│")][-5:-1] for line in lines]
+    assert cells == [["0.0%", "0.25", "4.46", "119.5"], ["-", "-", "-", "-"]]
+    written = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(row["parameters"], row["draft_ms"], row["train_s"]) for row in written] == [
+        (4_457_472, 0.25, 119.52),
+        (None, None, None),
+    ]
+
+
+ADAPTATION = {"stats": {"perplexity_after": 3.5}, "greedy_agreement": 0.5, "token_agreement": 0.75}
+
+
+def test_a_head_that_changes_the_backbone_is_told_apart(write_result, tmp_path, capsys):
+    paths = [write_result("a.json"), write_result("b.json", head="mlp", adaptation=ADAPTATION)]
+    assert main([*paths, "--json", str(tmp_path / "out.json")]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "changes the backbone" in line]
+    assert len(warnings) == 1 and "b.json" in warnings[0]
+    assert "50% of its texts are the original's, 75.0% of the tokens" in warnings[0]
+    written = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(row["greedy_agreement"], row["token_agreement"]) for row in written] == [(None, None), (0.5, 0.75)]
+
+
 def test_sorting_puts_the_best_first_and_the_unknown_last(write_result):
     paths = [
-        write_result(f"{name}.json", head=name, metrics__speedup=speed, metrics__overhead=cost)
-        for name, speed, cost in (("b", 1.5, 1.2), ("a", None, None), ("c", 2.5, 2.0))
+        write_result(
+            f"{name}.json",
+            head=name,
+            metrics__speedup=speed,
+            metrics__overhead=cost,
+            timing__draft_s=draft,
+            checkpoint__parameters=size,
+            checkpoint__train_s=seconds,
+        )
+        for name, speed, cost, draft, size, seconds in (
+            ("b", 1.5, 1.2, 0.2, 7, 3.0),
+            ("a", None, None, None, 9, None),
+            ("c", 2.5, 2.0, 0.1, 8, 1.0),
+        )
     ]
     summaries = [summarise(result) for result in load_results(paths)[0]]
 
@@ -158,6 +197,11 @@ def test_sorting_puts_the_best_first_and_the_unknown_last(write_result):
         return [row.head for row in sort_summaries(summaries, column)]
 
     assert (order("speedup"), order("overhead"), order("head")) == (["c", "b", "a"], ["b", "c", "a"], ["a", "b", "c"])
+    assert (order("draft_ms"), order("train_s"), order("parameters")) == (
+        ["c", "b", "a"],
+        ["c", "b", "a"],
+        ["b", "c", "a"],
+    )
     with pytest.raises(ValueError, match=r"Did you mean 'speedup'\?"):
         order("speed_up")
 
@@ -183,9 +227,15 @@ def test_files_of_another_kind_are_skipped_with_a_note(write_result, tmp_path, c
         lambda good, folder: [good, "--plot", str(folder / "plot.gif")],
         lambda good, folder: [good, "--plot", str(folder / "bad.json" / "plot.png")],
         lambda good, folder: [good, "--json", good],
+        lambda good, folder: [good, "--frontier", str(folder / "plot.gif")],
+        lambda good, folder: [good, "--frontier", good],
+        lambda good, folder: [good, "--plot", str(folder / "a.png"), "--frontier", str(folder / "a.png")],
     ],
-    ids=["bad file", "missing file", "column", "unknown head", "one head twice", "format", "unwritable", "overwrite"],
-)
+    ids=[
+        "bad file", "missing file", "column", "unknown head", "one head twice", "format", "unwritable", "overwrite",
+        "frontier's format", "frontier over a result", "one file twice",
+    ],
+)  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2_with_nothing_written(write_result, tmp_path, capsys, make_arguments):
     good = write_result("good.json")
     (tmp_path / "bad.json").write_text('{"kind": "generation", "schema_version": 1}')
@@ -233,6 +283,39 @@ def test_the_plot_takes_results_with_unknown_times_and_without_rows(write_result
     for number, paths in enumerate(([odd], [empty], [twin], [odd, empty, twin])):
         assert main([*paths, "--plot", str(tmp_path / f"{number}.png")]) == 0
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_frontier_names_every_head(write_result, faster, make_row, tmp_path, ending, magic):
+    failing = [make_row("p0"), make_row("p1", **DIFFERENT)]
+    paths = [write_result("a.json"), write_result("b.json", faster, head="mlp"), write_result("c.json", head="moe")]
+    paths += [write_result("d.json", failing, head="bad"), write_result("e.json", head="autoregressive")]
+    plot = tmp_path / "plots" / f"plot.{ending}"
+    assert main([*paths, "--frontier", str(plot)]) == 0
+    assert plot.read_bytes().startswith(magic)
+    assert os.listdir(plot.parent) == [plot.name]
+    if ending == "svg":
+        text = plot.read_text()
+        for word in ("gated_rnn", "mlp", "moe", "bad (parity failed)", "Pareto frontier", "autoregressive"):
+            assert f"<!-- {word} -->" in text, word
+
+
+def test_the_frontier_leaves_out_what_has_no_draft_time_and_refuses_when_nothing_has(write_result, tmp_path, capsys):
+    unknown = write_result("a.json", timing__draft_s=None)
+    empty = write_result("b.json", [], head="mlp", status="interrupted")
+    twin = write_result("c.json", head="autoregressive")
+    plot, other = tmp_path / "f.svg", tmp_path / "p.png"
+    assert main([unknown, empty, twin, "--frontier", str(plot), "--plot", str(other)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: no head with a draft time") and "a.json" in err
+    assert not plot.exists() and not other.exists()
+    assert main([unknown, twin, write_result("d.json", head="moe"), "--frontier", str(plot)]) == 0
+    text = plot.read_text()
+    assert "<!-- moe -->" in text and "<!-- gated_rnn -->" not in text
+
+
+def test_one_prompt_has_a_place_without_bars(write_result, make_row, tmp_path):
+    assert main([write_result("a.json", [make_row("p0")]), "--frontier", str(tmp_path / "f.png")]) == 0
 
 
 @pytest.mark.parametrize(

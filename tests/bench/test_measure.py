@@ -8,32 +8,39 @@ from decoding.generate import Generation, Timers
 
 
 class Fakes:
-    """A Setup whose two sides answer at once: reply n of the twin is [10 + n], of the head [20 + n]."""
+    """A Setup whose sides answer at once: to n messages the baseline says [10 + n], the head [20 + n], and the adapted
+    backbone, when there is one, what the head says."""
 
-    def __init__(self, repeats=1, seconds=()):
+    def __init__(self, repeats=1, seconds=(), adapts=False):
         self.calls, self.conversations, self.repeats = [], [], repeats
         self.seconds = iter(seconds)
         self.head, self.backbone, self.tokenizer, self.cache = "a head", None, self, self
+        self.decoder, self.adapts = "a backbone", adapts
+        self.sides = ("baseline", "head", "adapted") if adapts else ("baseline", "head")
         self.max_length = 99
 
     def encode_chat(self, messages):
         self.conversations.append([message["content"] for message in messages])
         return [1] * len(messages)
 
-    def decode(self, prompt_ids, with_head=None):
-        if with_head is None:  # the tokenizer's
+    def decode(self, prompt_ids, side=None):
+        if side is None:  # the tokenizer's
             return f" {prompt_ids} "
-        self.calls.append("head" if with_head else "twin")
+        self.calls.append(side)
         timers = Timers(prefill_s=1.0, total_s=1.0 + next(self.seconds, 0.5))
-        reply = [(20 if with_head else 10) + len(prompt_ids)]
+        reply = [(10 if side == "baseline" else 20) + len(prompt_ids)]
         return Generation(reply, None, "stop", len(prompt_ids), timers=timers)
 
 
-def test_the_history_holds_the_replies_of_the_twin_on_both_sides():
-    setup = Fakes()
+@pytest.mark.parametrize("adapts", [False, True])
+def test_the_history_holds_the_replies_of_the_baseline_for_every_side(adapts):
+    setup = Fakes(adapts=adapts)
     attempt = bench.measure.measure_once(setup, Prompt("p", "c", ("one", "two")), head_first=False)
     assert setup.conversations == [["one"], ["one", "[11]", "two"]]
-    assert attempt.difference.baseline_ids == [11] and attempt.difference.head_ids == [21]
+    if adapts:
+        assert attempt.difference is None  # the head's tokens are those of its own backbone
+    else:
+        assert attempt.difference.twin_ids == [11] and attempt.difference.head_ids == [21]
 
 
 def test_the_sides_take_turns_in_going_first(monkeypatch):
@@ -41,16 +48,42 @@ def test_the_sides_take_turns_in_going_first(monkeypatch):
     setup, result = Fakes(repeats=2), bench.measure.Measurement()
     for index in range(2):
         bench.measure.measure_prompt(setup, Prompt(f"p{index}", "c", ("one",)), index, result)
-    assert setup.calls == ["twin", "head", "head", "twin", "head", "twin", "twin", "head"]
+    assert setup.calls == ["baseline", "head", "head", "baseline", "head", "baseline", "baseline", "head"]
+    setup = Fakes(adapts=True)
+    for index in range(2):
+        bench.measure.measure_prompt(setup, Prompt(f"q{index}", "c", ("one",)), index, result)
+    assert setup.calls == ["baseline", "head", "adapted", "head", "baseline", "adapted"]
 
 
 def test_of_several_repeats_each_side_keeps_its_median(monkeypatch):
     monkeypatch.setattr(bench.measure, "explain", lambda *arguments: None)
-    # in order of the calls: twin, head; head, twin; twin, head
+    # in order of the calls: baseline, head; head, baseline; baseline, head
     setup, result = Fakes(repeats=3, seconds=[3, 6, 4, 1, 2, 5]), bench.measure.Measurement()
     bench.measure.measure_prompt(setup, Prompt("p", "c", ("one",)), 0, result)
     (row,) = result.rows
     assert (row.baseline_time_s, row.time_s) == (2.0, 5.0) and result.timers.total_s == 6.0
+
+
+def test_the_adapted_backbones_time_counts_for_neither_side():
+    setup, result = Fakes(adapts=True, seconds=[3, 6, 500]), bench.measure.Measurement()
+    bench.measure.measure_prompt(setup, Prompt("p", "c", ("one",)), 0, result)
+    (row,) = result.rows
+    assert (row.baseline_time_s, row.time_s) == (3.0, 6.0)
+    assert (result.timers.total_s, result.baseline_timers.total_s) == (7.0, 4.0)
+
+
+def test_the_texts_of_two_backbones_are_compared_turn_by_turn():
+    def stretch(*replies):
+        return bench.measure.Stretch([Generation(ids, None, "stop", 1) for ids in replies])
+
+    original = stretch([5, 6, 7], [8, 9])
+    for adapted, tokens, agreeing in (
+        (stretch([5, 6, 7], [8, 9]), 3, 5),
+        (stretch([5, 6, 7], [1, 9]), 3, 3),
+        (stretch([5, 6, 7, 7], [8]), 3, 4),  # longer and shorter: what is missing does not agree
+    ):
+        found = bench.measure.compare_texts(original, adapted)
+        assert (found.tokens, found.agreeing_tokens) == (tokens, agreeing)
 
 
 def test_a_difference_is_counted_from_the_first_turn():

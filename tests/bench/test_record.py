@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bench.record import (
+    AdaptedText,
     OtherKindError,
     check_writable,
     parse_record,
@@ -17,6 +18,8 @@ from bench.record import (
     write_record,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_a_record_read_back_equals_the_one_written(tmp_path, make_record):
     path = tmp_path / "new" / "folder" / "a.json"
@@ -25,6 +28,23 @@ def test_a_record_read_back_equals_the_one_written(tmp_path, make_record):
     assert read_record(path) == record
     assert json.loads(path.read_text()) == make_record()
     assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_file_from_before_a_field_was_added_is_read_with_its_default(tmp_path, make_record):
+    data = make_record()
+    del data["checkpoint"]["seed"], data["head_stats"], data["adaptation"]
+    for row in data["per_prompt"]:
+        del row["adapted"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(data))
+    record = read_record(path)
+    assert (record.checkpoint.seed, record.head_stats, record.adaptation) == (None, {}, None)
+    assert record.per_prompt[0].adapted is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.name)
+def test_the_results_of_the_repository_are_read(path):
+    assert read_record(path).per_prompt
 
 
 def test_json_is_one_line_for_the_last_line_of_stdout(make_record):
@@ -76,6 +96,10 @@ def test_a_number_that_json_does_not_know_becomes_null_in_free_form_parts(make_r
         ({"head": None}, r"head"),
         ({"provenance__threads": object}, r"a type cannot be written"),
         ({"parity__identical": 3}, r"identical \(3\) exceeds prompts \(2\)"),
+        ({"head_stats": [1]}, r"head_stats"),
+        ({"checkpoint__seed": -1}, r"checkpoint\.seed"),
+        ({"adaptation": {"stats": {}, "greedy_agreement": 1.5, "token_agreement": 0.5}}, r"adaptation\.greedy"),
+        ({"adaptation": {"stats": {}}}, r"adaptation\.greedy_agreement: Field required"),
     ],
 )
 def test_a_record_that_does_not_fit_is_refused_by_field(tmp_path, make_record, changes, complaint):
@@ -118,6 +142,16 @@ def test_an_identical_row_cannot_differ_in_its_number_of_tokens(make_row):
     assert make_row(identical=False, tokens=10, baseline_tokens=9)
     with pytest.raises(ValueError, match="10 tokens against the baseline's 9"):
         make_row(identical=True, tokens=10, baseline_tokens=9)
+
+
+def test_an_identical_row_of_an_adapted_backbone_has_the_tokens_of_that_backbone(make_row):
+    adapted = AdaptedText(tokens=9, agreeing_tokens=10)  # the first token of the turn counts among the agreeing ones
+    assert make_row(tokens=9, baseline_tokens=12, adapted=adapted)
+    with pytest.raises(ValueError, match="12 tokens against the adapted backbone's 9"):
+        make_row(tokens=12, baseline_tokens=12, adapted=adapted)
+    for baseline_tokens in (12, 8):  # no more can agree than the shorter text has
+        with pytest.raises(ValueError, match="agreeing_tokens is 11, of at most"):
+            make_row(tokens=9, baseline_tokens=baseline_tokens, adapted=AdaptedText(tokens=9, agreeing_tokens=11))
 
 
 @pytest.mark.parametrize(

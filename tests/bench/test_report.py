@@ -40,6 +40,8 @@ def test_a_row_holds_the_numbers_of_its_file_and_names_it(write_result, tmp_path
         "speedup [95%]": "1.93 [1.81, 2.04]",
         "overhead": "1.31",
         "draft share": "25.0%",
+        "draft ms": "156.2",
+        "parameters [M]": "0.000123",
         "parity": "2/2",
         "file": "[a.json](../a.json)",
     }
@@ -62,6 +64,15 @@ def test_refused_and_interrupted_results_say_so_in_the_language_of_the_page(writ
         row = rows_of(tmp_path / name)[1]
         assert refused in row and f"gated_rnn ({mark})" in row and "2/5" in row
         assert "9.87" not in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_unknown_costs_are_a_dash_and_a_changed_backbone_is_marked(write_result, tmp_path):
+    adaptation = {"stats": {}, "greedy_agreement": 0.5, "token_agreement": 0.75}
+    path = write_result("a.json", checkpoint=None, timing__draft_s=None, adaptation=adaptation)
+    for name, mark in (("a.md", "gated_rnn (adapted backbone)"), ("a_zh.md", "gated_rnn (改动骨干)")):
+        assert main([path, "--out", str(tmp_path / name)]) == 0
+        row = rows_of(tmp_path / name)[1]
+        assert row[0] == mark and row[-5:-2] == ["-", "-", "-"]
 
 
 def test_comparable_results_stand_together_with_the_fastest_first(write_result, tmp_path):

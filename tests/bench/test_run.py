@@ -16,11 +16,13 @@ import backbone.model
 import bench.compare
 import bench.measure
 import decoding.generate
+from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
 from bench.record import parse_record, read_record
 from bench.run import main
+from decoding.generate import first_difference, generate_autoregressive
 from heads.checkpoint import save_checkpoint
-from heads.registry import build
+from heads.registry import build, head_class
 from runtime.entry import run_entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +54,9 @@ def folder(tmp_path_factory):
         "head_config": {"num_depths": 3, "inner_size": 16},
         "backbone": {"fingerprint": frozen.fingerprint, "path": None},
         "tokenizer": {"fingerprint": load_tokenizer().fingerprint},
-        "metrics": {"tree": [[0], [1], [0, 0], [2], [0, 1]]},
-        "progress": {"step": 7, "tokens": 700, "train_s": 1.5},
+        "metrics": {"tree": [[0], [1], [0, 0], [2], [0, 1]], "stats": {"perplexity_before": 3.0}},
+        "run": {"steps": 7, "tokens": 700, "train_s": 1.5},
+        "trainer": {"seed": 5},
     }
     save_checkpoint(folder / "runs" / "gated_rnn" / "first" / "checkpoint", head, config, {})
     return folder
@@ -91,7 +94,7 @@ def error_of(folder, *arguments):
 def whole_run(folder):
     """One run over all prompts: its folder of results and its output."""
     results = folder / "results"
-    status, out, err = run(folder, "--nodes", 5, "--out-dir", results)
+    status, out, err = run(folder, "--head", "gated_rnn", "--nodes", 5, "--out-dir", results)
     assert status == 0, err
     return results, out, err
 
@@ -108,6 +111,9 @@ def test_a_run_writes_the_head_and_its_autoregressive_twin(whole_run, record):
     assert record.config.decoding.tree == [[0], [1], [2], [0, 0]]  # the first four paths of the checkpoint
     assert record.config.head == {"num_depths": 3, "inner_size": 16}
     assert (record.checkpoint.train_steps, record.checkpoint.train_tokens) == (7, 700)
+    assert record.checkpoint.parameters == build("gated_rnn", record.config.head, load_backbone()).num_parameters > 0
+    assert record.checkpoint.seed == 5 and record.head_stats == {"perplexity_before": 3.0}
+    assert record.adaptation is None and all(row.adapted is None for row in record.per_prompt)
     assert record.config.backbone.path == "assets/tiny-vicuna"
     lines = out.splitlines()
     assert parse_record(json.loads(lines[-1])) == record
@@ -144,10 +150,100 @@ def test_the_stages_add_up_to_the_total(whole_run, record):
 def test_the_record_of_the_twin_holds_what_the_head_was_compared_with(whole_run, record):
     twin = read_record(whole_run[0] / "autoregressive.json")
     assert twin.head == "autoregressive" and twin.checkpoint is twin.baseline is twin.parity is None
+    assert twin.head_stats == {} and twin.adaptation is None
     assert twin.config.decoding.num_nodes == 1 and twin.config.decoding.tree == []
     assert twin.metrics.accept_length == 1 and twin.timing.draft_s == 0
     for row, own in zip(record.per_prompt, twin.per_prompt, strict=True):
         assert (row.baseline_tokens, row.baseline_time_s) == (own.tokens, own.time_s)
+
+
+@pytest.fixture(scope="module")
+def adapted_backbone():
+    """The embedded backbone with noise on one matrix, larger than its weights: enough to change some replies."""
+    frozen = backbone.model.load_backbone(None, "float16")
+    shape = tuple(frozen.blocks[2].matrices()["down"].shape)
+    change = np.random.default_rng(0).normal(0, 0.2, shape).astype(np.float32)
+    return frozen.adapted({(2, "down"): change}, "test")
+
+
+@pytest.fixture
+def adapting(monkeypatch, adapted_backbone):
+    """While the test runs, gated_rnn is a head that decodes with the adapted backbone."""
+    monkeypatch.setattr(head_class("gated_rnn"), "decoding_backbone", property(lambda self: adapted_backbone))
+    return adapted_backbone
+
+
+def replies(backbone, prompts):
+    """What autoregressive decoding says to each prompt."""
+    rules = {"max_new_tokens": NEW_TOKENS, "stop_ids": load_tokenizer().eos_ids}
+    return [generate_autoregressive(backbone, ids, **rules).token_ids for ids in prompts]
+
+
+def test_a_head_that_changes_the_backbone_is_held_to_the_changed_one(folder, tmp_path, record, adapting):
+    status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 5, "--out-dir", tmp_path)
+    assert status == 0, err
+    found = read_record(tmp_path / "gated_rnn.json")
+    assert (found.parity.prompts, found.parity.identical, found.parity.first_difference) == (3, 3, None)
+    # the conversations, with the original's replies for history
+    tokenizer, frozen = load_tokenizer(), backbone.model.load_backbone(None, "float16")
+    first, two, last = ([{"role": "user", "content": turns[0]}] for turns in TURNS)
+    said = tokenizer.decode(replies(frozen, [tokenizer.encode_chat(two)])[0]).strip()
+    second = [*two, {"role": "assistant", "content": said}, {"role": "user", "content": TURNS[1][1]}]
+    prompts = [tokenizer.encode_chat(messages) for messages in (first, two, second, last)]
+    original, adapted = replies(frozen, prompts), replies(adapting, prompts)
+    same = [first_difference(a, b) for a, b in zip(original, adapted, strict=True)]
+    assert {place is None for place in same} == {True, False}  # some replies change, some do not
+    agreeing = [len(a) if place is None else place for a, place in zip(original, same, strict=True)]
+    texts = [same[0] is None, same[1] is None and same[2] is None, same[3] is None]
+    assert found.adaptation.greedy_agreement == sum(texts) / 3
+    assert found.adaptation.token_agreement == sum(agreeing) / sum(map(len, original))
+    assert found.adaptation.stats == found.head_stats == {"perplexity_before": 3.0}
+    assert [row.adapted.agreeing_tokens for row in found.per_prompt] == [
+        agreeing[0], agreeing[1] + agreeing[2], agreeing[3],
+    ]  # fmt: skip
+    assert "note: gated_rnn changes the backbone" in err
+    # the head is compared with the original, which is what the run without the change measured too
+    for row, plain in zip(found.per_prompt, record.per_prompt, strict=True):
+        assert (row.baseline_tokens, row.prompt_tokens) == (plain.baseline_tokens, plain.prompt_tokens)
+        assert row.tokens == row.adapted.tokens
+    twin = read_record(tmp_path / "autoregressive.json")
+    assert [row.tokens for row in twin.per_prompt] == [row.baseline_tokens for row in record.per_prompt]
+    assert found.metrics.speedup == pytest.approx(found.metrics.tokens_per_s / found.baseline.tokens_per_s)
+    assert found.baseline.total_s == pytest.approx(sum(row.time_s for row in twin.per_prompt))
+
+
+@pytest.mark.parametrize("side", ["head", "twin"])
+def test_decoding_with_the_wrong_backbone_is_seen(folder, tmp_path, monkeypatch, adapting, side):
+    """The control of the test above: either side on the original backbone breaks parity."""
+    frozen = backbone.model.load_backbone(None, "float16")
+    name = "generate" if side == "head" else "generate_autoregressive"
+    right = getattr(bench.measure, name)
+    monkeypatch.setattr(bench.measure, name, lambda _, *arguments, **rules: right(frozen, *arguments, **rules))
+    status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 5, "--out", tmp_path / "out.json")
+    assert status == 0 and "prompts gave the tokens of its twin" in err
+    record = read_record(tmp_path / "out.json")
+    assert record.parity.identical < 3 and record.parity.first_difference is not None
+    assert record.adaptation.greedy_agreement == (1.0 if side == "twin" else pytest.approx(record.parity.identical / 3))
+
+
+def test_an_adapted_backbone_of_another_shape_is_a_defect_of_the_head(monkeypatch):
+    frozen = backbone.model.load_backbone(None, "float16")
+    head = build("gated_rnn", {"num_depths": 3, "inner_size": 16}, frozen)
+    other = backbone.model.load_backbone(None, "float32")
+    monkeypatch.setattr(type(head), "decoding_backbone", property(lambda self: other))
+    with pytest.raises(AssertionError, match="the original's shape and dtype"):
+        bench.measure.Setup(frozen, load_tokenizer(), None, 8, head=head)
+
+
+def test_stats_that_are_no_table_are_refused_before_anything_is_measured(folder, tmp_path):
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(folder / "runs" / "gated_rnn" / "first" / "checkpoint", directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["metrics"]["stats"] = [1, 2]
+    (directory / "config.json").write_text(json.dumps(config))
+    answer = error_of(folder, "--checkpoint", directory, "--out", tmp_path / "out.json")
+    assert "the checkpoint of gated_rnn holds no usable stats: expected an object, got [1, 2]" in answer
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_one_node_decodes_without_the_head(folder, tmp_path):
@@ -161,7 +257,7 @@ def test_one_node_decodes_without_the_head(folder, tmp_path):
 
 
 def test_a_checkpoint_with_fewer_paths_than_asked_for_is_said(folder, tmp_path):
-    status, _, err = run(folder, "--nodes", 9, "--num-prompts", 1, "--out-dir", tmp_path)
+    status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 9, "--num-prompts", 1, "--out-dir", tmp_path)
     assert status == 0 and "6 nodes instead of 9" in err
     assert [path.name for path in tmp_path.iterdir()] == ["gated_rnn.json"]  # no twin's record: not the whole set
     assert read_record(tmp_path / "gated_rnn.json").config.decoding.num_nodes == 6
@@ -245,12 +341,48 @@ def test_when_nothing_fits_there_is_no_result_and_an_error(folder, tmp_path):
     assert "no prompt could be measured" in answer and list(tmp_path.iterdir()) == []
 
 
-def test_without_a_trained_head_the_twin_is_measured_alone(folder, tmp_path):
-    results = tmp_path / "results"
-    status, out, err = run(folder, "--runs", tmp_path / "none", "--out-dir", results)
+def test_with_one_file_and_no_trained_head_the_twin_is_measured_alone(folder, tmp_path):
+    out_file = tmp_path / "out.json"
+    status, out, err = run(folder, "--runs", tmp_path / "none", "--num-prompts", 1, "--out", out_file)
     assert status == 0 and "python train.py --head NAME" in err
-    assert [path.name for path in results.iterdir()] == ["autoregressive.json"]
-    assert json.loads(out.splitlines()[-1])["head"] == "autoregressive"
+    assert json.loads(out.splitlines()[-1])["head"] == read_record(out_file).head == "autoregressive"
+
+
+def test_a_bare_run_measures_the_trained_heads_and_those_that_need_no_training(folder, tmp_path):
+    status, out, err = run(folder, "--num-prompts", 1, "--out-dir", tmp_path)
+    assert status == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gated_rnn.json", "prompt_lookup.json"]
+    floor = read_record(tmp_path / "prompt_lookup.json")
+    assert parse_record(json.loads(out.splitlines()[-1])) == floor
+    assert floor.checkpoint is None and floor.config.head == {"num_depths": 4, "max_ngram": 3}
+    assert floor.config.decoding.num_nodes == 16 and (floor.parity.prompts, floor.parity.identical) == (1, 1)
+    assert read_record(tmp_path / "gated_rnn.json").checkpoint is not None
+
+
+def test_a_head_that_needs_no_training_is_measured_with_a_checkpoint_and_without(folder, tmp_path):
+    one = ("--head", "prompt_lookup", "--num-prompts", 1, "--nodes", 3, "--out", tmp_path / "out.json")
+    status, _, err = run(folder, "--runs", tmp_path / "runs", *one)
+    assert status == 0, err
+    assert read_record(tmp_path / "out.json").checkpoint is None
+    frozen = backbone.model.load_backbone(None, "float16")
+    directory = tmp_path / "runs" / "prompt_lookup" / "a" / "checkpoint"
+    config = {
+        "head": "prompt_lookup",
+        "head_config": {"num_depths": 3, "max_ngram": 2},
+        "backbone": {"fingerprint": frozen.fingerprint, "path": None},
+        "metrics": {"tree": [[0], [0, 0]]},
+    }
+    save_checkpoint(directory, build("prompt_lookup", config["head_config"], frozen), config, {})
+    status, _, err = run(folder, "--runs", tmp_path / "runs", *one)
+    assert status == 0, err
+    record = read_record(tmp_path / "out.json")
+    assert record.checkpoint.parameters == 0 and record.config.head["max_ngram"] == 2
+    assert record.config.decoding.tree == [[0], [0, 0]]
+    config["backbone"]["fingerprint"] = "0123456789abcdef"
+    (directory / "config.json").write_text(json.dumps(config))
+    status, _, err = run(folder, "--runs", tmp_path / "runs", *one)
+    assert status == 0 and "it is of another backbone; prompt_lookup is measured with its defaults" in err
+    assert read_record(tmp_path / "out.json").checkpoint is None
 
 
 def test_a_checkpoint_of_another_backbone_is_refused_or_passed_over(folder, tmp_path):

@@ -25,21 +25,40 @@ def norm(x, weight, eps=1e-6):
 
 
 def advance(p, state, embedding, with_gate=True):
-    """u = [norm(s), norm(e)];  c = W_o (silu(W_a u) * W_b u);  g = sigmoid(W_g u + b);  s' = g * s + (1 - g) * c."""
+    """u = [norm(s), norm(e)];  c = W_o (silu(W_a u + b_a) * (W_b u + b_b));  g = sigmoid(W_g u + b_g)."""
     u = np.concatenate([norm(state, p["state_norm.weight"]), norm(embedding, p["token_norm.weight"])], 1)
-    a = u @ p["proposal_gate.weight"].T
-    c = (a * sigmoid(a) * (u @ p["proposal_up.weight"].T)) @ p["proposal_down.weight"].T
-    g = sigmoid(u @ p["gate.weight"].T + p["gate.bias"]) if with_gate else 0.5
+    inner = p["proposal_down.weight"].shape[1]
+    (w_g, w_a, w_b), (b_g, b_a, b_b) = (np.split(p[f"joint.{n}"], [DIM, DIM + inner]) for n in ("weight", "bias"))
+    a = u @ w_a.T + b_a
+    c = (a * sigmoid(a) * (u @ w_b.T + b_b)) @ p["proposal_down.weight"].T
+    g = sigmoid(u @ w_g.T + b_g) if with_gate else 0.5
     return g * state + (1 - g) * c
+
+
+def advance_gru(p, state, embedding, with_reset=True):
+    """[z; r] = sigmoid(W [n1(s); n2(e)] + b);  c = tanh(W_c [r * n1(s); n2(e)] + b_c);  s' = z * s + (1 - z) * c."""
+    s, e = norm(state, p["state_norm.weight"]), norm(embedding, p["token_norm.weight"])
+    gates = sigmoid(np.concatenate([s, e], 1) @ p["gates.weight"].T + p["gates.bias"])
+    z, r = gates[:, :DIM], gates[:, DIM:] if with_reset else 1
+    c = np.tanh(np.concatenate([r * s, e], 1) @ p["proposal.weight"].T + p["proposal.bias"])
+    return z * state + (1 - z) * c
 
 
 def parameters_of(head):
     return {name: parameter.numpy().astype(np.float64) for name, parameter in head.named_parameters()}
 
 
+# Each cell's equation, and the same with a part left out.
+CELLS = {
+    "gated": (advance, lambda *given: advance(*given, with_gate=False)),
+    "gru": (advance_gru, lambda *given: advance_gru(*given, with_reset=False)),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("training", [True, False])
-def test_the_logits_are_those_of_the_equation(random_head, backbone, training):
-    head = random_head("gated_rnn", num_depths=DEPTHS, inner_size=24)
+def test_the_logits_are_those_of_the_equation(random_head, backbone, cell, training):
+    head = random_head("gated_rnn", num_depths=DEPTHS, inner_size=24, cell=cell)
     head.train() if training else head.eval()
     random = np.random.default_rng(0)
     x = random.standard_normal((1, ROWS, DIM)).astype(np.float32)
@@ -47,17 +66,34 @@ def test_the_logits_are_those_of_the_equation(random_head, backbone, training):
     logits = head(Features(jt.array(x)), ids, np.arange(ROWS)).logits
     p, embedding = parameters_of(head), backbone.embedding.numpy().astype(np.float64)
     lm_weight = backbone.lm_head_weight.numpy().astype(np.float64)
-    state, ungated = x[0].astype(np.float64), x[0].astype(np.float64)
+    equation, defect = CELLS[cell]
+    state, wrong = x[0].astype(np.float64), x[0].astype(np.float64)
     for depth in range(DEPTHS):
         told = embedding[ids[0, 1 + depth : 1 + depth + ROWS]]
-        state, ungated = advance(p, state, told), advance(p, ungated, told, with_gate=False)
+        state, wrong = equation(p, state, told), defect(p, wrong, told)
         assert np.abs(logits[depth].numpy() - state @ lm_weight.T).max() < TOLERANCE
-        assert np.abs(logits[depth].numpy() - ungated @ lm_weight.T).max() > 100 * TOLERANCE
+        assert np.abs(logits[depth].numpy() - wrong @ lm_weight.T).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_drafted_path_equals_the_equation(random_head, backbone, cell):
+    head = random_head("gated_rnn", num_depths=DEPTHS, inner_size=24, cell=cell)
+    head.eval()
+    x = np.random.default_rng(0).standard_normal((1, ROWS, DIM)).astype(np.float32)
+    p, embedding = parameters_of(head), backbone.embedding.numpy().astype(np.float64)
+    expected = x[0, -1:].astype(np.float64)
+    state = head.begin(Features(jt.array(x)), jt.array(np.zeros((1, ROWS), np.int32)))
+    for token in (7, 11, 7):
+        logits, state = head.step(state, jt.array(np.array([token], np.int32)), jt.array(np.zeros(1, np.int32)))
+        expected = CELLS[cell][0](p, expected, embedding[[token]])
+        assert np.abs(logits.numpy() - expected @ backbone.lm_head_weight.numpy().T).max() < TOLERANCE
 
 
 def test_depths_share_their_weights(backbone):
     counts = {build("gated_rnn", {"num_depths": n, "inner_size": 24}, backbone).num_parameters for n in (1, 5)}
-    assert counts == {2 * DIM + (2 * DIM * DIM + DIM) + 2 * 24 * 2 * DIM + DIM * 24}
+    assert counts == {2 * DIM + (DIM + 2 * 24) * (2 * DIM + 1) + DIM * 24}
+    counts = {build("gated_rnn", {"num_depths": n, "cell": "gru"}, backbone).num_parameters for n in (1, 5)}
+    assert counts == {2 * DIM + 3 * (2 * DIM * DIM + DIM)}
 
 
 def test_a_case_worked_by_hand():
@@ -75,10 +111,8 @@ def test_a_case_worked_by_hand():
     head = build("gated_rnn", {"num_depths": 1, "inner_size": 2}, fake)
     log3 = math.log(3)
     values = {
-        "gate.weight": np.zeros((2, 4)),
-        "gate.bias": [log3, 0],
-        "proposal_gate.weight": [[log3, 0, 0, 0], [0, 0, 0, 0]],
-        "proposal_up.weight": [[0, 0, 2, 0], [0, 0, 0, 0]],
+        "joint.weight": [[0, 0, 0, 0], [0, 0, 0, 0], [log3, 0, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]],
+        "joint.bias": [log3, 0, 0, 0, 0, 0],
         "proposal_down.weight": np.eye(2),
         "state_norm.weight": [1, 1],
         "token_norm.weight": [1, 1],
@@ -92,10 +126,15 @@ def test_a_case_worked_by_hand():
     state = head.begin(Features(hidden), jt.array(np.array([[0, 1]], np.int32)))
     logits, state = head.step(state, jt.array(np.array([1], np.int32)), jt.array(np.zeros(1, np.int32)))
     first = 9 / 4 + 3 / 8 * log3
-    np.testing.assert_allclose(state.numpy(), [[first, -1.5]], atol=1e-5)
+    np.testing.assert_allclose(state[0].numpy(), [[first, -1.5]], atol=1e-5)
     np.testing.assert_allclose(logits.numpy(), [[first, -1.5, first - 1.5]], atol=1e-5)
 
 
 def test_a_width_below_one_is_refused(backbone):
     with pytest.raises(ValueError, match="inner_size must be at least 1, got 0"):
         build("gated_rnn", {"inner_size": 0}, backbone)
+
+
+def test_an_unknown_cell_is_refused(backbone):
+    with pytest.raises(ValueError, match="cell must be one of gated, gru, got 'lstm'"):
+        build("gated_rnn", {"cell": "lstm"}, backbone)

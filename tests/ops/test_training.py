@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ops.select import top_k
 from ops.training import (
     adamw,
     cross_entropy,
@@ -91,7 +92,9 @@ def exact_cross_entropy(logits, targets):
     wanted = x[rows, np.maximum(targets, 0)]
     gradient = np.exp(x - log_sum)
     gradient[rows, np.maximum(targets, 0)] -= 1
-    ranks = np.where(kept, (x > wanted[:, None]).sum(1), -1)
+    earlier = np.arange(x.shape[1]) < targets[:, None]
+    above = (x > wanted[:, None]) | ((x == wanted[:, None]) & earlier)
+    ranks = np.where(kept, above.sum(1), -1)
     return np.where(kept, log_sum[:, 0] - wanted, 0), ranks, gradient * kept[:, None]
 
 
@@ -146,10 +149,13 @@ def test_the_gradient_of_cross_entropy_agrees_with_finite_differences(vocab):
 
 
 @pytest.mark.parametrize("function", [cross_entropy, reference_cross_entropy])
-def test_equal_logits_do_not_count_as_above_the_target(function):
-    logits = np.array([[2, 2, 2, 1], [0, 3, 3, 5]], np.float32)
-    _, ranks = function(jt.array(logits), jt.array(np.array([1, 2], np.int32)))
-    np.testing.assert_array_equal(ranks.numpy(), [0, 1])
+def test_equal_logits_rank_as_top_k_orders_them(function):
+    logits = np.array([[2, 2, 2, 1], [0, 3, 3, 5], [0, 0, 0, 0]], np.float32)
+    targets = np.array([1, 2, 3], np.int32)
+    ranks = function(jt.array(logits), jt.array(targets))[1].numpy()
+    np.testing.assert_array_equal(ranks, [1, 2, 3])
+    order = top_k(jt.array(logits), 4)[1].numpy()
+    np.testing.assert_array_equal(order[np.arange(3), ranks], targets)
 
 
 @pytest.mark.parametrize("function", [cross_entropy, reference_cross_entropy])

@@ -16,7 +16,7 @@ from trainer.config import TrainConfig, parse
 @pytest.fixture
 def recipes(tmp_path, monkeypatch):
     """write(head, text): gives a head a recipe.yaml, and takes away those it has."""
-    monkeypatch.setattr(trainer.config, "FOLDER", tmp_path / "heads")
+    monkeypatch.setattr(trainer.config, "head_folder", lambda head: tmp_path / "heads" / head)
 
     def write(head, text):
         (tmp_path / "heads" / head).mkdir(parents=True)
@@ -154,7 +154,7 @@ def test_a_mistake_in_a_file_is_answered(recipes, yaml_file, text, message):
 
 def test_a_mistake_in_a_recipe_names_the_recipe(recipes):
     recipes("mlp", "epoch: 2\n")
-    with pytest.raises(ValueError, match=r"Unknown key in heads/mlp/recipe\.yaml: 'epoch'"):
+    with pytest.raises(ValueError, match=r"Unknown key in .*heads/mlp/recipe\.yaml: 'epoch'"):
         parse(["--head", "mlp"])
 
 
@@ -246,7 +246,7 @@ def test_train_runs_and_its_last_line_is_json(tmp_path, capsys):
             result = json.loads(printed.out.splitlines()[-1])
             assert result["status"] == "done" and result["steps"] == 2
             config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
-            assert config["head_config"] == {"num_depths": 2, "inner_size": 24}
+            assert config["head_config"] == {"num_depths": 2, "inner_size": 24, "cell": "gated"}
             assert config["trainer"]["tokens_per_step"] == 64 and config["data"]["conversations"] == 11
 
 

@@ -127,6 +127,8 @@ def test_a_run_lowers_the_loss_and_keeps_its_best_checkpoint(train, backbone, da
     head, config = load_head(out, backbone)
     assert config["metrics"]["expected_accept_length"] == result.best.expected_accept_length
     assert config["progress"]["step"] == result.best_step and config["trainer"]["max_steps"] == NUM_STEPS
+    totals = {"steps": NUM_STEPS, "tokens": result.tokens, "train_s": result.train_s, "interrupted": False}
+    assert config["run"] == totals
     assert config["metrics"]["tree"] == result.best.tree and head.num_depths == 2
     assert json.loads((out / "checkpoint" / "provenance.json").read_text())["seed"] == 0
 
