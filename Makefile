@@ -4,8 +4,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 QUICK_HEAD ?= gated_rnn
 QUICK_STEPS ?= 500
+# What `make comparison` compares: equal steps, text and tree budget, several training seeds.
+COMPARED ?= $(notdir $(patsubst %/head.py,%,$(wildcard heads/*/head.py)))
+SEEDS ?= 0 1 2
+STEPS ?= 500
+PROMPTS ?= assets/prompts/chat.jsonl
+NUM_PROMPTS ?= 100
+COMPARISON ?= results/comparison
 
-.PHONY: quickstart test lint setup setup-dev report clean
+.PHONY: quickstart test lint setup setup-dev comparison report clean
 
 quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the autoregressive twin
 	$(RUN) train.py --head $(QUICK_HEAD) --max-steps $(QUICK_STEPS) --features online --out runs/quickstart --overwrite
@@ -17,6 +24,16 @@ test: setup-dev  ## the whole default test suite
 
 lint: setup-dev
 	$(RUN) -m ruff check .
+
+comparison: setup  ## train and measure every head with every seed; a result that is there already is kept
+	@for head in $(COMPARED); do for seed in $(SEEDS); do \
+	  test -f $(COMPARISON)/$$head-$$seed.json && continue; \
+	  $(RUN) train.py --head $$head --seed $$seed --max-steps $(STEPS) --score-every $(STEPS) \
+	    --out runs/comparison/$$head-$$seed --overwrite || exit 1; \
+	  $(RUN) bench/run.py --greedy --checkpoint runs/comparison/$$head-$$seed --prompts $(PROMPTS) \
+	    --num-prompts $(NUM_PROMPTS) --out $(COMPARISON)/$$head-$$seed.json || exit 1; \
+	done; done
+	$(RUN) bench/seeds.py $(COMPARISON)/*.json --against mlp --markdown $(COMPARISON)/README.md
 
 report:  ## write the results tables of results/README.md and of both READMEs from results/*.json
 	$(RUN) bench/report.py results/*.json --out results/README.md --update README.md README_zh.md

@@ -44,8 +44,11 @@ class Eagle3Head(LayerHead):
         self.fused = fused_layers(backbone.config.num_layers)
         self.layers = tuple(dict.fromkeys(self.fused))
         eps = backbone.config.rms_norm_eps
-        self.fuse = Linear(3 * self.dim, self.dim, bias=False)
+        # Fused features begin as the highest layer's, so that the head begins near the backbone's own next guess.
+        fuse = np.concatenate([np.zeros((self.dim, 2 * self.dim)), np.eye(self.dim)], 1)
+        self.fuse = Linear(3 * self.dim, self.dim, bias=False, weight=fuse)
         self.token_norm, self.feature_norm, self.norm = (RMSNorm(self.dim, eps) for _ in range(3))
+        self.norm.weight.update(backbone.norm.numpy())
         self.block = DecoderBlock(backbone, 2 * self.dim)
         if config.draft_vocab_size:
             self.drafted = jt.array(np.arange(config.draft_vocab_size, dtype=np.int32)).stop_grad()

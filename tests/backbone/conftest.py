@@ -5,37 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from backbone.config import BackboneConfig
 from backbone.model import Backbone
-from backbone.weights import expected_shapes
+from tests.small import draw_weights, small_config
 
-CONFIG = BackboneConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=56,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    max_positions=128,
-    tie_embeddings=False,
-    model_type="llama",
-    bos_id=1,
-    eos_ids=(2,),
-)
+CONFIG = small_config(head_dim=12)  # a width that is no multiple of a vector's 16 lanes
 
 
 def draw_tensors(seed=0):
-    random = np.random.default_rng(seed)
-    return {
-        name: (
-            random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.standard_normal(shape) * 2 / shape[1] ** 0.5
-        ).astype(np.float32)
-        for name, shape in expected_shapes(CONFIG).items()
-    }
+    return draw_weights(CONFIG, seed)
 
 
 @pytest.fixture

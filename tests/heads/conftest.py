@@ -3,42 +3,15 @@
 import numpy as np
 import pytest
 
-from backbone.config import BackboneConfig
-from backbone.model import Backbone
-from backbone.weights import expected_shapes
 from heads.registry import build
 from runtime import jt
-
-CONFIG = BackboneConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=56,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    max_positions=128,
-    tie_embeddings=False,
-    model_type="llama",
-    bos_id=1,
-    eos_ids=(2,),
-)
+from tests.small import small_backbone
 
 
 @pytest.fixture(scope="session")
 def backbone():
     """Random weights in float32: 2 layers, 32 wide, 64 tokens."""
-    random = np.random.default_rng(0)
-    tensors = {
-        name: (
-            random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.standard_normal(shape) * 2 / shape[1] ** 0.5
-        ).astype(np.float32)
-        for name, shape in expected_shapes(CONFIG).items()
-    }
-    return Backbone(CONFIG, tensors, "float32")
+    return small_backbone()
 
 
 @pytest.fixture

@@ -8,54 +8,24 @@ import numpy as np
 import pytest
 
 import runtime
-from backbone.config import BackboneConfig
-from backbone.model import Backbone
-from backbone.weights import expected_shapes
 from heads import checkpoint
 from heads.base import Features
 from heads.checkpoint import load_head
 from heads.registry import build
+from tests.small import small_backbone
 from trainer.config import TrainConfig
 from trainer.data import IGNORE, TokenizedData
 from trainer.features import CachedFeatures, OnlineFeatures, cache_key, open_cache
 from trainer.fit import Run, count_steps, fit
 from trainer.loss import make_batch
 
-CONFIG = BackboneConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=56,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    max_positions=128,
-    tie_embeddings=False,
-    model_type="llama",
-    bos_id=1,
-    eos_ids=(2,),
-)
 NUM_STEPS = 12
 TRAINED = SimpleNamespace(trained=True)
 
 
-def random_backbone(dtype="float32", seed=0):
-    random = np.random.default_rng(seed)
-    tensors = {
-        name: (
-            random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.standard_normal(shape) * 2 / shape[1] ** 0.5
-        ).astype(np.float32)
-        for name, shape in expected_shapes(CONFIG).items()
-    }
-    return Backbone(CONFIG, tensors, dtype)
-
-
 @pytest.fixture(scope="module")
 def backbone():
-    return random_backbone()
+    return small_backbone()
 
 
 def counting_data(count, seed):
@@ -305,12 +275,12 @@ def test_the_cache_is_named_by_all_it_depends_on(backbone, data):
         cache_key(backbone, "other", data.training),
         cache_key(backbone, "tok", other_ids),
         cache_key(backbone, "tok", other_cut),
-        cache_key(random_backbone("float16"), "tok", data.training),
-        cache_key(random_backbone(seed=1), "tok", data.training),
+        cache_key(small_backbone("float16"), "tok", data.training),
+        cache_key(small_backbone(seed=1), "tok", data.training),
     ]
     assert len(set(keys)) == len(keys)
     again = TokenizedData(data.training.token_ids.copy(), data.training.mask, data.training.offsets.copy())
-    assert cache_key(random_backbone(), "tok", again) == keys[0]
+    assert cache_key(small_backbone(), "tok", again) == keys[0]
 
 
 def test_a_run_on_cached_features_lowers_the_loss_as_online_ones_do(train, backbone, data, tmp_path):
