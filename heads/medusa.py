@@ -41,7 +41,7 @@ class ParallelHead(Head):
 class MedusaConfig(LMHeadOptions):
     """Options of Medusa's networks."""
 
-    num_depths: int = option(4, "tokens drafted after the root, one network each")
+    num_depths: int = option(5, "tokens drafted after the root, one network each")
     num_layers: int = option(1, "residual blocks per depth, each with its own weights")
 
 

@@ -64,8 +64,7 @@ def score_head(head, data: TokenizedData, source, num_nodes: int) -> Score:
     if not ranks:
         raise ValueError("the held-out text is too short to score on; hold out more conversations")
     ranks = np.concatenate(ranks, 1)
-    known = ranks[:, (ranks >= 0).all(0)]
-    tree = fitted_paths(count_paths(known), STORED_NODES)
+    tree = fitted_paths(count_paths(ranks), STORED_NODES)
     return Score(
         expected_accept_length(ranks, num_nodes),
         accuracy(ranks, 1),

@@ -37,12 +37,17 @@ def fitted_paths(counts: Counter, num_nodes: int) -> list[tuple[int, ...]]:
 
 def expected_accept_length(ranks: np.ndarray, num_nodes: int) -> float:
     """Tokens per pass with the best tree of num_nodes nodes (root included): 1 + the share of positions each of its
-    paths accepts. ranks: (depth, positions); positions with an unknown rank at any depth are left out."""
-    known = ranks[:, (ranks >= 0).all(0)]
-    if known.shape[1] == 0:
-        raise ValueError("the held-out text is too short: no position has a label at every depth")
-    counts = count_paths(known)
-    return 1 + sum(counts[path] for path in fitted_paths(counts, num_nodes)) / known.shape[1]
+    paths accepts. ranks: (depth, positions).
+
+    Positions without a label at the first depth are left out. One whose text ends within the tree counts as far as the
+    text goes, as it does in decoding: asking for a label at every depth would leave only the insides of long replies,
+    which are easier, the more so the deeper the head.
+    """
+    labelled = ranks[:, ranks[0] >= 0]
+    if labelled.shape[1] == 0:
+        raise ValueError("the held-out text is too short: no position has a token to draft")
+    counts = count_paths(labelled)
+    return 1 + sum(counts[path] for path in fitted_paths(counts, num_nodes)) / labelled.shape[1]
 
 
 def accuracy(ranks: np.ndarray, top: int) -> list[float]:

@@ -17,6 +17,7 @@ class Config:
     """Options of the EAGLE-3 head."""
 
     num_depths: int = option(6, "tokens drafted after the root, and depths that training unrolls")
+    token_residual: bool = option(False, "the layer's residual stream starts from the token too, not from g alone")
     draft_vocab_size: int = option(0, "tokens it can draft: the most frequent of the training replies; 0: all")
 
 
@@ -31,7 +32,8 @@ class Eagle3Head(LayerHead):
     logits_0 = W_lm n(y_t);  depth k >= 1 reads y of depth k - 1 in the place of g
 
     l, m, h: the hidden states of a low, a middle and a high layer of the backbone; e: token embeddings; W_lm: a
-    language-model head of its own over the draft vocabulary, begun as the backbone's rows.
+    language-model head of its own over the draft vocabulary, begun as the backbone's rows. With ``token_residual`` the
+    residual is g_t + W_r [n_e(e_{t+1}); n_g(g_t)].
     """
 
     Config = Config
@@ -44,12 +46,11 @@ class Eagle3Head(LayerHead):
         self.fused = fused_layers(backbone.config.num_layers)
         self.layers = tuple(dict.fromkeys(self.fused))
         eps = backbone.config.rms_norm_eps
-        # Fused features begin as the highest layer's, so that the head begins near the backbone's own next guess.
-        fuse = np.concatenate([np.zeros((self.dim, 2 * self.dim)), np.eye(self.dim)], 1)
-        self.fuse = Linear(3 * self.dim, self.dim, bias=False, weight=fuse)
+        self.fuse = Linear(3 * self.dim, self.dim, bias=False)
         self.token_norm, self.feature_norm, self.norm = (RMSNorm(self.dim, eps) for _ in range(3))
-        self.norm.weight.update(backbone.norm.numpy())
         self.block = DecoderBlock(backbone, 2 * self.dim)
+        if config.token_residual:
+            self.residual = Linear(2 * self.dim, self.dim, bias=False)
         if config.draft_vocab_size:
             self.drafted = jt.array(np.arange(config.draft_vocab_size, dtype=np.int32)).stop_grad()
         size = config.draft_vocab_size or self.vocab_size
@@ -70,7 +71,8 @@ class Eagle3Head(LayerHead):
         return self.fuse(jt.concat(parts, 1))
 
     def pair(self, feature, token_ids):
-        return feature, jt.concat([self.token_norm(self.embed(token_ids)), self.feature_norm(feature)], 1)
+        u = jt.concat([self.token_norm(self.embed(token_ids)), self.feature_norm(feature)], 1)
+        return feature + self.residual(u) if self.config.token_residual else feature, u
 
     def logits(self, y):
         return self.lm_head(self.norm(y))

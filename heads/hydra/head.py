@@ -16,7 +16,7 @@ from runtime import jt
 class Config(LMHeadOptions):
     """Options of the Hydra head."""
 
-    num_depths: int = option(4, "tokens drafted after the root, one network each; deeper ones are told more tokens")
+    num_depths: int = option(6, "tokens drafted after the root, one network each; deeper ones are told more tokens")
     num_layers: int = option(1, "blocks per depth: the one that takes the tokens in, then residual ones")
     prefix_layer: bool = option(False, "a decoder layer over the last hidden states before the networks, as in Hydra++")
 

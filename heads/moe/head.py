@@ -17,7 +17,7 @@ from runtime import jt
 class Config(LMHeadOptions):
     """Options of the mixture-of-experts head."""
 
-    num_depths: int = option(4, "tokens drafted after the root, a router and a language-model head each")
+    num_depths: int = option(5, "tokens drafted after the root, a router and a language-model head each")
     num_experts: int = option(4, "experts, shared by all depths")
     top_k: int = option(2, "experts that work on a row")
     inner_size: int = option(128, "width of an expert")

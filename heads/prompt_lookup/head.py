@@ -16,7 +16,7 @@ from runtime import jt
 class Config:
     """Options of the prompt lookup head."""
 
-    num_depths: int = option(4, "tokens drafted after the root; looking further costs no parameters")
+    num_depths: int = option(8, "tokens drafted after the root; looking further costs no parameters")
     max_ngram: int = option(3, "longest run of tokens that is looked for earlier in the text")
 
 

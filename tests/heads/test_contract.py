@@ -32,6 +32,7 @@ def small_options(name):
 
 # Options that make another network of a head; every head is also tested as it comes.
 VARIANTS = [
+    ("eagle3", {"token_residual": True}),
     ("gated_rnn", {"cell": "gru"}),
     ("hydra", {"lm_head": "low_rank", "num_layers": 2}),
     ("hydra", {"prefix_layer": True}),

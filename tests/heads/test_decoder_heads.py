@@ -59,8 +59,8 @@ def eagle_pair(p, feature, embedding):
 
 
 def eagle3_pair(p, feature, embedding):
-    u = [norm(embedding, p["token_norm.weight"]), norm(feature, p["feature_norm.weight"])]
-    return feature, np.concatenate(u)
+    u = np.concatenate([norm(embedding, p["token_norm.weight"]), norm(feature, p["feature_norm.weight"])])
+    return feature + p["residual.weight"] @ u if "residual.weight" in p else feature, u
 
 
 def expected_outputs(p, pair, features, embeddings, depths):
@@ -120,9 +120,11 @@ def logits_by_hand(head, backbone, name, outputs):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["eagle", "eagle3"])
-def test_the_logits_are_those_of_the_equation(random_head, backbone, batch, name, training):
-    head = random_head(name, num_depths=DEPTHS)
+@pytest.mark.parametrize(
+    ("name", "options"), [("eagle", {}), ("eagle3", {}), ("eagle3", {"token_residual": True})], ids=str
+)
+def test_the_logits_are_those_of_the_equation(random_head, backbone, batch, name, options, training):
+    head = random_head(name, num_depths=DEPTHS, **options)
     head.train() if training else head.eval()
     features, ids = batch
     positions = np.array([0, 3, 6, 7, 9, 10], np.int32)

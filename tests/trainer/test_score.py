@@ -76,11 +76,21 @@ def test_no_tree_of_the_same_size_accepts_more(ranks, num_nodes):
     assert expected_accept_length(ranks, num_nodes) == pytest.approx(best)
 
 
-def test_positions_with_an_unknown_rank_are_left_out():
-    ranks = np.array([[0, 0, 0], [0, -1, 1]])
-    assert expected_accept_length(ranks, 3) == expected_accept_length(ranks[:, [0, 2]], 3) == pytest.approx(2.5)
+def test_a_position_counts_as_far_as_its_text_goes():
+    ranks = np.array([[0, 0, -1, 0], [0, -1, 0, 1]])
+    # Tree (0,), (0, 0): the first position accepts 2, the second and the fourth 1; the third has nothing to draft.
+    assert expected_accept_length(ranks, 3) == pytest.approx(1 + 4 / 3)
     with pytest.raises(ValueError, match="held-out text is too short"):
-        expected_accept_length(np.array([[0, -1], [-1, 0]]), 4)
+        expected_accept_length(np.array([[-1, -1], [0, 0]]), 4)
+
+
+def test_a_deeper_head_of_the_same_guesses_scores_no_less():
+    """Asking for a label at every depth, the score would compare other positions for every depth."""
+    random = np.random.default_rng(0)
+    ranks = random.integers(0, 3, (4, 200))
+    ranks[np.arange(4)[:, None] >= random.integers(1, 5, 200)] = -1  # texts that end within the tree
+    scores = [expected_accept_length(ranks[:depth], 8) for depth in range(1, 5)]
+    assert scores == sorted(scores)
 
 
 def test_accuracy_is_the_share_of_known_positions():
