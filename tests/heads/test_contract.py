@@ -114,6 +114,8 @@ def test_execute_gives_logits_for_the_wanted_positions_and_scalar_extras(head, b
     for depth, logits in enumerate(output.logits):
         assert tuple(logits.shape) == (4, 64) and logits.dtype == "float32"
         np.testing.assert_allclose(logits.numpy(), everything[depth, positions], atol=tolerance(everything))
+        # Control: the position beside it has other logits.
+        assert np.abs(logits.numpy() - everything[depth, positions - 1]).max() > 100 * tolerance(everything)
     for term in output.aux.values():
         assert int(term.numel()) == 1 and np.isfinite(term.item())
 
@@ -192,21 +194,36 @@ def skip_without_parameters(head, reason):
         pytest.skip(f"a head without parameters {reason}")
 
 
-def test_gradients_reach_every_parameter_and_no_backbone_weight(head, backbone, token_ids):
-    skip_without_parameters(head, "gets no gradients")
+def check_gradients(head, backbone, token_ids):
+    """A finite gradient that is not zero for every parameter; none of them is the backbone's."""
     features = features_of(backbone, head, token_ids)
     head.train()
     output = head(features, token_ids, np.arange(2 * SEQ, dtype=np.int32))
     weights = np.random.default_rng(0).standard_normal((2 * SEQ, 64)).astype(np.float32)
     loss = sum((logits * jt.array(weights)).sum() for logits in output.logits) + sum(output.aux.values())
     names, parameters = zip(*head.named_parameters(), strict=True)
+    for borrowed in (backbone.embedding, backbone.norm, backbone.lm_head_weight):
+        assert borrowed.is_stop_grad() and all(p is not borrowed for p in parameters), "a backbone weight is trained"
     for name, grad in zip(names, jt.grad(loss, list(parameters)), strict=True):
         values = grad.numpy()
-        assert np.isfinite(values).all() and np.abs(values).max() > 0, name
+        assert np.isfinite(values).all() and np.abs(values).max() > 0, f"no gradient reaches {name}"
     assert sum(int(p.numel()) for p in parameters) == head.num_parameters > 0
     assert all(p.dtype == "float32" for p in parameters)
-    for borrowed in (backbone.embedding, backbone.norm, backbone.lm_head_weight):
-        assert borrowed.is_stop_grad() and all(p is not borrowed for p in parameters)
+
+
+def test_gradients_reach_every_parameter_and_no_backbone_weight(head, backbone, token_ids):
+    skip_without_parameters(head, "gets no gradients")
+    check_gradients(head, backbone, token_ids)
+
+
+def test_the_check_of_gradients_notices_an_idle_parameter_and_a_borrowed_one(random_head, backbone, token_ids):
+    head = random_head("mlp", num_depths=DEPTHS)
+    head.idle = jt.ones((3,))
+    with pytest.raises(AssertionError, match="no gradient reaches idle"):
+        check_gradients(head, backbone, token_ids)
+    head.idle = backbone.lm_head_weight
+    with pytest.raises(AssertionError, match="a backbone weight is trained"):
+        check_gradients(head, backbone, token_ids)
 
 
 def tiny_data(count=3, length=14, seed=2):
@@ -215,9 +232,8 @@ def tiny_data(count=3, length=14, seed=2):
     return TokenizedData.of(talks)
 
 
-def test_a_tiny_batch_is_learnt_by_heart(head, backbone):
-    skip_without_parameters(head, "learns nothing")
-    frozen = [v.numpy().copy() for v in (backbone.embedding, backbone.lm_head_weight, backbone.norm)]
+def check_learning(head, backbone, rate=1e-2):
+    """The loss of one batch, seen again and again, falls below half."""
     data = tiny_data()
     batch = make_batch(data, range(len(data)), OnlineFeatures(backbone, data, head.layers), head.num_depths)
     head.train()
@@ -226,10 +242,25 @@ def test_a_tiny_batch_is_learnt_by_heart(head, backbone):
     for _ in range(60):
         parts = head_loss(head, batch, 1.0)
         losses.append(float(parts.total.item()))
-        optimizer.update(parts.total, 1e-2)
-    assert np.isfinite(losses).all() and losses[-1] < losses[0] / 2, (losses[0], losses[-1])
+        optimizer.update(parts.total, rate)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] / 2, f"not learnt: {losses[0]} to {losses[-1]}"
+
+
+def test_a_tiny_batch_is_learnt_by_heart(head, backbone):
+    skip_without_parameters(head, "learns nothing")
+    frozen = [v.numpy().copy() for v in (backbone.embedding, backbone.lm_head_weight, backbone.norm)]
+    check_learning(head, backbone)
     for before, now in zip(frozen, (backbone.embedding, backbone.lm_head_weight, backbone.norm), strict=True):
         np.testing.assert_array_equal(before, now.numpy(), err_msg="the backbone was trained too")
+
+
+def test_the_check_of_learning_notices_a_head_that_is_not_told_the_context(random_head, backbone):
+    head = random_head("mlp", num_depths=DEPTHS)
+    with pytest.raises(AssertionError, match="not learnt"):
+        check_learning(head, backbone, rate=0.0)
+    head.select = lambda hidden, positions: jt.zeros((len(positions), head.dim))
+    with pytest.raises(AssertionError, match="not learnt"):
+        check_learning(head, backbone)
 
 
 # Checkpoints
@@ -265,6 +296,13 @@ def test_a_saved_head_comes_back_bit_for_bit(saved, backbone, token_ids):
     expected = teacher_forced(head, features, token_ids)
     assert not loaded.is_training()
     np.testing.assert_array_equal(teacher_forced(loaded, features, token_ids), expected)
+    if not own:
+        return
+    # Control: the last bit of one number makes two heads differ.
+    parameter = own[min(own)]
+    parameter.update(np.nextafter(parameter.numpy(), np.inf, dtype=np.float32))
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(parameter.numpy(), other[min(own)].numpy())
 
 
 def test_saving_again_replaces_the_checkpoint_and_leaves_nothing_beside_it(saved, backbone):
