@@ -147,10 +147,11 @@ def test_the_heads_loss_reaches_the_adapters_along_a_sine(head, batch):
 
 def test_the_first_stage_trains_the_heads_on_the_unadapted_features(backbone, head, batch):
     features, ids, _ = batch
+    head.config.adapter_rate = 0.3
     first, second = head.stages()
     assert (first.name, second.name) == ("heads", "joint") and first.share + second.share == 1
     assert first.rate("adapters.0.up.weight") is None and first.rate("blocks.0.0.linear.bias") == 1
-    assert second.rate("adapters.0.up.weight") == 0.25 and second.rate("lm_heads.0.weight") == 1
+    assert second.rate("adapters.0.up.weight") == 0.3 and second.rate("lm_heads.0.weight") == 1
     head.train()
     head.enter("heads", 0.3)
     output = head(features, ids, np.arange(4, dtype=np.int32))
