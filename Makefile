@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-QUICK_HEAD ?= gated_rnn
-QUICK_STEPS ?= 500
+QUICK_HEAD ?= hydra
+QUICK_STEPS ?= 300
 # What `make comparison` compares: equal steps, text and tree budget, several training seeds.
 COMPARED ?= $(notdir $(patsubst %/head.py,%,$(wildcard heads/*/head.py)))
 SEEDS ?= 0 1 2
