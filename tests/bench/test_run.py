@@ -354,7 +354,7 @@ def test_a_bare_run_measures_the_trained_heads_and_those_that_need_no_training(f
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gated_rnn.json", "prompt_lookup.json"]
     floor = read_record(tmp_path / "prompt_lookup.json")
     assert parse_record(json.loads(out.splitlines()[-1])) == floor
-    assert floor.checkpoint is None and floor.config.head == {"num_depths": 4, "max_ngram": 3}
+    assert floor.checkpoint is None and floor.config.head == {"num_depths": 8, "max_ngram": 3}
     assert floor.config.decoding.num_nodes == 16 and (floor.parity.prompts, floor.parity.identical) == (1, 1)
     assert read_record(tmp_path / "gated_rnn.json").checkpoint is not None
 
