@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import numpy as np
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig, read_config, rope_inverse_frequencies
 from backbone.weights import Fingerprint, check_names, expected_shapes, read_backbone
-from ops.decoder_layer import LayerShape, LayerWeights, RowPlan, decoder_layer, rms_norm
+from ops.decoder_layer import LayerShape, LayerWeights, RowPlan
+from ops.decoder_pass import Decoder, decoder_pass
 from ops.linear import PackedLinear
+from ops.select import argmax
 from runtime import jt
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
@@ -23,11 +26,13 @@ DTYPES = ("float16", "float32")
 class BackboneOutput:
     """What one pass gives. hidden: (batch, rows, dim) float32, after the final norm. logits: (batch, rows, vocab)
     float32, (batch, 1, vocab) when only the last row's were asked for, or None. layers: hidden states by layer index,
-    (batch, rows, dim), before any norm; index 0 is the embedding, index i the output of layer i."""
+    (batch, rows, dim), before any norm; index 0 is the embedding, index i the output of layer i. chosen: (batch, rows)
+    or (batch, 1) int32, the argmax of each row of logits, the first of equals; None without logits."""
 
     hidden: object
     logits: object | None
     layers: dict[int, object] = field(default_factory=dict)
+    chosen: object | None = None
 
 
 class Backbone:
@@ -53,7 +58,7 @@ class Backbone:
 
     def _load(self, tensors: dict[str, np.ndarray]) -> None:
         def take(name: str) -> np.ndarray:
-            cast = tensors.pop(name).astype(self.dtype)
+            cast = tensors.pop(name).astype(self.dtype, copy=False)
             if not np.isfinite(cast).all():
                 raise ValueError(f"{name} is not finite in {self.dtype}; load it with dtype float32, or check the file")
             return cast
@@ -77,8 +82,23 @@ class Backbone:
         tensors.pop("lm_head.weight", None) if tied else None
         head = embedding if tied else take("lm_head.weight")
         self.lm_head = PackedLinear(head)
-        # Row-major and in float32: what a training graph through the language-model head multiplies with.
-        self.lm_head_weight = jt.array(head.astype(np.float32)).stop_grad()
+
+    @functools.cached_property
+    def lm_head_weight(self):
+        """(vocab, dim) float32: what a training graph through the language-model head multiplies with.
+
+        Made when it is first asked for, because decoding needs no second copy of the matrix; it is what the packed one
+        makes of the identity, bit for bit.
+        """
+        identity = jt.array(np.eye(self.config.hidden_size, dtype=np.float32))
+        weight = self.lm_head(identity).transpose(1, 0).stop_grad()
+        weight.sync()
+        return weight
+
+    @property
+    def decoder(self) -> Decoder:
+        """What a pass computes with."""
+        return Decoder(self.blocks, self.embedding, self.norm, self.lm_head)
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for one sequence of up to ``max_length`` rows. ValueError past the trained positions."""
@@ -165,28 +185,27 @@ class Backbone:
         data = (cache or KVCache(self._single_layer(), batch * rows, self.dtype)).data
         if base + plan.max_position >= c.max_positions:
             raise ValueError(f"position {base + plan.max_position} exceeds the {c.max_positions} of the backbone")
-        cosine, sine = self.rotary_tables(base + plan.max_position + 1)
-        ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
-        x = self.embed(ids.reshape(-1))
-        wanted = {0: x} if 0 in layers else {}
-        for i, block in enumerate(self.blocks):
-            x = decoder_layer(x, block, plan, cosine, sine, data, 0 if cache is None else i, base)
-            if i + 1 in layers:
-                wanted[i + 1] = x
-        unknown = set(layers) - set(wanted)
+        unknown = set(layers) - set(range(c.num_layers + 1))
         if unknown:
             raise ValueError(f"the backbone has layers 0 to {c.num_layers}, asked for {sorted(unknown)}")
-        if cache is not None:
-            cache.written_by(x)
-        hidden = rms_norm(x, self.norm, c.rms_norm_eps).reshape(batch, rows, c.hidden_size)
-        scores = None
-        if logits == "last":
-            scores = self.lm_logits(hidden[:, rows - 1 : rows])
-        elif logits == "all":
-            scores = self.lm_logits(hidden)
-        elif logits is not None:
+        if logits not in ("all", "last", None):
             raise ValueError(f"logits must be 'all', 'last' or None, got {logits!r}")
-        return BackboneOutput(hidden, scores, {i: w.reshape(batch, rows, c.hidden_size) for i, w in wanted.items()})
+        cosine, sine = self.rotary_tables(base + plan.max_position + 1)
+        ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
+        inside = 0 if logits is None else batch * rows if logits == "all" else 1 if batch == 1 else 0
+        wanted = tuple(sorted(set(layers)))
+        out = decoder_pass(self.decoder, ids.reshape(-1), plan, cosine, sine, data, base, wanted, inside)
+        if cache is not None:
+            cache.written_by(out.hidden)
+        hidden = out.hidden.reshape(batch, rows, c.hidden_size)
+        scores, chosen = out.logits, out.chosen
+        if inside:
+            scores, chosen = scores.reshape(batch, -1, c.vocab_size), chosen.reshape(batch, -1)
+        elif logits:
+            scores = self.lm_logits(hidden[:, rows - 1 : rows])
+            chosen = argmax(scores.reshape(batch, c.vocab_size)).reshape(batch, 1)
+        taken = {i: out.taken[place].reshape(batch, rows, c.hidden_size) for place, i in enumerate(wanted)}
+        return BackboneOutput(hidden, scores, taken, chosen)
 
 
 def load_backbone(path=None, dtype: str = "float16") -> Backbone:

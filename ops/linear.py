@@ -28,6 +28,30 @@ def pack_gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.stack([packed_gate, packed_up], 1).reshape(-1, *packed_gate.shape[1:]))
 
 
+def quantize_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round each row to 8 bits: weight (out, in) -> (int8 (out, in), scale (out,) float32), weight ~ int8 * scale.
+
+    Symmetric, the row's largest magnitude at 127 (absmax quantisation; the row-wise part of LLM.int8(), arXiv
+    2208.07339, without its outlier columns). Worked example: [[0.5, -2.0]] -> [[32, -127]], [2 / 127].
+    """
+    weight = weight.astype(np.float32)
+    scale = np.abs(weight).max(1) / 127
+    scale[scale == 0] = 1
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def pack_scales(scale: np.ndarray) -> np.ndarray:
+    """(out,) -> the same for whole blocks of 16, filled up with zeros."""
+    padded = np.zeros(-(-len(scale) // LANES) * LANES, np.float32)
+    padded[: len(scale)] = scale
+    return padded
+
+
+def pack_gated_scales(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The scales of ``pack_gated``: blocks of 16 alternating."""
+    return np.stack([pack_scales(gate).reshape(-1, LANES), pack_scales(up).reshape(-1, LANES)], 1).reshape(-1)
+
+
 def unpack(packed: np.ndarray, num_out: int) -> np.ndarray:
     """The (out, in) matrix that ``pack`` was given."""
     blocks, num_in, lanes = packed.shape
@@ -46,24 +70,34 @@ def reference_linear(x, weight):
 
 
 class PackedLinear:
-    """A frozen linear map without bias: weight (out, in) float16 or float32, arithmetic in float32.
+    """A frozen linear map without bias: weight (out, in) in float16, float32, or int8 with a scale (out,) per output;
+    arithmetic in float32.
 
     A row's result is bitwise the same whatever rows run beside it.
     """
 
-    def __init__(self, weight: np.ndarray):
+    def __init__(self, weight: np.ndarray, scale: np.ndarray | None = None):
+        assert (weight.dtype == np.int8) == (scale is not None), "int8 weights come with scales, others without"
         self.num_out, self.num_in = weight.shape
+        if not on_cpu() and scale is not None:
+            weight, scale = weight * scale[:, None], None
         self.packed = jt.array(pack(weight) if on_cpu() else weight).stop_grad()
+        self.scale = None if scale is None else jt.array(pack_scales(scale)).stop_grad()
 
     def __call__(self, x):
         """x: (rows, in) float32 -> (rows, out) float32."""
         if not on_cpu():
             return reference_linear(x, self.packed)
         assert x.ndim == 2 and x.shape[1] == self.num_in, (x.shape, self.num_in)
+        scales, scale_p = ([], "nullptr") if self.scale is None else ([self.scale], "in2_p")
         return jt.code(
             (x.shape[0], self.num_out),
             "float32",
-            [x, self.packed],
+            [x, self.packed, *scales],
             cpu_header=cpu_header(),
-            cpu_src="gorgon::linear(in0_p, in0_shape0, in0_shape1, gorgon::raw(in1_p), out0_shape1, out0_p);",
+            cpu_src=f"""
+            auto* w = gorgon::raw(in1_p);
+            gorgon::Matrix<std::remove_const_t<std::remove_reference_t<decltype(*w)>>> m{{w, {scale_p}}};
+            gorgon::linear(in0_p, in0_shape0, in0_shape1, m, out0_shape1, out0_p);
+            """,
         )

@@ -163,8 +163,8 @@ constexpr float UNSEEN = -1e30f;  // exp of it is 0
 static inline void tile_scores(const Attention& a, const Tile& tile, int64_t kv, const float* queries,
                                const float* packed, const float* own_x, float* scores, float* own_scores) {
     int64_t num = tile.rows * a.group();
-    linear_share<PLAIN>(queries, num, a.dim, packed + (kv * a.blocks() + tile.block()) * a.dim * LANES, tile.blocks(),
-                        tile.width(), scores, nullptr, 0, 1);
+    Matrix<float> keys = {packed + (kv * a.blocks() + tile.block()) * a.dim * LANES, nullptr};
+    linear_share<PLAIN>(queries, num, a.dim, keys, tile.blocks(), tile.width(), scores, (const float*)nullptr, 0, 1);
     for (int64_t i = 0; i < num; i++)
         for (int64_t o = 0; o < a.own_width(); o++)
             own_scores[i * a.own_width() + o] =

@@ -18,6 +18,7 @@ constexpr int LANES = 16;
 
 template <class T> struct storage { typedef uint16_t type; };
 template <> struct storage<float> { typedef float type; };
+template <> struct storage<int8_t> { typedef int8_t type; };
 template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
 
 static inline vec splat(float x) { return x - (vec){}; }
@@ -26,6 +27,9 @@ static inline void store(float* p, vec x) { *(vec_u*)p = x; }
 
 #if defined(__AVX512F__)
 static inline vec load(const uint16_t* p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline vec load(const int8_t* p) {
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 static inline void store(uint16_t* p, vec x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -68,6 +72,11 @@ static inline uint16_t float_to_half(float x) {
     return half + (rest > 0x1000 || (rest == 0x1000 && (half & 1)));
 #endif
 }
+static inline vec load(const int8_t* p) {
+    vec out;
+    for (int i = 0; i < LANES; i++) out[i] = p[i];
+    return out;
+}
 static inline vec load(const uint16_t* p) {
     vec out;
     for (int i = 0; i < LANES; i++) out[i] = half_to_float(p[i]);
@@ -90,6 +99,22 @@ static inline float sum_lanes(vec x) {
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) v[i] += v[i + width];
     return v[0];
+}
+
+// Lane j: the sum of v[j], added in the order of sum_lanes. v is used up.
+static inline vec sums_of_lanes(vec* v) {
+    typedef veci index;
+    for (int i = 0; i < 8; i++)
+        v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (index){0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], (index){8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+    for (int i = 0; i < 4; i++)
+        v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (index){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], (index){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+    for (int i = 0; i < 2; i++)
+        v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (index){0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], (index){2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31});
+    return __builtin_shuffle(v[0], v[1], (index){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+           __builtin_shuffle(v[0], v[1], (index){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
 }
 
 // exp(x) for x <= 88: 2^n times a degree-6 Taylor polynomial on |r| <= ln(2)/2, within 3e-7 relative; below -87 it is 0.

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from ops.linear import LANES, PackedLinear, pack, pack_gated, reference_linear
+from ops.linear import (
+    LANES,
+    PackedLinear,
+    pack,
+    pack_gated,
+    pack_gated_scales,
+    pack_scales,
+    quantize_rows,
+    reference_linear,
+)
 from runtime import jt
 
 # (rows, in, out): sizes around the tiles of 6 rows and 16 outputs; 300 outputs reach the eight-block path of one row.
@@ -18,6 +27,11 @@ def random_case(rows, num_in, num_out, dtype, seed=0):
 
 def run(weight, x):
     return PackedLinear(weight)(jt.array(x)).numpy()
+
+
+def packed_as(weight, dtype):
+    """A PackedLinear of the weight in float16, float32 or int8."""
+    return PackedLinear(*quantize_rows(weight)) if dtype == "int8" else PackedLinear(weight.astype(dtype))
 
 
 def rounding_bound(x, weight):
@@ -55,10 +69,10 @@ def test_the_reference_equals_the_kernel_within_rounding(dtype):
     assert (np.abs(reference - run(weight, x)) <= 2 * rounding_bound(x, weight)).all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 def test_a_row_is_bitwise_the_same_whatever_rows_run_beside_it(dtype):
-    x, weight = random_case(64, 96, 292, dtype)
-    linear = PackedLinear(weight)
+    x, weight = random_case(64, 96, 292, "float32")
+    linear = packed_as(weight, dtype)
     together = linear(jt.array(x)).numpy()
     for count in range(1, 65):
         first = (count * 7) % (65 - count)  # another stretch of the rows each time
@@ -74,6 +88,40 @@ def test_bitwise_equality_notices_another_order_of_summation():
     kernel = run(weight, x)
     assert (backwards != kernel).any()
     assert (np.abs(backwards - kernel) <= 2 * rounding_bound(x, weight)).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_int8_product_equals_that_of_the_rounded_weights(size):
+    x, weight = random_case(*size, "float32")
+    rounded, scale = quantize_rows(weight)
+    kept = rounded.astype(np.float64) * scale[:, None]
+    result = PackedLinear(rounded, scale)(jt.array(x)).numpy()
+    # one more rounding, that of the scale's product
+    assert (np.abs(result - exact(x, kept)) <= 2 * rounding_bound(x, kept)).all()
+    assert size[1] < 30 or (np.abs(result - exact(x, weight)) > 2 * rounding_bound(x, kept)).any()
+
+
+def test_rounding_to_8_bits_errs_by_half_a_step_at_most():
+    weight = np.random.default_rng(0).standard_normal((30, 50)).astype(np.float32)
+    weight[3] = 0
+    rounded, scale = quantize_rows(weight)
+    assert rounded.dtype == np.int8 and scale.dtype == np.float32
+    assert (np.abs(rounded).max(1)[np.arange(30) != 3] == 127).all() and not rounded[3].any()
+    assert (np.abs(rounded * scale[:, None] - weight) <= scale[:, None] * 0.5001).all()
+    np.testing.assert_array_equal(quantize_rows(np.array([[0.5, -2.0]]))[0], [[32, -127]])
+
+
+def test_scales_are_packed_like_the_rows_they_belong_to():
+    gate, up = np.arange(20, dtype=np.float32) + 1, np.arange(20, dtype=np.float32) + 101
+    packed = pack_gated_scales(gate, up).reshape(-1, LANES)
+    np.testing.assert_array_equal(packed[0::2].reshape(-1), pack_scales(gate))
+    np.testing.assert_array_equal(packed[1::2].reshape(-1), pack_scales(up))
+    assert pack_scales(gate).shape == (32,) and not pack_scales(gate)[20:].any()
+
+
+def test_int8_weights_without_scales_are_refused():
+    with pytest.raises(AssertionError, match="scales"):
+        PackedLinear(np.ones((3, 4), np.int8))
 
 
 def test_packing_puts_the_outputs_of_a_block_beside_each_other():
