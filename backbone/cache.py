@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from ops.decoder_layer import keep_rows
+from ops.decoder_layer import RowPlan, keep_rows
 from runtime import jt
 
 LANES = 16
@@ -61,8 +63,9 @@ class KVCache:
         if self.writer is not None:
             self.writer.sync()
             self.writer = None
-        if (path != np.arange(len(path))).any():
-            keep_rows(self.data, path, self.length)
+        kept = np.arange(len(path), dtype=np.int32)
+        if (path != kept).any():
+            keep_rows(self.data, self.length + path, self.length + kept)
         self.length += len(path)
         self.pending = 0
 
@@ -71,3 +74,54 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind a cache of {self.length} rows to {length}")
         self.length, self.pending, self.writer = length, 0, None
+
+
+class BatchCache:
+    """Keys and values of several sequences, each in a stretch of its own, its lane, of ``max_length`` rows.
+
+    ``lengths[lane]`` counts the rows of a lane. A pass over some lanes takes ``plan`` and ``slots``, the cache that all
+    lanes share; ``commit`` then says for each of these lanes which of its rows stay.
+    """
+
+    def __init__(self, config, num_lanes: int, max_length: int, dtype: str):
+        if num_lanes < 1:
+            raise ValueError(f"a batch has at least one lane, got {num_lanes}")
+        self.slots = KVCache(config, num_lanes * max_length, dtype)
+        self.max_length, self.lengths = max_length, np.zeros(num_lanes, np.int64)
+        self.pending: list[tuple[int, int]] = []  # (lane, rows) of the last pass
+
+    def room(self, lane: int) -> int:
+        """Rows that can still be written to a lane."""
+        return int(self.max_length - self.lengths[lane])
+
+    def plan(self, lanes: Sequence[int], plans: Sequence[RowPlan]) -> RowPlan:
+        """One pass over these lanes, each with its own rows behind those it holds. Raises CacheFull."""
+        for lane, each in zip(lanes, plans, strict=True):
+            if each.num_rows > self.room(lane):
+                raise CacheFull(
+                    f"lane {lane} holds {self.lengths[lane]} of {self.max_length} rows, {each.num_rows} more do not fit"
+                )
+        self.pending = [(lane, each.num_rows) for lane, each in zip(lanes, plans, strict=True)]
+        lanes = np.asarray(lanes)
+        return RowPlan.behind(plans, lanes * self.max_length, self.lengths[lanes])
+
+    def commit(self, paths: Sequence[np.ndarray]) -> None:
+        """Keep, of each lane of the last pass, the rows named by its path (ascending indices into the lane's rows).
+
+        Raises ValueError for rows that the last pass did not write.
+        """
+        sources, targets = [], []
+        for (lane, rows), path in zip(self.pending, paths, strict=True):
+            path = np.asarray(path, np.int64)
+            if len(path) and (path[0] < 0 or path[-1] >= rows or (np.diff(path) <= 0).any()):
+                raise ValueError(f"cannot commit rows {path.tolist()} of the {rows} rows of lane {lane}")
+            behind = lane * self.max_length + self.lengths[lane]
+            sources.append(behind + path)
+            targets.append(behind + np.arange(len(path)))
+            self.lengths[lane] += len(path)
+        self.slots.commit([])  # the lanes keep count themselves
+        self.pending = []
+        sources, targets = np.concatenate(sources), np.concatenate(targets)
+        moved = sources != targets
+        if moved.any():
+            keep_rows(self.slots.data, sources[moved].astype(np.int32), targets[moved].astype(np.int32))

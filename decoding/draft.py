@@ -1,12 +1,18 @@
-"""Filling a tree with a head's guesses: only nodes that have children are scored, and the host waits once."""
+"""Filling a tree with a head's guesses: only nodes that have children are scored.
+
+``draft`` takes the best candidates and waits for the device once; ``draft_sampled`` draws them, on the host.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 
+from decoding.sampling import draw_without_replacement, softmax
 from decoding.tree import Tree
+from decoding.verify import Distribution
 from ops.select import top_k
 from runtime import jt
 
@@ -34,7 +40,7 @@ class DraftPlan:
             children = np.flatnonzero(depths == depth + 1)
             num_candidates = int(ranks[children].max()) + 1
             rows = row_of[np.maximum(parents[nodes], 0)]
-            self.steps.append(DraftStep(rows, source[nodes], num_candidates))
+            self.steps.append(DraftStep(nodes, rows, source[nodes], num_candidates))
             source[children] = row_of[parents[children]] * num_candidates + ranks[children]
             self.tokens[children - 1] = base + source[children]
             base += len(nodes) * num_candidates
@@ -43,10 +49,11 @@ class DraftPlan:
 
 
 class DraftStep:
-    """One ``step`` call. parents: (nodes,) rows of the step before; source: (nodes,) entries of its flat candidates."""
+    """One ``step`` call. nodes: (nodes,) of the tree; parents: (nodes,) their rows of the step before; source:
+    (nodes,) their entries among its flat candidates."""
 
-    def __init__(self, parents: np.ndarray, source: np.ndarray, num_candidates: int):
-        self.num_candidates = num_candidates
+    def __init__(self, nodes: np.ndarray, parents: np.ndarray, source: np.ndarray, num_candidates: int):
+        self.nodes, self.num_candidates = nodes, num_candidates
         self.parents, self.source = jt.array(parents.astype(np.int32)), jt.array(source.astype(np.int32))
 
 
@@ -83,3 +90,47 @@ def draft(head, state, root_token: int, tree: Tree) -> np.ndarray:
             per_step.append(columns if meant is None else meant[columns])
         picked = np.concatenate([ids.reshape(-1) for ids in jt.fetch_sync(per_step)])[plan.tokens]
     return np.concatenate([np.array([root_token], np.int32), picked], dtype=np.int32)
+
+
+def draft_sampled(
+    head, state, root_token: int, tree: Tree, temperature: float, rng: np.random.Generator
+) -> tuple[np.ndarray, Distribution]:
+    """As ``draft``, but the children of a node are drawn without replacement from softmax(logits / temperature).
+
+    temperature: above 0. Draws are made in node order, whatever the ranks: the first child of a node is its first draw,
+    so a tree of ranks [0] and [2] drafts two tokens like one of [0] and [1]. Returns the tokens of all nodes, (nodes,)
+    int32, and the function that ``verify_lossless`` asks for the distribution, (vocab,) float64, that the children of a
+    node were drawn from; it knows the nodes that have children.
+    """
+    tokens, drawn_from = np.full(tree.num_nodes, root_token, np.int32), {}
+    for step, logits in _host_logits(head, state, tokens, tree):
+        rows = softmax(logits, temperature)
+        for node, row in zip(step.nodes.tolist(), np.broadcast_to(rows, (len(step.nodes), rows.shape[1])), strict=True):
+            children = np.flatnonzero(tree.parents == node)
+            columns = draw_without_replacement(row, len(children), rng)
+            tokens[children] = columns if head.draft_vocab is None else head.draft_vocab[columns]
+            drawn_from[node] = row
+
+    def distribution(node: int) -> np.ndarray:
+        if head.draft_vocab is None:
+            return drawn_from[node]
+        whole = np.zeros(head.vocab_size)
+        whole[head.draft_vocab] = drawn_from[node]
+        return whole
+
+    return tokens, distribution
+
+
+def _host_logits(head, state, tokens: np.ndarray, tree: Tree) -> Iterator[tuple[DraftStep, np.ndarray]]:
+    """Each step of the tree with its nodes' logits, (nodes, columns) float32, one row for all from a parallel head.
+    tokens: (nodes,) of the whole tree; a step's tokens have to be there when it is asked for."""
+    steps = draft_plan(tree).steps
+    if head.parallel and steps:
+        by_depth = head.score_depths(state, tree.depth).numpy()
+        assert len(by_depth) == tree.depth, (by_depth.shape, tree.depth)
+        for step, row in zip(steps, by_depth, strict=True):
+            yield step, row[None]
+    else:
+        for step in steps:
+            logits, state = head.step(state, jt.array(tokens[step.nodes]), step.parents)
+            yield step, logits.numpy()

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from decoding.draft import draft
+from decoding.dynamic import DynamicTree, check_shape, fill
+from decoding.rules import Greedy, Rule
 from decoding.text import Text
-from decoding.tree import Tree, check_tree
-from decoding.verify import verify_greedy
+from decoding.tree import Tree
 from heads.base import Features
-from ops.select import argmax, top_k
+from ops.select import top_k
 from runtime import jt
 from runtime.interrupt import check_interrupt
 
@@ -30,8 +30,8 @@ class Timers:
     """Seconds by stage; the stages add up to ``total_s``, the wall clock of the call.
 
     prefill_s: the backbone over the prompt. draft_s: the head, its ``begin`` over newly accepted rows (first the
-    prompt's) included. verify_s: the backbone over the tree and its argmax. accept_s: choosing the path. cache_s:
-    keeping its rows. host_s: everything else.
+    prompt's) included. verify_s: the backbone over the tree, until the host has what the rule reads of it. accept_s:
+    choosing the path. cache_s: keeping its rows. host_s: everything else.
     """
 
     prefill_s: float = 0.0
@@ -74,7 +74,8 @@ class Generation:
     backbone passes, the prefill not among them. accepted_per_pass: tokens each pass added to the text.
     reached_by_depth[d]: passes that accepted a node at depth d which has children (depth 0 is the root);
     accepted_by_depth[d]: those of them that accepted one of its children, at depth d + 1. Both count what verification
-    accepted, also where the text ended inside the path.
+    accepted, also where the text ended inside the path. total_variation: the rule's, summed over all tokens that passes
+    emitted, ``num_emitted``; None for a rule that is exact.
     """
 
     token_ids: list[int]
@@ -86,6 +87,12 @@ class Generation:
     reached_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     timers: Timers = field(default_factory=Timers)
+    total_variation: float | None = None
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens that the passes emitted, those past the end of the text too."""
+        return self.num_passes + sum(self.accepted_by_depth)
 
     @property
     def accept_length(self) -> float | None:
@@ -97,7 +104,7 @@ def generate(
     backbone,
     head,
     prompt_ids: Sequence[int],
-    tree: Tree,
+    tree: Tree | DynamicTree,
     *,
     max_new_tokens: int,
     stop_ids: Iterable[int] = (),
@@ -105,9 +112,13 @@ def generate(
     tokenizer=None,
     on_tokens: OnTokens | None = None,
     cache=None,
+    rule: Rule | None = None,
 ) -> Generation:
-    """Greedy tree decoding: the text of ``generate_autoregressive``, several tokens a backbone pass.
+    """Tree decoding: the text of ``generate_autoregressive``, several tokens a backbone pass.
 
+    tree: a Tree, or a DynamicTree that every pass shapes anew. rule: how tokens are chosen, see ``decoding.rules``;
+    None: greedily. With ``Lossless`` the text is not the twin's but drawn from the same distribution; the same rule,
+    prompt and tree give the same text again.
     on_tokens: called with the new tokens after the prefill and after each pass, never with any past the end of the
     text. cache: a KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an
     exception, it holds the prompt and all tokens of the text so far but the last. When the tree no longer fits into
@@ -117,10 +128,11 @@ def generate(
     longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
     """
     clock = Clock()
-    check_tree(tree, head.num_depths, head.num_draftable)
+    rule = rule or Greedy()
+    check_shape(tree, head, rule)
     text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
     with evaluating(head):
-        return _decode(backbone, head if tree.depth else None, prompt_ids, tree, text, cache, clock)
+        return _decode(backbone, head if tree.depth else None, prompt_ids, tree, text, cache, clock, rule)
 
 
 def generate_autoregressive(
@@ -133,23 +145,26 @@ def generate_autoregressive(
     tokenizer=None,
     on_tokens: OnTokens | None = None,
     cache=None,
+    rule: Rule | None = None,
 ) -> Generation:
-    """Greedy decoding, one token a backbone pass: the twin that every head is compared with. See ``generate``."""
+    """One token a backbone pass, the most probable or, by ``rule``, drawn: the twin that every head is compared with.
+    See ``generate``."""
     clock = Clock()
     text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
-    return _decode(backbone, None, prompt_ids, Tree.autoregressive(), text, cache, clock)
+    return _decode(backbone, None, prompt_ids, Tree.autoregressive(), text, cache, clock, rule or Greedy())
 
 
-def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Clock) -> Generation:
+def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Clock, rule: Rule) -> Generation:
     """The loop. head: None drafts nothing, and the tree is then a lone root."""
     prompt, cache = _prepare(backbone, prompt_ids, tree, text, cache)
     accepted_per_pass: list[int] = []
     ends: list[tuple[int, bool]] = []  # per pass: the depth of the last accepted node, and whether it has children
     depth, layers, state = tree.depth, head.layers if head else (), None
+    rule.start()
     with jt.no_grad(), consistent(cache, len(prompt), text):
         clock.lap("host_s")
         output = backbone.forward(prompt[None], cache=cache, layers=layers, logits="last")
-        root = int(argmax(output.logits[0]).numpy()[0])
+        root = rule.choose(rule.read(output)[0])
         cache.commit(np.arange(len(prompt)))
         clock.lap("prefill_s")
         text.add([root])
@@ -165,18 +180,18 @@ def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Cl
             clock.lap("host_s")
             if head:
                 state = head.begin(features, jt.array(following[None].astype(np.int32)), state)
-                tokens = draft(head, state, root, tree)
+                drawn, tokens, drawn_from = fill(rule, head, state, root, tree)
                 clock.lap("draft_s")
             else:
-                tokens = np.array([root], np.int32)
-            output = backbone.forward(tokens[None], cache=cache, attend=tree.plan, layers=layers)
-            chosen = argmax(output.logits[0]).numpy()
+                drawn, tokens, drawn_from = Tree.autoregressive(), np.array([root], np.int32), None
+            output = backbone.forward(tokens[None], cache=cache, attend=drawn.plan, layers=layers)
+            rows = rule.read(output)
             clock.lap("verify_s")
-            path, root = verify_greedy(tree.parents, tokens, chosen)
+            path, root = rule.accept(drawn, tokens, rows, drawn_from)
             clock.lap("accept_s")
             cache.commit(path)
             clock.lap("cache_s")
-            ends.append((len(path) - 1, tree.has_children[path[-1]]))
+            ends.append((len(path) - 1, drawn.has_children[path[-1]]))
             following = np.append(tokens[path[1:]], root)
             accepted_per_pass.append(text.add(following.tolist()))
             if head:
@@ -184,6 +199,7 @@ def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Cl
     reached, accepted = count_depths(ends, depth)
     result = Generation(text.token_ids, text.decode(), text.finish_reason, len(prompt), len(ends), accepted_per_pass)
     result.reached_by_depth, result.accepted_by_depth, result.timers = reached, accepted, clock.stop()
+    result.total_variation = rule.total_variation
     return result
 
 

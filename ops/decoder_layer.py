@@ -9,6 +9,8 @@ equations; ``decoder_layer`` computes the same in one call, so that a pass costs
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,15 +157,18 @@ class RowPlan:
         self._build(depths if positions is None else np.asarray(positions), np.arange(rows), 0, contiguous, extras)
 
     def _build(self, positions, slots, starts, contiguous, extras) -> None:
-        self.num_rows = len(positions)
-        self.positions = np.asarray(positions, np.int32)
-        width = max(1, max(len(e) for e in extras))
-        table = np.full((self.num_rows, width), -1, np.int32)
+        rows = len(positions)
+        table = np.full((rows, max(1, max(len(e) for e in extras))), -1, np.int32)
         for row, extra in enumerate(extras):
             table[row, : len(extra)] = extra
-        meta = np.stack([positions, slots, np.broadcast_to(starts, (self.num_rows,)), contiguous], 1)
-        self.meta_array, self.extras_array = meta.astype(np.int32), table
-        self.meta, self.extras = jt.array(self.meta_array), jt.array(table)
+        meta = np.stack([positions, slots, np.broadcast_to(starts, (rows,)), contiguous], 1)
+        self._hold(meta.astype(np.int32), table)
+
+    def _hold(self, meta: np.ndarray, extras: np.ndarray) -> None:
+        """meta: (rows, 4) int32: position, slot, start, contiguous; extras: (rows, width) int32, -1 past the end."""
+        self.num_rows, self.positions = len(meta), meta[:, 0]
+        self.meta_array, self.extras_array = meta, extras
+        self.meta, self.extras = jt.array(meta), jt.array(extras)
         self.max_position = int(self.positions.max())
 
     @classmethod
@@ -187,10 +192,35 @@ class RowPlan:
     @classmethod
     def lanes(cls, lengths, capacity: int) -> RowPlan:
         """One new row for each of several sequences, each in its own stretch of ``capacity`` cache slots."""
-        plan = cls.__new__(cls)
-        lengths = np.asarray(lengths, np.int64)
         starts = np.arange(len(lengths)) * capacity
-        plan._build(lengths, starts + lengths, starts, lengths + 1, [[]] * len(lengths))
+        return cls.behind([cls.single()] * len(starts), starts, lengths)
+
+    @staticmethod
+    @functools.cache
+    def single() -> RowPlan:
+        """One row."""
+        return RowPlan.chain(1)
+
+    @classmethod
+    def behind(cls, plans: Sequence[RowPlan], starts, lengths) -> RowPlan:
+        """Several plans in one pass, each behind a sequence of its own: that of plan i begins at slot ``starts[i]`` and
+        has ``lengths[i]`` rows. For a pass over a cache whose own length is 0.
+
+        Worked example, two chains of 2 rows behind 3 rows from slot 0 and 5 rows from slot 20: positions [3 4 5 6],
+        slots [3 4 25 26], starts [0 0 20 20], contiguous [4 5 6 7].
+        """
+        plan, lengths = cls.__new__(cls), np.asarray(lengths, np.int32)
+        begins = np.asarray(starts, np.int32)
+        counts = np.array([each.num_rows for each in plans])
+        length, begin = np.repeat(lengths, counts), np.repeat(begins, counts)
+        meta = np.concatenate([each.meta_array for each in plans])
+        meta = meta + np.stack([length, begin + length, begin, length], 1)
+        width = max(each.extras_array.shape[1] for each in plans)
+        extras = np.full((len(meta), width), -1, np.int32)
+        for row, each in zip(np.cumsum(counts) - counts, plans, strict=True):
+            extras[row : row + each.num_rows, : each.extras_array.shape[1]] = each.extras_array
+        extras = np.where(extras < 0, -1, extras + (begin + length)[:, None])
+        plan._hold(meta.astype(np.int32), extras.astype(np.int32))
         return plan
 
     def mask(self, base: int, num_slots: int) -> np.ndarray:
@@ -290,22 +320,21 @@ def rms_norm(x, weight, eps: float):
     )
 
 
-def keep_rows(cache, path: np.ndarray, base: int) -> None:
-    """Move the cache rows ``base + path[i]`` to ``base + i``, in place, in every layer. path: ascending int32."""
+def keep_rows(cache, sources: np.ndarray, targets: np.ndarray) -> None:
+    """Move cache rows from ``sources`` to ``targets``, (moved,) int32 each, in place, in every layer, in this order:
+    no row may be a target before it has been a source."""
     if not on_cpu():
-        rows = jt.array(base + path)
-        cache[:, :, :, base : base + len(path)] = cache[:, :, :, rows].copy()
+        cache[:, :, :, jt.array(targets)] = cache[:, :, :, jt.array(sources)].copy()
         return
     done = jt.code(
         (1,),
         "int32",
-        [cache, jt.array(path)],
+        [cache, jt.array(np.stack([sources, targets]).astype(np.int32))],
         cpu_header=cpu_header(HEADER),
         cpu_src="""
         gorgon::keep_rows(gorgon::raw(in0_p), in0_shape0 * in0_shape1 * in0_shape2, in0_shape3, in0_shape4, in1_p,
-                          in1_shape0, (int64_t)data["base"]);
+                          in1_p + in1_shape1, in1_shape1);
         out0_p[0] = 0;
         """,
-        data={"base": base},
     )
     done.sync()

@@ -36,6 +36,32 @@ def top_k(logits, k: int):
     )
 
 
+def reference_top_k_log_probabilities(logits, k: int):
+    """log softmax of the k largest per row, and their indices. logits: (rows, width) -> (rows, k) each."""
+    values, indices = reference_top_k(logits, k)
+    highest = values[:, :1]
+    log_sum = (logits - highest).exp().sum(1, keepdims=True).log() + highest
+    return jt.minimum(values - log_sum, jt.zeros_like(values)), indices
+
+
+def top_k_log_probabilities(logits, k: int):
+    """The k most probable per row, as ``top_k`` orders them. logits: (rows, width) float32.
+
+    Returns their log softmax, (rows, k) float32, at most 0, and indices (rows, k) int32.
+    """
+    assert 1 <= k <= logits.shape[1], (k, logits.shape)
+    if not on_cpu():
+        return reference_top_k_log_probabilities(logits, k)
+    rows = logits.shape[0]
+    return jt.code(
+        [(rows, k), (rows, k)],
+        ["float32", "int32"],
+        [logits],
+        cpu_header=cpu_header(),
+        cpu_src="gorgon::top_k_log(in0_p, in0_shape0, in0_shape1, out0_shape1, out0_p, out1_p);",
+    )
+
+
 def argmax(logits):
     """Index of the largest per row, the first of equals. (rows, width) float32 -> (rows,) int32."""
     return top_k(logits, 1)[1].reshape(-1)

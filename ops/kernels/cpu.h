@@ -179,4 +179,23 @@ static inline void top_k(const float* x, int64_t rows, int64_t width, int64_t k,
     top_k_share(x, rows, width, k, values, indices, omp_get_thread_num(), omp_get_num_threads());
 }
 
+// The same, with log softmax in place of the values; at most 0, whatever rounding says.
+static inline void top_k_log(const float* x, int64_t rows, int64_t width, int64_t k, float* values, int32_t* indices) {
+    top_k(x, rows, width, k, values, indices);
+    for (int64_t r = 0; r < rows; r++) {
+        const float* row = x + r * width;
+        float highest = values[r * k];
+        vec total = {};
+        int64_t n = 0;
+        for (; n + LANES <= width; n += LANES) total += exp_vec(load(row + n) - splat(highest));
+        float sum = sum_lanes(total);
+        for (; n < width; n++) sum += __builtin_expf(row[n] - highest);
+        float log_sum = highest + __builtin_logf(sum);
+        for (int64_t i = 0; i < k; i++) {
+            float y = values[r * k + i] - log_sum;
+            values[r * k + i] = y < 0.0f ? y : 0.0f;
+        }
+    }
+}
+
 }  // namespace gorgon

@@ -73,17 +73,16 @@ static inline void rope_and_write(const Shape& s, const Plan& plan, int64_t kv, 
     }
 }
 
-// Move the rows base + path[i] to base + i, for every plane (layer, key or value, head) of the cache.
-// The path ascends, so a row is read before anything is written over it.
+// Move rows from `sources` to `targets`, in this order, for every plane (layer, key or value, head) of the cache.
 template <class C>
-static inline void keep_rows(C* cache, int64_t planes, int64_t max_length, int64_t padded, const int32_t* path,
-                             int64_t count, int64_t base) {
-    for (int64_t p = 0; p < planes; p++)
-        for (int64_t i = 0; i < count; i++) {
-            if (path[i] == i) continue;
-            C* plane = cache + p * max_length * padded;
-            memmove(plane + (base + i) * padded, plane + (base + path[i]) * padded, padded * sizeof(C));
-        }
+static inline void keep_rows(C* cache, int64_t planes, int64_t max_length, int64_t padded, const int32_t* sources,
+                             const int32_t* targets, int64_t count) {
+    for (int64_t p = 0; p < planes; p++) {
+        C* plane = cache + p * max_length * padded;
+        for (int64_t i = 0; i < count; i++)
+            if (sources[i] != targets[i])
+                memcpy(plane + targets[i] * padded, plane + sources[i] * padded, padded * sizeof(C));
+    }
 }
 
 // ---- attention: softmax(q k / sqrt(d)) v ----

@@ -381,7 +381,7 @@ def test_control_a_plan_with_a_wrong_parent_is_caught(backbone, case):
 
 
 def test_control_accepting_a_wrong_token_is_caught(backbone, case, monkeypatch):
-    module = sys.modules["decoding.generate"]
+    module = sys.modules["decoding.rules"]
     monkeypatch.setattr(module, "verify_greedy", lambda parents, tokens, chosen: (np.array([0, 1]), int(chosen[1])))
     assert differs(backbone, case, CHAIN, "parallel-none") > 0
 

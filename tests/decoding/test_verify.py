@@ -1,11 +1,12 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding.tree import Tree
-from decoding.verify import verify_greedy
+from decoding.verify import entropy, verify_greedy, verify_lossless, verify_typical
 
 FOUR = Tree.from_paths([[0], [1], [1, 0]])
 
@@ -94,3 +95,134 @@ def test_verification_is_one_step_of_the_backbone_after_another(case):
     emitted = [tokens[node] for node in path[1:]] + [bonus]
     assert emitted == [chosen[node] for node in path]
     assert all(tree.parents[child] == parent for parent, child in itertools.pairwise(path))
+
+
+class Rolls:
+    """A generator whose next uniform numbers are known; none may be left over."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self):
+        return self.numbers.pop(0)
+
+
+class Table:
+    """Distributions by node; remembers which nodes it was asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.asked = [np.array(row, np.float64) for row in rows], []
+
+    def __call__(self, node):
+        self.asked.append(node)
+        return self.rows[node]
+
+
+def run_lossless(tree, tokens, target, rolls, draft=None):
+    rng = Rolls(*rolls)
+    path, bonus = verify_lossless(tree.parents, np.array(tokens, np.int32), target, rng, draft)
+    assert rng.numbers == [] and path.dtype == np.int32 and isinstance(bonus, int)
+    return path.tolist(), bonus
+
+
+ONE = Tree.chain(1)
+TWO = Tree.from_paths([[0], [1]])
+THREE = Tree.from_paths([[0], [1], [2]])
+
+
+def test_the_worked_example_of_lossless_verification():
+    target, draft = Table([[0.2, 0.8], [0.9, 0.1]]), Table([[0.6, 0.4]])
+    assert run_lossless(ONE, [7, 0], target, [0.33, 0.5], draft) == ([0, 1], 0)  # .33 < .2 / .6; the bonus after node 1
+    assert run_lossless(ONE, [7, 0], target, [0.34, 0.001], draft) == ([0], 1)  # [0 .4] has token 1 alone
+    assert run_lossless(ONE, [7, 1], target, [0.999, 0.95], draft) == ([0, 1], 1)
+
+
+def test_a_rejected_sibling_is_out_of_the_target_and_of_the_draft():
+    # After token 0: p becomes [0 .2 .2] / .4, q [0 .3 .2] / .5, so token 1 is accepted below .5 / .6.
+    target, draft = Table([[0.1, 0.5, 0.4], [1, 0, 0], [1, 0, 0]]), Table([[0.5, 0.3, 0.2]])
+    assert run_lossless(TWO, [7, 0, 1], target, [0.19, 0.5], draft) == ([0, 1], 0)
+    assert run_lossless(TWO, [7, 0, 1], target, [0.21, 0.83, 0.5], draft) == ([0, 2], 0)
+    assert run_lossless(TWO, [7, 0, 1], target, [0.21, 0.84, 0.01], draft) == ([0], 2)  # left: [0 0 .1]
+
+
+def test_without_a_draft_distribution_the_child_that_holds_the_drawn_token_is_taken():
+    target = Table([[0, 0, 0, 0, 0.5, 0.5], [1] * 6, [0] * 5 + [1], [1, 0, 0, 0, 0, 0]])
+    assert run_lossless(FOUR, [2, 4, 5, 5], target, [0.7, 0.3, 0.9]) == ([0, 2, 3], 0)
+    assert target.asked == [0, 2, 3]  # only what was visited
+    assert run_lossless(FOUR, [2, 4, 3, 5], target, [0.7]) == ([0], 5)
+
+
+def test_of_equal_guesses_the_first_is_taken():
+    target = Table([[0, 1], [1, 0], [1, 0]])
+    assert run_lossless(TWO, [0, 1, 1], target, [0.5, 0.5]) == ([0, 1], 0)
+
+
+def test_guesses_beyond_the_draft_distribution_are_taken_when_they_are_drawn():
+    # q has token 0 alone; what is left of p after it is [0 .375 .625].
+    target, draft = Table([[0.2, 0.3, 0.5], [1, 0, 0], [1, 0, 0], [1, 0, 0]]), Table([[1, 0, 0]])
+    assert run_lossless(THREE, [7, 0, 1, 2], target, [0.5, 0.37, 0.0], draft) == ([0, 2], 0)
+    assert run_lossless(THREE, [7, 0, 1, 2], target, [0.5, 0.38, 0.0], draft) == ([0, 3], 0)
+    assert run_lossless(TWO, [7, 0, 1], target, [0.5, 0.38], draft) == ([0], 2)
+
+
+def test_a_rejection_by_rounding_leaves_p_as_it_is():
+    # p is q but for the last bits and q was drawn: nothing of p is over q. Token 2, which p never has, is not emitted.
+    p, q = [0.5, 0.5, 0.0], [0.5, 0.5, 1e-17]
+    assert run_lossless(ONE, [7, 2], Table([p, p]), [0.0, 0.75], Table([q])) == ([0], 1)
+
+
+def test_what_the_target_cannot_give_is_always_rejected():
+    assert run_lossless(ONE, [7, 0], Table([[0, 1]] * 2), [0.0, 0.3], Table([[1, 0]])) == ([0], 1)
+
+
+def run_typical(tree, tokens, target, rolls, epsilon=0.3, alpha=0.3):
+    rng = Rolls(*rolls)
+    path, bonus, distances = verify_typical(tree.parents, np.array(tokens, np.int32), target, epsilon, alpha, rng)
+    assert rng.numbers == [] and path.dtype == np.int32 and isinstance(bonus, int) and len(distances) == len(path)
+    return path.tolist(), bonus, distances.tolist()
+
+
+def test_the_worked_example_of_typical_acceptance():
+    p = [0.5, 0.25, 0.25]
+    assert np.exp(-entropy(np.array(p))) == pytest.approx(0.3536, abs=1e-4)
+    target = Table([p, [0, 1, 0], [0, 1, 0]])
+    assert run_typical(TWO, [9, 2, 0], target, [0.5]) == ([0, 2], 1, [0.5, 0])
+
+
+def test_a_guess_stays_above_the_threshold_and_not_on_it():
+    # p = [.5 .5]: exp(-H) is .5, so alpha .6 gives .3 and epsilon .5 does not count; with epsilon .25 it does.
+    target = Table([[0.5, 0.5, 0.0], [1, 0, 0]])
+    assert run_typical(ONE, [9, 1], target, [0.1], epsilon=0.5, alpha=0.6)[0] == [0, 1]
+    assert run_typical(ONE, [9, 1], target, [0.1], epsilon=0.5, alpha=1.1)[0] == [0]
+    assert run_typical(ONE, [9, 1], target, [0.1], epsilon=0.25, alpha=1.1)[0] == [0, 1]
+    assert run_typical(ONE, [9, 2], target, [0.1], epsilon=0.0, alpha=0.0)[0] == [0]  # what has no chance never does
+
+
+def test_the_longest_accepted_path_wins_over_a_more_probable_one():
+    target = Table([[0.6, 0.4], [0, 1], [0.3, 0.7], [0, 1]])
+    assert run_typical(FOUR, [9, 0, 1, 0], target, [0.5]) == ([0, 2, 3], 1, [0.6, 0.7, 0])
+
+
+def test_of_paths_as_long_the_most_probable_wins_and_then_the_first():
+    tree = Tree.from_paths([[0], [1], [0, 0], [1, 0]])
+    rows = [[0.6, 0.4], [0.4, 0.6], [0.2, 0.8], [1, 0], [1, 0]]
+    assert run_typical(tree, [9, 0, 1, 0, 1], Table(rows), [0.5], 0.1)[0] == [0, 2, 4]  # .6 * .4 against .4 * .8
+    assert run_typical(TWO, [9, 1, 1], Table([[0.5, 0.5]] * 3), [0.5], 0.1)[0] == [0, 1]
+
+
+def test_a_child_of_a_rejected_node_is_not_looked_at():
+    target = Table([[0.99, 0.01], [0.5, 0.5], [0.0, 1.0], [0.0, 1.0]])
+    path, bonus, distances = run_typical(FOUR, [9, 1, 1, 1], target, [0.2])
+    assert (path, bonus, distances) == ([0], 0, [0]) and target.asked == [0]
+
+
+@given(trees_with_tokens())
+def test_at_temperature_0_every_rule_is_greedy(case):
+    tree, tokens, chosen = case
+    target = Table(np.eye(3)[chosen])
+    greedy = run(tree, tokens, chosen)
+    rolls = [0.999] * len(greedy[0])
+    assert run_lossless(tree, tokens, target, rolls) == greedy
+    path, bonus, distances = run_typical(tree, tokens, target, [0.999], 0.09, 0.3)
+    assert len(path) >= len(greedy[0])  # of equal siblings it takes the one that leads further
+    assert [tokens[node] for node in path[1:]] + [bonus] == [chosen[node] for node in path] and not any(distances)

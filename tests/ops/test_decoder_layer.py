@@ -182,6 +182,17 @@ def test_lanes_see_their_own_stretch_up_to_the_new_row():
     np.testing.assert_array_equal(plan.mask(0, 6), [[c == "1" for c in row] for row in ("111000", "000100")])
 
 
+def test_plans_behind_sequences_of_their_own_are_moved_there():
+    tree = RowPlan(np.array([-1, 0, 0, 2]))
+    plan = RowPlan.behind([tree, RowPlan.chain(2), tree], [0, 20, 40], [3, 5, 1])
+    np.testing.assert_array_equal(plan.positions, [3, 4, 4, 5, 5, 6, 1, 2, 2, 3])
+    for first, each, start, length in ((0, tree, 0, 3), (4, RowPlan.chain(2), 20, 5), (6, tree, 40, 1)):
+        alone = np.zeros((each.num_rows, 60), bool)
+        alone[:, start : start + 19] = each.mask(length, 19)
+        np.testing.assert_array_equal(plan.mask(0, 60)[first : first + each.num_rows], alone)
+    assert plan.max_position == 6
+
+
 def test_the_mask_of_a_random_tree_is_its_ancestor_relation():
     random = np.random.default_rng(0)
     for _ in range(20):
@@ -211,7 +222,7 @@ def test_kept_rows_move_as_in_numpy(dtype, path):
     data = np.random.default_rng(1).standard_normal((LAYERS, 2, 2, SLOTS, PADDED)).astype(dtype)
     cache = jt.array(data)
     cache.sync()
-    keep_rows(cache, np.array(path, np.int32), 8)
+    keep_rows(cache, 8 + np.array(path, np.int32), 8 + np.arange(len(path), dtype=np.int32))
     expected = data.copy()
     expected[:, :, :, 8 : 8 + len(path)] = data[:, :, :, 8 + np.array(path)]
     np.testing.assert_array_equal(cache.numpy(), expected)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ops.select import argmax, reference_top_k, top_k
+from ops.select import argmax, reference_top_k, reference_top_k_log_probabilities, top_k, top_k_log_probabilities
 from runtime import jt
 
 WIDTHS = [10, 16, 31, 100, 1003]
@@ -71,3 +71,16 @@ def test_argmax_is_the_first_of_the_largest():
 def test_more_candidates_than_columns_are_refused(k):
     with pytest.raises(AssertionError):
         top_k(jt.array(np.zeros((1, 4), np.float32)), k)
+
+
+@pytest.mark.parametrize("function", [top_k_log_probabilities, reference_top_k_log_probabilities])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_log_probabilities_of_the_best_are_those_of_the_softmax(function, width):
+    logits = np.random.default_rng(width).standard_normal((5, width)).astype(np.float32) * 5
+    logits[0, 3] = 200  # certain: its logarithm must not come out above 0
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) + exact.max(1, keepdims=True)
+    values, indices = found(function, logits, 4)
+    np.testing.assert_array_equal(indices, expected(logits, 4)[1])
+    assert np.abs(values - np.take_along_axis(exact, indices, 1)).max() < 1e-4
+    assert values.max() <= 0 and values[0, 0] == 0
