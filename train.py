@@ -64,7 +64,7 @@ def main(arguments) -> int:
     from trainer.features import OnlineFeatures, open_cache
     from trainer.fit import Run, count_steps, fit
 
-    backbone = load_backbone(config.backbone, config.dtype)
+    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit)
     tokenizer = load_tokenizer(config.backbone, config.template)
     tokenizer.check_fits(backbone.config)
     max_length = min(config.max_length, backbone.config.max_positions)
@@ -85,6 +85,7 @@ def main(arguments) -> int:
             "hidden_size": backbone.config.hidden_size,
             "vocab_size": backbone.config.vocab_size,
             "dtype": config.dtype,
+            "storage": backbone.storage,
         },
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "template": config.template},
         "num_parameters": head.num_parameters,

@@ -38,16 +38,22 @@ class BackboneOutput:
 class Backbone:
     """A frozen Llama with weights in float16 or float32; arithmetic is float32 on the CPU.
 
+    int8: the layers' matrices are kept in 8 bits with a scale per output (``ops.linear.quantize_rows``); embedding,
+    language-model head, norms and cache stay as they are. It is another model then, with the same ``fingerprint``,
+    which names the weights as they were read.
+
     On the CPU a row's hidden state and logits are bitwise the same whatever rows run beside it, and whether its
     ancestors came in this pass or lie in the cache.
     """
 
-    def __init__(self, config: BackboneConfig, tensors: dict[str, np.ndarray], dtype="float16", path=None):
+    def __init__(
+        self, config: BackboneConfig, tensors: dict[str, np.ndarray], dtype="float16", path=None, int8: bool = False
+    ):
         """tensors: Hugging Face names, consumed one by one. Raises ValueError for weights that do not fit."""
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         check_names({name: t.shape for name, t in tensors.items()}, expected_shapes(config))
-        self.config, self.dtype, self.path = config, dtype, str(path) if path else None
+        self.config, self.dtype, self.path, self.int8 = config, dtype, str(path) if path else None, int8
         fingerprint = Fingerprint(config)
         for name in sorted(tensors):
             fingerprint.add(name, tensors[name])
@@ -74,7 +80,8 @@ class Backbone:
                 "norm2": "post_attention_layernorm",
                 **{n: f"mlp.{n}_proj" for n in ("gate", "up", "down")},
             }
-            self.blocks.append(LayerWeights(shape, **{k: take(f"{prefix}{v}.weight") for k, v in parts.items()}))
+            weights = {k: take(f"{prefix}{v}.weight") for k, v in parts.items()}
+            self.blocks.append(LayerWeights(shape, **weights, int8=self.int8))
         embedding = take("model.embed_tokens.weight")
         self.embedding = jt.array(embedding).stop_grad()
         self.norm = jt.array(take("model.norm.weight").astype(np.float32)).stop_grad()
@@ -96,6 +103,11 @@ class Backbone:
         return weight
 
     @property
+    def storage(self) -> str:
+        """How the layers' matrices are kept: float16, float32 or int8. What a pass computes depends on it."""
+        return "int8" if self.int8 else self.dtype
+
+    @property
     def decoder(self) -> Decoder:
         """What a pass computes with."""
         return Decoder(self.blocks, self.embedding, self.norm, self.lm_head)
@@ -109,14 +121,16 @@ class Backbone:
         return KVCache(self.config, max_length, self.dtype)
 
     def adapted(self, changes: dict[tuple[int, str], np.ndarray], name: str) -> Backbone:
-        """This backbone with changes added to some of its matrices, in its dtype; everything else is shared.
+        """This backbone with changes added to some of its matrices, in its dtype; everything else is shared. Of one in
+        8 bits, all layers of the result are in its dtype: what was added would not survive being rounded again.
 
         changes: (layer, "q" | "k" | "v" | "o" | "gate" | "up" | "down") -> (out, in) float32. name: tells the result
         apart in fingerprints. Raises ValueError for a sum that the dtype cannot hold.
         """
         other = copy.copy(self)
-        other.fingerprint, other.blocks = f"{self.fingerprint}+{name}", list(self.blocks)
-        for layer in sorted({layer for layer, _ in changes}):
+        other.fingerprint, other.blocks, other.int8 = f"{self.fingerprint}+{name}", list(self.blocks), False
+        touched = range(len(self.blocks)) if self.int8 else sorted({layer for layer, _ in changes})
+        for layer in touched:
             block, matrices = self.blocks[layer], self.blocks[layer].matrices()
             for part in matrices:
                 if (layer, part) in changes:
@@ -124,6 +138,7 @@ class Backbone:
                     if not np.isfinite(total).all():
                         raise ValueError(f"{part} of layer {layer} with its change is not finite in {self.dtype}")
                     matrices[part] = total
+                matrices[part] = matrices[part].astype(self.dtype, copy=False)
             norms = {"norm1": block.norm1.numpy(), "norm2": block.norm2.numpy()}
             other.blocks[layer] = LayerWeights(block.shape, **norms, **matrices)
         return other
@@ -208,12 +223,13 @@ class Backbone:
         return BackboneOutput(hidden, scores, taken, chosen)
 
 
-def load_backbone(path=None, dtype: str = "float16") -> Backbone:
+def load_backbone(path=None, dtype: str = "float16", load_in_8bit: bool = False) -> Backbone:
     """Read a Hugging Face directory (config.json with *.safetensors or *.bin); None: the embedded tiny-vicuna.
+    load_in_8bit: keep the layers' matrices in int8.
 
     Raises ValueError for a directory without a model, for missing, extra or misshapen weights (each named), and for
     an architecture this model does not compute.
     """
     directory = Path(path) if path else EMBEDDED
     config = read_config(directory)
-    return Backbone(config, dict(read_backbone(directory, config)), dtype, path)
+    return Backbone(config, dict(read_backbone(directory, config)), dtype, path, load_in_8bit)

@@ -32,6 +32,7 @@ class TrainConfig:
     head: str = _option("", "which head to train; see --list-heads")
     backbone: str | None = _option(None, "Hugging Face directory of the backbone; default: the embedded tiny-vicuna")
     dtype: str = _option("float16", "of the backbone's weights and features: float16 or float32")
+    load_in_8bit: bool = _option(False, "keep the matrices of the backbone's layers in int8, a scale per row")
     template: str | None = _option(None, "chat template by name; default: the tokenizer's own")
     data: list[str] = _option([], "ShareGPT JSON, JSON lines or .gz files; default: the embedded corpus")
     out: str | None = _option(None, "directory of the run; default: runs/<head>/<time>")

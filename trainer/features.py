@@ -64,9 +64,9 @@ def file_names(layers: Sequence[int]) -> list[str]:
 
 
 def cache_key(backbone, tokenizer_fingerprint: str, data: TokenizedData) -> str:
-    """Names a cache by all it depends on: backbone, its dtype, tokenizer and template, the tokens."""
+    """Names a cache by all it depends on: backbone, how its weights are kept, tokenizer and template, the tokens."""
     digest = hashlib.sha256()
-    digest.update(json.dumps([backbone.fingerprint, backbone.dtype, tokenizer_fingerprint]).encode())
+    digest.update(json.dumps([backbone.fingerprint, backbone.storage, tokenizer_fingerprint]).encode())
     digest.update(data.token_ids.tobytes())
     digest.update(data.offsets.tobytes())
     return digest.hexdigest()[:24]
