@@ -32,8 +32,8 @@ static inline void tile(const float* x, int64_t ldx, Matrix<W> m, int64_t K, int
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) {
             wv[v] = load(wp + (v * K + k) * LANES);
-            // Ahead of the hardware's own guess: the arithmetic of several rows leaves it time to fetch.
-            if (R > 1) __builtin_prefetch(wp + (v * K + k) * LANES + 2048, 0, 2);
+            // With two blocks the hardware's own guess comes too late; with more it needs no help, and help costs.
+            if (NV <= 2) __builtin_prefetch(wp + (v * K + k) * LANES + 2048, 0, 2);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {

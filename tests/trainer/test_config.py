@@ -58,9 +58,11 @@ def test_a_recipe_of_another_head_does_not_count(recipes):
 def test_every_option_can_be_given_on_the_command_line_and_in_a_file(recipes, yaml_file):
     given = {
         "backbone": "b", "dtype": "float32", "load_in_8bit": True, "template": "t", "data": ["x", "y"],
-        "out": "o", "overwrite": True, "epochs": 2.5, "max_steps": 3, "tokens_per_step": 4, "max_length": 5, "held_out": 6, "score_every": 7,
-        "learning_rate": 0.5, "final_rate": 0.25, "warmup": 0.125, "weight_decay": 0.5, "beta1": 0.5, "beta2": 0.25,
-        "clip": 0.5, "depth_weight": 0.5, "features": "online", "cache_dir": "c", "tree_nodes": 8, "seed": 9,
+        "out": "o",
+        "overwrite": True, "epochs": 2.5, "max_steps": 3, "tokens_per_step": 4, "max_length": 5, "held_out": 6,
+        "score_every": 7, "learning_rate": 0.5, "final_rate": 0.25, "warmup": 0.125, "weight_decay": 0.5, "beta1": 0.5,
+        "beta2": 0.25, "clip": 0.5, "depth_weight": 0.5, "features": "online", "cache_dir": "c", "tree_nodes": 8,
+        "seed": 9,
     }  # fmt: skip
     assert {"head", "head_options", *given} == {field.name for field in dataclasses.fields(TrainConfig)}
     flags = []
