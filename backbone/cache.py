@@ -90,6 +90,11 @@ class BatchCache:
         self.max_length, self.lengths = max_length, np.zeros(num_lanes, np.int64)
         self.pending: list[tuple[int, int]] = []  # (lane, rows) of the last pass
 
+    def clear(self) -> None:
+        """Empty every lane."""
+        self.lengths[:], self.pending = 0, []
+        self.slots.rewind(0)
+
     def room(self, lane: int) -> int:
         """Rows that can still be written to a lane."""
         return int(self.max_length - self.lengths[lane])

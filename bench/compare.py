@@ -2,8 +2,9 @@
 
     python bench/compare.py results/*.json --plot comparison.png --frontier frontier.png
 
-Differences in device, dtype, backbone, prompts or tree budget are warned about on stderr; a result whose parity
-check failed gets no speedup. From two results on, paired bootstrap intervals tell whether a ratio differs from 1.
+Differences in device, dtype, backbone, prompts, tree budget or acceptance are warned about on stderr; a result whose
+parity check failed gets no speedup. From two results on, paired bootstrap intervals tell whether a ratio differs
+from 1.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.metrics import PairedRatio
+from bench.projection import ASSUMED, Profile, Projection, project, projection_table, projection_warnings, read_profile
 from bench.record import check_writable, write_atomically
 from bench.summary import (
     AUTOREGRESSIVE,
@@ -56,6 +58,10 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--head-to-head", nargs=2, metavar=("A", "B"), help="give the ratios A / B only (heads or files)"
     )
+    parser.add_argument(
+        "--profile", metavar="FILE", help="a result of bench/engine.py: project the results onto that machine"
+    )
+    parser.add_argument("--profile-shape", metavar="NAME", help="shape of the profile (default: its first)")
     return parser
 
 
@@ -77,6 +83,13 @@ def compare(options: argparse.Namespace) -> None:
         summaries = sort_summaries(summaries, options.sort)
     pairs, skipped = pair_up(results, options.head_to_head)
     warnings = differences(results) + skipped + _doubts(summaries)
+    projected = None
+    if options.profile_shape and not options.profile:
+        raise ValueError("--profile-shape names a shape of a profile; give --profile FILE as well")
+    if options.profile:
+        profile = read_profile(options.profile, options.profile_shape)
+        projected = profile, [project(result, profile) for result in results]
+        warnings += projection_warnings(results, profile)
 
     targets = [target for target in (options.plot, options.frontier, options.json) if target is not None]
     for number, target in enumerate(targets):
@@ -86,7 +99,7 @@ def compare(options: argparse.Namespace) -> None:
     if options.plot is not None or options.frontier is not None:
         draw(results, options.plot, options.frontier)
     if options.json is not None:
-        write_atomically(options.json, comparison_json(summaries, pairs, warnings))
+        write_atomically(options.json, comparison_json(summaries, pairs, warnings, projected))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for warning in warnings:
@@ -94,6 +107,9 @@ def compare(options: argparse.Namespace) -> None:
     show_table(summary_table(summaries))
     if pairs:
         show_table(head_to_head_table(pairs))
+    if projected:
+        show_table(projection_table(projected[1], projected[0]))
+        print(ASSUMED)
 
 
 def draw(results: Sequence[Result], plot: str | None, frontier: str | None) -> None:
@@ -142,8 +158,9 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     for row in summaries:
         speedup = Text(REFUSED, style="red") if row.parity_failed else format_number(row.speedup, row.speedup_ci)
         share = "-" if row.draft_share is None else f"{100 * row.draft_share:.1f}%"
+        marks = row.drawn + ["interrupted"] * row.interrupted
         cells = [
-            Text(row.label + (" (interrupted)" if row.interrupted else ""), style="yellow" if row.interrupted else ""),
+            Text(row.label + (f" ({', '.join(marks)})" if marks else ""), style="yellow" if row.interrupted else ""),
             row.backbone,
             str(row.nodes),
             row.dtype,
@@ -180,8 +197,13 @@ def head_to_head_table(pairs: Sequence[HeadToHead]) -> Table:
     return table
 
 
-def comparison_json(summaries: Sequence[Summary], pairs: Sequence[HeadToHead], warnings: Sequence[str]) -> str:
-    """The comparison as JSON text; ratios that are refused are null."""
+def comparison_json(
+    summaries: Sequence[Summary],
+    pairs: Sequence[HeadToHead],
+    warnings: Sequence[str],
+    projected: tuple[Profile, Sequence[Projection]] | None = None,
+) -> str:
+    """The comparison as JSON text; ratios that are refused are null, and so is the projection where none was made."""
 
     def ratio(pair: PairedRatio | None) -> dict | None:
         return None if pair is None else {"ratio": pair.ratio, "interval": pair.interval}
@@ -200,8 +222,13 @@ def comparison_json(summaries: Sequence[Summary], pairs: Sequence[HeadToHead], w
             }
             for pair in pairs
         ],
+        "projection": None,
         "warnings": list(warnings),
     }
+    if projected:
+        profile, rows = projected
+        named = {"profile": profile.path, "device": profile.device, "shape": profile.shape, "dtype": profile.dtype}
+        content["projection"] = {**named, "assumed": ASSUMED, "results": [dataclasses.asdict(row) for row in rows]}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -213,12 +240,19 @@ def _doubts(summaries: Sequence[Summary]) -> list[str]:
             sentences.append(f"parity failed ({row.parity} identical), speedup refused: {row.path}")
         elif row.speedup is not None and row.parity == "not checked":
             sentences.append(f"parity was not checked, the speedup rests on trust: {row.path}")
-        if row.adapted:
+        if row.adapted and row.greedy_agreement is None:
+            sentences.append(f"{row.label} changes the backbone; its speedup is over the original: {row.path}")
+        elif row.adapted:
             share, tokens = 100 * row.greedy_agreement, 100 * row.token_agreement
             sentences.append(
                 f"{row.label} changes the backbone: {share:.0f}% of its texts are the original's, {tokens:.1f}% of the "
                 f"tokens up to the first difference; its speedup is over the original, parity with the changed one: "
                 f"{row.path}"
+            )
+        if row.total_variation:
+            sentences.append(
+                f"{row.label} changes the distribution: its tokens are chosen {row.total_variation:.3f} away from a "
+                f"draw (mean total variation): {row.path}"
             )
         if row.interrupted:
             sentences.append(f"interrupted after {row.prompts} of {row.num_prompts} prompts: {row.path}")

@@ -9,8 +9,9 @@ autoregressive decoding by the unchanged backbone:
     overhead      = (t / P) / (tb / Pb)   seconds per pass with the tree over seconds per pass without
 
 An autoregressive pass emits one token, so Tb = Pb and speedup = accept_length / overhead holds exactly (up to
-rounding), whatever the lengths; with greedy decoding both sides also emit the same T = Tb tokens, unless the head
-adapts the backbone, and with it the text. Tokens that the prefill emits, and its seconds, are in none of the sums.
+rounding), whatever the lengths. With greedy decoding both sides emit the same T = Tb tokens, unless the head adapts the
+backbone, and with it the text; where texts are drawn, each side draws one of its own for every prompt. Tokens that the
+prefill emits, and its seconds, are in none of the sums.
 Every ratio is a ratio of sums, never a mean of ratios: a long prompt weighs as much as its tokens.
 
 One rule decides which rows count, on both sides and for every metric: see ``comparable_rows``.
@@ -101,6 +102,13 @@ def accept_rate(rows: Sequence[PromptRow]) -> list[float | None]:
         reached[: len(row.reached_by_depth)] += np.asarray(row.reached_by_depth, dtype=np.int64)
         accepted[: len(row.accepted_by_depth)] += np.asarray(row.accepted_by_depth, dtype=np.int64)
     return [int(a) / int(r) if r else None for a, r in zip(accepted, reached, strict=True)]
+
+
+def total_variation(rows: Sequence[PromptRow]) -> float | None:
+    """Mean over the tokens that passes emitted (``decoding.verify.verify_typical``); None for rules that are exact."""
+    rows = [row for row in comparable_rows(rows) if row.total_variation is not None]
+    emitted = sum(row.passes + sum(row.accepted_by_depth) for row in rows)
+    return sum(row.total_variation for row in rows) / emitted if emitted else None
 
 
 def paired_bootstrap(
@@ -212,6 +220,7 @@ def aggregate(
         overhead=overhead(rows),
         tokens=sum(row.tokens for row in rows),
         passes=sum(row.passes for row in rows),
+        total_variation=total_variation(rows),
     )
     categories = {
         name: CategoryResult(

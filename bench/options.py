@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.prompts import PromptSet, join_prompt_sets, load_prompts, spread
-from decoding.tree import Tree
+from bench.rules import add_options
 from runtime.entry import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +27,7 @@ def build_parser() -> Parser:
         default = settings.get("default")
         parser.add_argument(flag, help=help if default is None else f"{help} (default: {default})", **settings)
 
-    parser.add_argument("--greedy", action="store_true", help="accept what greedy decoding gives: the only rule so far")
+    add_options(add)
     add("--head", "measure this head (its latest checkpoint); may be repeated", metavar="NAME", action="append")
     add("--checkpoint", "measure this checkpoint; may be repeated", metavar="DIR", action="append")
     add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
@@ -39,10 +38,10 @@ def build_parser() -> Parser:
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
     add("--max-new-tokens", "longest reply of a turn", metavar="N", type=int, default=128)
     add("--nodes", f"tree budget, root included; 1: no draft (default: {DEFAULT_NODES})", metavar="N", type=int)
-    add("--tree", "JSON file with a list of rank paths, instead of the checkpoint's own tree", metavar="FILE")
+    add("--tree", "auto: as bench/calibrate.py chose; chain:K; or a JSON file of rank paths", metavar="TREE")
     cache_help = f"rows of the key-value cache (default: the backbone's positions, at most {DEFAULT_CACHE})"
     add("--cache-length", cache_help, metavar="N", type=int)
-    add("--seed", "of the sample that --num-prompts takes", metavar="N", type=int, default=0)
+    add("--seed", "of the sample that --num-prompts takes, and of drawn texts", metavar="N", type=int, default=0)
     add("--repeats", "times each prompt is decoded; the median counts", metavar="N", type=int, default=1)
     add("--out", "result file, for a single head", metavar="FILE")
     add("--out-dir", "folder of the results, <head>.json each (default: results)", metavar="DIR")
@@ -63,17 +62,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.tree and options.nodes is not None:
         raise ValueError("--tree already says how many nodes there are; drop --nodes")
     return options
-
-
-def read_tree(path: str) -> Tree:
-    """The tree of a --tree file. Raises ValueError naming the file, OSError when it cannot be read."""
-    try:
-        paths = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(paths, list) or not all(isinstance(each, list) for each in paths):
-            raise ValueError("expected a list of rank paths, such as [[0], [1], [0, 0]]")
-        return Tree.from_paths(paths)
-    except ValueError as error:  # malformed JSON and text that is not UTF-8 included
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_prompts(options: argparse.Namespace) -> PromptSet:

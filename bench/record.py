@@ -49,7 +49,11 @@ class BackboneInfo(_Model):
 
 
 class Decoding(_Model):
-    """num_nodes counts the root; tree lists the paths of child ranks below it, null when it changes by step."""
+    """num_nodes counts the root; tree lists the paths of child ranks below it, null when it changes by step.
+
+    accept: how drafts were accepted, ``bench.rules``; greedy says whether it is that. draft: the head's best guesses or
+    drawn ones. temperature, top_p, top_k: of drawn texts, null for greedy ones; epsilon, alpha: of typical acceptance.
+    """
 
     greedy: bool
     max_new_tokens: Count
@@ -58,6 +62,21 @@ class Decoding(_Model):
     tree: list[list[Count]] | None
     cache_length: Count | None
     template: str | None
+    accept: Literal["greedy", "lossless", "typical"] = "greedy"
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Rate | None = None
+    top_k: Count | None = None
+    draft: Literal["top", "sampled"] = "top"
+    epsilon: Rate | None = None
+    alpha: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _greedy_is_a_rule(self):
+        if self.greedy != (self.accept == "greedy"):
+            raise ValueError(f"greedy is {self.greedy}, accept {self.accept!r}")
+        if not self.greedy and self.temperature is None:
+            raise ValueError(f"accept is {self.accept!r}, but there is no temperature")
+        return self
 
 
 class RunConfig(_Model):
@@ -101,7 +120,8 @@ class Baseline(_Model):
 
 
 class Metrics(_Model):
-    """Defined in ``bench.metrics``. accept_rate[d]: depth d + 1 accepted, given that depth d was; null untried."""
+    """Defined in ``bench.metrics``. accept_rate[d]: depth d + 1 accepted, given that depth d was; null untried.
+    total_variation: mean over emitted tokens, of a rule that changes the distribution."""
 
     accept_length: Annotated[float, Field(ge=0)] | None
     accept_rate: list[Rate | None]
@@ -112,6 +132,7 @@ class Metrics(_Model):
     overhead: Seconds | None
     tokens: Count
     passes: Count
+    total_variation: Rate | None = None
 
 
 class Timing(_Model):
@@ -194,7 +215,8 @@ class PromptRow(_Model):
     reached_by_depth[d]: passes that had depth d accepted (depth 0 is the root) and a candidate at depth d + 1;
     accepted_by_depth[d]: those of them in which depth d + 1 was accepted. baseline_*: null when not measured.
     identical: the tokens equal those of autoregressive decoding by the same backbone, which is the baseline unless
-    ``adapted`` is there; null when there is nothing to compare (sampling).
+    ``adapted`` is there; null when there is nothing to compare (drawn texts). total_variation: summed over the tokens
+    that passes emitted, how far the choice of each was from a draw; null for rules that are exact.
     """
 
     prompt_id: str
@@ -215,6 +237,7 @@ class PromptRow(_Model):
     identical: bool | None
     finish_reason: str
     adapted: AdaptedText | None = None
+    total_variation: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _counts_agree(self):
@@ -234,8 +257,25 @@ class PromptRow(_Model):
         return self
 
 
+class Prediction(_Model):
+    """What the head's calibration said of this tree beforehand; see ``bench.calibration``.
+
+    tokens_per_s: as timed on the calibration's texts. prompts_sha256: of its prompts. same_machine: whether device,
+    dtype and threads are those of this run.
+    """
+
+    accept_length: Annotated[float, Field(ge=0)]
+    accept_length_ci: Interval | None
+    tokens_per_s: Seconds
+    autoregressive_tokens_per_s: Seconds
+    calibration: str
+    prompts_sha256: str
+    same_machine: bool
+
+
 class Record(_Model):
-    """A result file. baseline and parity are null in the record of the autoregressive baseline itself.
+    """A result file. baseline and parity are null in the record of the autoregressive baseline itself, parity also
+    where texts are drawn.
 
     checkpoint: null also for a head that drafts without one, having nothing to train. head_stats: what the head said
     of itself on its held-out text. adaptation: null for a head that leaves the backbone as it is.
@@ -258,6 +298,7 @@ class Record(_Model):
     per_prompt: list[PromptRow]
     head_stats: dict[str, Any] = Field(default_factory=dict)
     adaptation: Adaptation | None = None
+    prediction: Prediction | None = None
 
     @model_validator(mode="after")
     def _prompt_ids_are_unique(self):
@@ -278,7 +319,7 @@ def parse_record(data: Mapping[str, Any] | Record, where: str | Path = "record")
     try:
         return Record.model_validate_json(json.dumps(data, default=_plain))
     except ValidationError as error:
-        raise ValueError(f"{where}: {_explain(error)}") from error
+        raise ValueError(f"{where}: {explain(error)}") from error
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -372,7 +413,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
 
 
-def _explain(error: ValidationError, most: int = 3) -> str:
+def explain(error: ValidationError, most: int = 3) -> str:
     """The first few problems of a validation error on one line, each with its field."""
     problems = []
     for problem in error.errors()[:most]:

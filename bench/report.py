@@ -31,6 +31,7 @@ WORDS = {
         ),
         "parity failed": "parity failed",
         "not checked": "not checked",
+        "not applicable": "not applicable",
         "interrupted": "interrupted",
         "adapted": "adapted backbone",
         "legend": (
@@ -52,6 +53,7 @@ WORDS = {
         ),
         "parity failed": "一致性检查未通过",
         "not checked": "未检查",
+        "not applicable": "不适用",
         "interrupted": "已中断",
         "adapted": "改动骨干",
         "legend": (
@@ -138,7 +140,7 @@ def markdown_table(summaries: Sequence[Summary], page: str | Path) -> str:
     ]
     folder = Path(page).resolve().parent
     for row in summaries:
-        marks = [words[mark] for mark in ("adapted", "interrupted") if getattr(row, mark)]
+        marks = [words[mark] for mark in ("adapted", "interrupted") if getattr(row, mark)] + row.drawn
         link = Path(os.path.relpath(Path(row.path).resolve(), folder)).as_posix()
         lines.append(
             markdown_line(

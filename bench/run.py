@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.metrics import total_variation
 from bench.options import (
     DEFAULT_CACHE,
     DEFAULT_NODES,
@@ -32,16 +33,18 @@ from bench.options import (
     parse,
     project_path,
     read_prompts,
-    read_tree,
 )
 from bench.prompts import PromptSet
 from bench.record import KIND, SCHEMA_VERSION, Record, check_writable, parse_record, read_record, to_json, write_record
+from bench.rules import describe, read_acceptance
 from bench.summary import AUTOREGRESSIVE, load_results, summarise
-from decoding.tree import Tree, check_tree, default_tree
+from bench.trees import Choice, check_room, choose_tree, describe_prediction, parse_tree
+from decoding.tree import Tree, check_tree
 from runtime.entry import INTERRUPTED, run_entry
 
 if TYPE_CHECKING:
-    from bench.measure import Measurement, Setup
+    from bench.attempts import Setup
+    from bench.measure import Measurement
 
 NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -55,24 +58,13 @@ class Trained:
     directory: Path | None
     config: dict
     head: object
-    tree: Tree
+    choice: Choice
     out: Path
 
-
-def choose_tree(config: dict, num_depths: int, nodes: int, name: str) -> Tree:
-    """The tree of ``nodes`` nodes that the checkpoint's held-out ranks call for; the default one where it has none.
-
-    Warns when the checkpoint knows fewer paths. Raises ValueError for stored paths that make no tree.
-    """
-    stored = config.get("metrics", {}).get("tree")
-    if nodes == 1 or not stored:
-        return default_tree(nodes, num_depths)
-    if len(stored) < nodes - 1:
-        note(f"warning: {name} stores {len(stored)} tree paths: {len(stored) + 1} nodes instead of {nodes}")
-    try:
-        return Tree.from_paths(stored[: nodes - 1])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the checkpoint of {name} holds no usable tree: {error}") from error
+    @property
+    def tree(self) -> Tree:
+        """What it drafts with."""
+        return self.choice.tree
 
 
 def read_stats(config: dict, name: str) -> dict:
@@ -140,9 +132,9 @@ def find_trained(options: argparse.Namespace) -> list[tuple[Path | None, dict]]:
 
 
 def load_trained(
-    options: argparse.Namespace, found: Sequence[tuple[Path | None, dict]], backbone, tokenizer, tree: Tree | None
+    options: argparse.Namespace, found: Sequence[tuple[Path | None, dict]], backbone, tokenizer, tree: Tree | str | None
 ) -> list[Trained]:
-    """The heads that were found, loaded, each with its tree. tree: of --tree.
+    """The heads that were found, loaded, each with its tree. tree: what --tree says.
 
     A head of another backbone is passed over unless it was asked for; one that needs no checkpoint does without it.
     Raises ValueError for a checkpoint that does not fit the backbone or the tree, and for several heads with --out.
@@ -162,8 +154,8 @@ def load_trained(
                 continue
         head = load_head(directory, backbone)[0] if directory else build(name, config["head_config"], backbone)
         head.eval()
-        own = tree or choose_tree(config, head.num_depths, options.nodes or DEFAULT_NODES, name)
-        check_tree(own, head.num_depths, head.num_draftable)
+        own = choose_tree(tree, options.nodes or DEFAULT_NODES, directory, config, head, options.runs, note)
+        check_tree(own.tree, head.num_depths, head.num_draftable)
         if directory and config.get("tokenizer", {}).get("fingerprint") != tokenizer.fingerprint:
             note(f"warning: {name} was trained with another tokenizer or chat template; it will draft worse")
         trained.append(Trained(name, directory, config, head, own, output_path(options, name)))
@@ -201,8 +193,8 @@ def card(options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], 
     note(f"head      {', '.join(heads) or 'none: autoregressive decoding alone'}")
     note(f"data      {source(options)}, {len(prompts.prompts)} prompts")
     note(
-        f"decoding  greedy, {nodes} nodes, at most {options.max_new_tokens} new tokens a turn, "
-        f"cache of {setup.cache.max_length} rows, {options.repeats} repeat(s)"
+        f"decoding  {describe(setup.acceptance.fields())}, {nodes} nodes, at most {options.max_new_tokens} new "
+        f"tokens a turn, cache of {setup.cache.max_length} rows, {options.repeats} repeat(s)"
     )
 
 
@@ -225,7 +217,7 @@ class Recorder:
             "engine": "jittor",
         }
         self.decoding = {
-            "greedy": True,
+            **setup.acceptance.fields(),
             "max_new_tokens": options.max_new_tokens,
             "cache_length": setup.cache.max_length,
             "template": options.template,
@@ -284,6 +276,7 @@ class Recorder:
             parity=measured.parity,
             head_stats=stats,
             adaptation=measured.adaptation(stats),
+            prediction=trained.choice.prediction if self.setup.acceptance.exact else None,
         )
 
 
@@ -341,7 +334,10 @@ def measure_all(
                     write_record(recorder.baseline(measured), written[-1])
                 if each is not None:
                     written.append(each.out)
-                    write_record(recorder.head(each, measured), written[-1])
+                    record = recorder.head(each, measured)
+                    write_record(record, written[-1])
+                    for line in describe_prediction(record):
+                        note(line)
             report_doubts(name, measured)
             if interrupted:
                 break
@@ -355,7 +351,7 @@ def report_doubts(name: str, measured: Measurement) -> None:
         note(f"warning: {name}: {len(measured.failures)} prompt(s) failed; {first.prompt_id}: {first.error}")
     if measured.dropped_turns:
         note(f"note: {name}: {measured.dropped_turns} later turn(s) did not fit into the cache and were left out")
-    if measured.rows and measured.parity.identical < measured.parity.prompts:
+    if measured.rows and measured.parity and measured.parity.identical < measured.parity.prompts:
         parity = measured.parity
         note(f"warning: {name}: only {parity.identical} of {parity.prompts} prompts gave the tokens of its twin")
     adaptation = measured.adaptation({})
@@ -363,6 +359,9 @@ def report_doubts(name: str, measured: Measurement) -> None:
         same = f"{100 * adaptation.greedy_agreement:.0f}% of its greedy texts are the original's, "
         same += f"{100 * adaptation.token_agreement:.1f}% of the tokens up to the first difference"
         note(f"note: {name} changes the backbone: {same}")
+    distance = total_variation(measured.rows)
+    if distance is not None:
+        note(f"note: {name}: its tokens are chosen {distance:.3f} away from a draw (mean total variation)")
     if measured.late_kernels:
         note(f"warning: {name}: {measured.late_kernels} kernel(s) were first used on the clock; run it once more")
     if measured.interrupted:
@@ -372,7 +371,8 @@ def report_doubts(name: str, measured: Measurement) -> None:
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns 0, or 130 when Ctrl-C ended the run early (what was measured is kept)."""
     options = parse(arguments)
-    tree = read_tree(options.tree) if options.tree else None
+    acceptance = read_acceptance(options)
+    tree = parse_tree(options.tree) if options.tree else None
     prompts = read_prompts(options)
     check_writable(output_path(options, AUTOREGRESSIVE))
 
@@ -383,22 +383,23 @@ def main(arguments: Sequence[str]) -> int:
     tokenizer = load_tokenizer(options.backbone, options.template)
     tokenizer.check_fits(config)
     cache_length = options.cache_length or min(config.max_positions, DEFAULT_CACHE)
-    nodes = tree.num_nodes if tree else options.nodes or DEFAULT_NODES
+    nodes = tree.num_nodes if isinstance(tree, Tree) else options.nodes or DEFAULT_NODES
     if cache_length > config.max_positions:
         raise ValueError(f"--cache-length {cache_length} exceeds the {config.max_positions} positions of the backbone")
-    if nodes >= cache_length:
-        raise ValueError(f"a tree of {nodes} nodes leaves no room for text in a cache of {cache_length} rows")
+    check_room(nodes, cache_length)
 
     import runtime
     from backbone.model import load_backbone
+    from bench.attempts import Setup
     from bench.compare import show_table, summary_table
-    from bench.measure import Setup
 
     found = find_trained(options)
     backbone = load_backbone(options.backbone, options.dtype)
     runtime.set_seed(options.seed)
     trained = load_trained(options, found, backbone, tokenizer, tree)
-    setup = Setup(backbone, tokenizer, backbone.new_cache(cache_length), options.max_new_tokens, options.repeats)
+    check_room(max((each.tree.num_nodes for each in trained), default=1), cache_length)
+    cache = backbone.new_cache(cache_length)
+    setup = Setup(backbone, tokenizer, cache, options.max_new_tokens, options.repeats, acceptance)
     card(options, setup, trained, prompts)
     written, interrupted = measure_all(options, setup, trained, prompts)
     if written:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bench.metrics import PairedRatio, paired_ratio
 from bench.record import Interval, OtherKindError, Record, read_record
+from bench.rules import GREEDY, describe
 
 AUTOREGRESSIVE = "autoregressive"
 # column -> whether the best value is the largest; None: text, sorted by alphabet
@@ -52,9 +53,11 @@ class Summary:
 
     backbone: the last part of its path; data: the last two parts of the prompt file's path. prompts: rows kept,
     of num_prompts asked. draft_share: drafting seconds over decoding seconds. draft_ms: milliseconds of drafting per
-    decoding pass. parameters: of the head. train_s: seconds until the kept checkpoint. parity: ``identical/prompts`` or
-    ``not checked``. greedy_agreement, token_agreement: of an adapted backbone's text with the original's; both None
-    where the backbone is as it was.
+    decoding pass. parameters: of the head. train_s: seconds until the kept checkpoint. parity: ``identical/prompts``,
+    ``not checked``, or ``not applicable`` where texts are drawn. adapted: the head decoded with a backbone of its own
+    making. greedy_agreement, token_agreement: of its text with the original's; both None where the backbone is as it
+    was and where texts are drawn. acceptance: how drafts were accepted, in words. total_variation: mean distance of a
+    token's choice from a draw; None for rules that are exact.
     """
 
     label: str
@@ -82,11 +85,14 @@ class Summary:
     interrupted: bool
     greedy_agreement: float | None
     token_agreement: float | None
+    adapted: bool
+    acceptance: str
+    total_variation: float | None
 
     @property
-    def adapted(self) -> bool:
-        """Whether the head decoded with a backbone of its own making."""
-        return self.greedy_agreement is not None
+    def drawn(self) -> list[str]:
+        """What a table says beside the head's name when its texts are drawn."""
+        return [] if self.acceptance == GREEDY else [self.acceptance]
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,18 @@ def parity_failed(record: Record) -> bool:
     return record.parity is not None and record.parity.identical < record.parity.prompts
 
 
+def acceptance(record: Record) -> str:
+    """How drafts were accepted, in words."""
+    return describe(record.config.decoding.model_dump())
+
+
+def parity_of(record: Record) -> str:
+    """``identical/prompts``, or why there is none."""
+    if record.parity and record.parity.prompts:
+        return f"{record.parity.identical}/{record.parity.prompts}"
+    return "not applicable" if record.config.decoding.temperature else "not checked"
+
+
 def num_passes(record: Record) -> int:
     """Decoding passes of all rows."""
     return sum(row.passes for row in record.per_prompt)
@@ -141,7 +159,7 @@ def draft_ms(record: Record) -> float | None:
 def summarise(result: Result) -> Summary:
     """The line of one result."""
     record = result.record
-    metrics, timing, parity = record.metrics, record.timing, record.parity
+    metrics, timing = record.metrics, record.timing
     share = None
     if None not in (timing.draft_s, timing.total_s, timing.prefill_s) and timing.total_s > timing.prefill_s:
         share = timing.draft_s / (timing.total_s - timing.prefill_s)
@@ -167,11 +185,14 @@ def summarise(result: Result) -> Summary:
         draft_ms=draft_ms(record),
         parameters=checkpoint.parameters if checkpoint else None,
         train_s=checkpoint.train_s if checkpoint else None,
-        parity=f"{parity.identical}/{parity.prompts}" if parity and parity.prompts else "not checked",
+        parity=parity_of(record),
         parity_failed=failed,
         interrupted=record.status == "interrupted",
         greedy_agreement=adaptation.greedy_agreement if adaptation else None,
         token_agreement=adaptation.token_agreement if adaptation else None,
+        adapted=adaptation is not None,
+        acceptance=acceptance(record),
+        total_variation=metrics.total_variation,
     )
 
 
@@ -189,7 +210,7 @@ def sort_summaries(summaries: Sequence[Summary], column: str) -> list[Summary]:
 # Conditions that decide which tokens and passes there are; the others decide what they cost.
 SAME_WORK = (
     "dtype", "backbone fingerprint", "prompts sha256", "num_prompts", "tree budget (num_nodes)", "max_new_tokens",
-    "greedy", "template",
+    "acceptance", "template",
 )  # fmt: skip
 
 
@@ -210,7 +231,7 @@ def unequal_conditions(results: Sequence[Result]) -> dict[str, str]:
         ("num_prompts", results, lambda record: record.data.num_prompts),
         ("tree budget (num_nodes)", heads, lambda record: record.config.decoding.num_nodes),
         ("max_new_tokens", results, lambda record: record.config.decoding.max_new_tokens),
-        ("greedy", results, lambda record: record.config.decoding.greedy),
+        ("acceptance", results, acceptance),
         ("template", results, lambda record: record.config.decoding.template),
         ("git_sha", results, lambda record: record.provenance.get("git_sha")),
     ]

@@ -92,15 +92,15 @@ def generate_batch(
     stop_ids: Iterable[int] = (),
     stop_strings: Iterable[str] = (),
     tokenizer=None,
-    max_length: int | None = None,
+    cache: BatchCache | None = None,
     rules: Sequence[Rule] | None = None,
 ) -> list[Generation]:
     """``decoding.generate.generate`` for several prompts: each gets the tokens that it gets alone, bit for bit.
 
-    head: None decodes autoregressively. max_length: cache rows of each text; default: what the longest needs, at most
-    the backbone's positions. rules: one per prompt; default: greedy. The pass of the backbone is shared, each text
-    drafts for itself, and a text that is over leaves the batch. The timers of every Generation are those of the whole
-    batch.
+    head: None decodes autoregressively. cache: a BatchCache with a lane for each prompt at least, to use instead of a
+    new one with room for the longest text, at most the backbone's positions; it is emptied first. rules: one per
+    prompt; default: greedy. The pass of the backbone is shared, each text drafts for itself, and a text that is over
+    leaves the batch. The timers of every Generation are those of the whole batch.
 
     Raises ValueError as ``generate`` does, naming the prompt by its number, and for no prompts at all.
     """
@@ -116,7 +116,9 @@ def generate_batch(
         check_shape(tree, head, rules[0])
     arrays = [_checked(backbone, ids, number) for number, ids in enumerate(prompts)]
     wanted = max(map(len, arrays)) + max_new_tokens + tree.num_nodes
-    max_length = max_length or min(wanted, backbone.config.max_positions)
+    max_length = cache.max_length if cache is not None else min(wanted, backbone.config.max_positions)
+    if cache is not None and len(cache.lengths) < len(arrays):
+        raise ValueError(f"the cache has {len(cache.lengths)} lanes, there are {len(arrays)} prompts")
     for number, ids in enumerate(arrays):
         if len(ids) > max_length:
             raise ValueError(f"prompt {number} has {len(ids)} tokens, its cache {max_length} rows; shorten it")
@@ -126,7 +128,9 @@ def generate_batch(
         Stream(lane, ids, Text(max_new_tokens, stop_ids, stop_strings, tokenizer), rule, drafting, tree)
         for lane, (ids, rule) in enumerate(zip(arrays, rules, strict=True))
     ]
-    cache = BatchCache(backbone.config, len(streams), max_length, backbone.dtype)
+    if cache is None:
+        cache = BatchCache(backbone.config, len(streams), max_length, backbone.dtype)
+    cache.clear()
     with jt.no_grad():
         if head is None:
             _decode(backbone, streams, cache, clock)

@@ -33,6 +33,7 @@ def build_row(prompt_id="p0", **changes):
         "identical": True,
         "finish_reason": "stop",
         "adapted": None,
+        "total_variation": None,
     }
     unknown = set(changes) - set(fields)
     assert not unknown, f"no such field: {unknown}"
@@ -68,6 +69,13 @@ def build_record(rows=None, **changes):
                 "tree": [[0], [1], [0, 0]],
                 "cache_length": 2048,
                 "template": "vicuna",
+                "accept": "greedy",
+                "temperature": None,
+                "top_p": None,
+                "top_k": None,
+                "draft": "top",
+                "epsilon": None,
+                "alpha": None,
             },
             "head": {"hidden_size": 256},
             "repeats": 1,
@@ -112,6 +120,7 @@ def build_record(rows=None, **changes):
         "per_prompt": [row.model_dump(mode="json") for row in rows],
         "head_stats": {"experts": [0.25, 0.75]},
         "adaptation": None,
+        "prediction": None,
     }
     for name, value in changes.items():
         *parents, last = name.split("__")

@@ -83,7 +83,6 @@ def test_an_interrupted_result_is_marked(write_result, capsys):
         ("data__num_prompts", 9, "num_prompts", "2 in {a}; 9 in {b}"),
         ("config__decoding__num_nodes", 16, "tree budget", "64 in {a}; 16 in {b}"),
         ("config__decoding__max_new_tokens", 8, "max_new_tokens", "64 in {a}; 8 in {b}"),
-        ("config__decoding__greedy", False, "greedy", "True in {a}; False in {b}"),
     ],
 )
 def test_each_unequal_condition_is_named_with_its_values_by_file(write_result, field, value, name, shown):

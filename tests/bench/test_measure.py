@@ -2,8 +2,10 @@
 
 import pytest
 
+import bench.attempts
 import bench.measure
 from bench.prompts import Prompt
+from bench.rules import Acceptance
 from decoding.generate import Generation, Timers
 
 
@@ -17,13 +19,16 @@ class Fakes:
         self.head, self.backbone, self.tokenizer, self.cache = "a head", None, self, self
         self.decoder, self.adapts = "a backbone", adapts
         self.sides = ("baseline", "head", "adapted") if adapts else ("baseline", "head")
-        self.max_length = 99
+        self.max_length, self.acceptance, self.batch_size = 99, Acceptance(), 1
 
     def encode_chat(self, messages):
         self.conversations.append([message["content"] for message in messages])
         return [1] * len(messages)
 
-    def decode(self, prompt_ids, side=None):
+    def decode_all(self, prompts, side, rules):
+        return [self.decode(prompt_ids, side, rule) for prompt_ids, rule in zip(prompts, rules, strict=True)]
+
+    def decode(self, prompt_ids, side=None, rule=None):
         if side is None:  # the tokenizer's
             return f" {prompt_ids} "
         self.calls.append(side)
@@ -35,7 +40,7 @@ class Fakes:
 @pytest.mark.parametrize("adapts", [False, True])
 def test_the_history_holds_the_replies_of_the_baseline_for_every_side(adapts):
     setup = Fakes(adapts=adapts)
-    attempt = bench.measure.measure_once(setup, Prompt("p", "c", ("one", "two")), head_first=False)
+    (attempt,) = bench.attempts.attempt_all(setup, [Prompt("p", "c", ("one", "two"))], 0, head_first=False)
     assert setup.conversations == [["one"], ["one", "[11]", "two"]]
     if adapts:
         assert attempt.difference is None  # the head's tokens are those of its own backbone
@@ -47,26 +52,37 @@ def test_the_sides_take_turns_in_going_first(monkeypatch):
     monkeypatch.setattr(bench.measure, "explain", lambda *arguments: None)
     setup, result = Fakes(repeats=2), bench.measure.Measurement()
     for index in range(2):
-        bench.measure.measure_prompt(setup, Prompt(f"p{index}", "c", ("one",)), index, result)
+        bench.measure.measure_prompts(setup, [Prompt(f"p{index}", "c", ("one",))], index, result)
     assert setup.calls == ["baseline", "head", "head", "baseline", "head", "baseline", "baseline", "head"]
     setup = Fakes(adapts=True)
     for index in range(2):
-        bench.measure.measure_prompt(setup, Prompt(f"q{index}", "c", ("one",)), index, result)
+        bench.measure.measure_prompts(setup, [Prompt(f"q{index}", "c", ("one",))], index, result)
     assert setup.calls == ["baseline", "head", "adapted", "head", "baseline", "adapted"]
+
+
+def test_the_turns_of_a_batch_are_asked_together_and_end_one_by_one():
+    setup, asked = Fakes(), []
+    whole = setup.decode_all
+    setup.decode_all = lambda prompts, side, rules: asked.append((side, len(prompts))) or whole(prompts, side, rules)
+    prompts = [Prompt("p", "c", ("one", "two", "three")), Prompt("q", "c", ("one",)), Prompt("r", "c", ("one", "two"))]
+    attempts = bench.attempts.attempt_all(setup, prompts, 0, head_first=True)
+    assert asked == [("head", 3), ("baseline", 3), ("head", 2), ("baseline", 2), ("head", 1), ("baseline", 1)]
+    assert [len(attempt.head.generations) for attempt in attempts] == [3, 1, 2]
+    assert setup.conversations[-1] == ["one", "[11]", "two", "[13]", "three"]
 
 
 def test_of_several_repeats_each_side_keeps_its_median(monkeypatch):
     monkeypatch.setattr(bench.measure, "explain", lambda *arguments: None)
     # in order of the calls: baseline, head; head, baseline; baseline, head
     setup, result = Fakes(repeats=3, seconds=[3, 6, 4, 1, 2, 5]), bench.measure.Measurement()
-    bench.measure.measure_prompt(setup, Prompt("p", "c", ("one",)), 0, result)
+    bench.measure.measure_prompts(setup, [Prompt("p", "c", ("one",))], 0, result)
     (row,) = result.rows
     assert (row.baseline_time_s, row.time_s) == (2.0, 5.0) and result.timers.total_s == 6.0
 
 
 def test_the_adapted_backbones_time_counts_for_neither_side():
     setup, result = Fakes(adapts=True, seconds=[3, 6, 500]), bench.measure.Measurement()
-    bench.measure.measure_prompt(setup, Prompt("p", "c", ("one",)), 0, result)
+    bench.measure.measure_prompts(setup, [Prompt("p", "c", ("one",))], 0, result)
     (row,) = result.rows
     assert (row.baseline_time_s, row.time_s) == (3.0, 6.0)
     assert (result.timers.total_s, result.baseline_timers.total_s) == (7.0, 4.0)
@@ -74,7 +90,7 @@ def test_the_adapted_backbones_time_counts_for_neither_side():
 
 def test_the_texts_of_two_backbones_are_compared_turn_by_turn():
     def stretch(*replies):
-        return bench.measure.Stretch([Generation(ids, None, "stop", 1) for ids in replies])
+        return bench.attempts.Stretch([Generation(ids, None, "stop", 1) for ids in replies])
 
     original = stretch([5, 6, 7], [8, 9])
     for adapted, tokens, agreeing in (
@@ -88,9 +104,9 @@ def test_the_texts_of_two_backbones_are_compared_turn_by_turn():
 
 def test_a_difference_is_counted_from_the_first_turn():
     generations = [Generation([5, 6, 7], None, "stop", 1), Generation([5, 6], None, "stop", 1)]
-    stretch = bench.measure.Stretch(generations)
+    stretch = bench.attempts.Stretch(generations)
     assert stretch.tokens == 3  # the prefill's two left out
-    difference = bench.measure.Difference([1], [5, 6], [5], before=3, position=1)
+    difference = bench.attempts.Difference([1], [5, 6], [5], before=3, position=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench.measure, "logit_gap", lambda *arguments: 0.25)
         found = bench.measure.explain(None, Prompt("p", "c", ("a",)), difference)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import backbone.model
+import bench.attempts
 import bench.compare
 import bench.measure
-import decoding.generate
+import decoding.rules
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
 from bench.record import parse_record, read_record
@@ -217,8 +218,8 @@ def test_decoding_with_the_wrong_backbone_is_seen(folder, tmp_path, monkeypatch,
     """The control of the test above: either side on the original backbone breaks parity."""
     frozen = backbone.model.load_backbone(None, "float16")
     name = "generate" if side == "head" else "generate_autoregressive"
-    right = getattr(bench.measure, name)
-    monkeypatch.setattr(bench.measure, name, lambda _, *arguments, **rules: right(frozen, *arguments, **rules))
+    right = getattr(bench.attempts, name)
+    monkeypatch.setattr(bench.attempts, name, lambda _, *arguments, **rules: right(frozen, *arguments, **rules))
     status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 5, "--out", tmp_path / "out.json")
     assert status == 0 and "prompts gave the tokens of its twin" in err
     record = read_record(tmp_path / "out.json")
@@ -232,7 +233,7 @@ def test_an_adapted_backbone_of_another_shape_is_a_defect_of_the_head(monkeypatc
     other = backbone.model.load_backbone(None, "float32")
     monkeypatch.setattr(type(head), "decoding_backbone", property(lambda self: other))
     with pytest.raises(AssertionError, match="the original's shape and dtype"):
-        bench.measure.Setup(frozen, load_tokenizer(), None, 8, head=head)
+        bench.attempts.Setup(frozen, load_tokenizer(), None, 8, head=head)
 
 
 def test_stats_that_are_no_table_are_refused_before_anything_is_measured(folder, tmp_path):
@@ -264,13 +265,13 @@ def test_a_checkpoint_with_fewer_paths_than_asked_for_is_said(folder, tmp_path):
 
 
 def test_a_wrong_verification_is_seen_and_its_speedup_refused(folder, tmp_path, monkeypatch, capsys):
-    right = decoding.generate.verify_greedy
+    right = decoding.rules.verify_greedy
 
     def wrong(parents, tokens, chosen):
         path, bonus = right(parents, tokens, chosen)
         return path, bonus if len(parents) == 1 else (bonus + 1) % 4096
 
-    monkeypatch.setattr(decoding.generate, "verify_greedy", wrong)
+    monkeypatch.setattr(decoding.rules, "verify_greedy", wrong)
     status, _, err = run(folder, "--nodes", 4, "--num-prompts", 2, "--out-dir", tmp_path)
     assert status == 0 and "only 0 of 2 prompts gave the tokens of its twin" in err
     record = read_record(tmp_path / "gated_rnn.json")
@@ -284,7 +285,7 @@ def test_a_wrong_verification_is_seen_and_its_speedup_refused(folder, tmp_path, 
 
 
 def test_an_interrupted_run_keeps_the_prompts_that_were_finished(folder, tmp_path, monkeypatch):
-    calls, right = [], bench.measure.generate
+    calls, right = [], bench.attempts.generate
 
     def interrupted(*arguments, **rules):
         if rules["max_new_tokens"] == NEW_TOKENS:  # the warm-up asks for fewer
@@ -293,7 +294,7 @@ def test_an_interrupted_run_keeps_the_prompts_that_were_finished(folder, tmp_pat
                 raise KeyboardInterrupt
         return right(*arguments, **rules)
 
-    monkeypatch.setattr(bench.measure, "generate", interrupted)
+    monkeypatch.setattr(bench.attempts, "generate", interrupted)
     status, out, err = run(folder, "--out-dir", tmp_path)
     assert status == 130 and "interrupted" in err
     assert [path.name for path in tmp_path.iterdir()] == ["gated_rnn.json"]

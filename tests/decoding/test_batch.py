@@ -41,6 +41,10 @@ def head(small, request):
     return head
 
 
+def lanes(backbone, max_length, num=8):
+    return BatchCache(backbone.config, num, max_length, "float32")
+
+
 def fields(generation):
     """Everything a Generation says but the clock."""
     return {name: value for name, value in vars(generation).items() if name != "timers"}
@@ -77,11 +81,19 @@ def test_drawn_texts_are_those_drawn_alone(small, kind):
 
 def test_a_text_whose_lane_is_full_goes_on_without_a_head_and_then_ends(small):
     head = build("prompt_lookup", {"num_depths": 4}, small)
-    together = generate_batch(small, head, PROMPTS, TREE, max_new_tokens=NUM_NEW, max_length=48)
+    together = generate_batch(small, head, PROMPTS, TREE, max_new_tokens=NUM_NEW, cache=lanes(small, 48))
     for prompt, result in zip(PROMPTS, together, strict=True):
         alone = generate(small, head, prompt, TREE, max_new_tokens=NUM_NEW, cache=small.new_cache(48))
         assert fields(result) == fields(alone)
     assert {each.finish_reason for each in together} == {"length", "cache"}
+
+
+def test_a_cache_serves_one_batch_after_another(small):
+    cache = lanes(small, 100)
+    first = generate_batch(small, None, PROMPTS, TREE, max_new_tokens=NUM_NEW, cache=cache)
+    generate_batch(small, None, PROMPTS[::-1][:3], TREE, max_new_tokens=5, cache=cache)
+    again = generate_batch(small, None, PROMPTS, TREE, max_new_tokens=NUM_NEW, cache=cache)
+    assert [fields(each) for each in again] == [fields(each) for each in first]
 
 
 def test_the_comparison_notices_a_neighbours_lane(small, monkeypatch):
@@ -117,7 +129,9 @@ def test_batches_that_cannot_be_are_refused(small):
     with pytest.raises(ValueError, match="prompt 0 holds tokens 3 to 64"):
         generate_batch(small, None, [[3, 64], [4]], TREE, max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt 1 has 9 tokens, its cache 8 rows"):
-        generate_batch(small, None, [[3], [4] * 9], TREE, max_new_tokens=4, max_length=8)
+        generate_batch(small, None, [[3], [4] * 9], TREE, max_new_tokens=4, cache=lanes(small, 8))
+    with pytest.raises(ValueError, match="the cache has 1 lanes, there are 2 prompts"):
+        generate_batch(small, None, [[3], [4]], TREE, max_new_tokens=4, cache=lanes(small, 8, 1))
     with pytest.raises(ValueError, match="rules of one kind"):
         generate_batch(small, None, [[3], [4]], TREE, max_new_tokens=4, rules=[Greedy(), Lossless(Sampler())])
     with pytest.raises(ValueError, match="the tree has depth 9"):

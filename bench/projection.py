@@ -1,0 +1,171 @@
+"""What a result might come to on another machine, whose passes ``bench/engine.py`` has timed. No measurement.
+
+With the accept length a as measured, the tree's rows r, and the other machine's milliseconds c of a pass over so many:
+
+    pass = c(r) + m c(1)        m: the measured draft seconds of a pass over the measured seconds of a one-row pass
+    speedup = a c(1) / pass
+
+So three things are assumed. The other machine accepts what this one did: the text is a property of the backbone, and a
+curve of another shape says what such a tree would cost there, not what such a backbone would accept. Drafting keeps
+its price in one-row passes, which is too much where a head is small beside the backbone; the speedup with free drafts,
+a c(1) / c(r), is the bound from above. And a pass is nothing but both. c is interpolated between the rows that were
+timed and not continued behind them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from bench.record import Record
+from bench.summary import Result, format_number, num_passes, parity_failed
+
+ASSUMED = (
+    "projection: accept length as measured; a draft costs as many one-row passes as it did, which is too much where "
+    "the backbone is larger (with free drafts: the bound from above); nothing else of a pass counts"
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One shape of an engine's measurement. curves: for each context, (rows, milliseconds), rows ascending."""
+
+    path: str
+    device: str
+    shape: str
+    dtype: str
+    curves: dict[int, tuple[list[int], list[float]]]
+
+    def nearest(self, context: float) -> int:
+        """The context timed that is nearest to this one; of equals the shorter."""
+        return min(sorted(self.curves), key=lambda each: abs(each - context))
+
+    def ms(self, num_rows: int, context: int) -> float | None:
+        """Milliseconds of a pass, interpolated in rows; None outside the rows that were timed."""
+        rows, milliseconds = self.curves[context]
+        return float(np.interp(num_rows, rows, milliseconds)) if rows[0] <= num_rows <= rows[-1] else None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A result on another machine. draft_passes: m above; context: of the curve used. refused: why there are no
+    figures, else None."""
+
+    label: str
+    nodes: int
+    accept_length: float | None = None
+    draft_passes: float | None = None
+    context: int | None = None
+    verify_ms: float | None = None
+    pass_ms: float | None = None
+    tokens_per_s: float | None = None
+    speedup: float | None = None
+    speedup_free_drafts: float | None = None
+    refused: str | None = None
+
+
+def read_profile(path: str, shape: str | None = None) -> Profile:
+    """A shape of an engine's file, the first without a name. Raises ValueError naming the file, OSError."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: malformed JSON: {error}") from error
+    if not isinstance(data, Mapping) or data.get("kind") != "engine" or data.get("schema_version") != 1:
+        raise ValueError(f"{path}: a profile is a result of bench/engine.py, of kind 'engine' and schema_version 1")
+    try:
+        shapes = {each["name"]: each for each in data["shapes"]}
+        if shape is not None and shape not in shapes:
+            raise ValueError(f"{path}: no shape {shape!r}; there are {', '.join(shapes)}")
+        chosen = shapes[shape or next(iter(shapes), None)]
+        device = (data.get("provenance") or {}).get("device_name") or data["device"]
+        return Profile(path, device, chosen["name"], chosen["dtype"], _curves(chosen["passes"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: a profile needs shapes with name, dtype and passes of rows, context, ms") from error
+
+
+def _curves(passes: Sequence[Mapping]) -> dict[int, tuple[list[int], list[float]]]:
+    """By context; only those that have a one-row pass."""
+    points: dict[int, dict[int, float]] = {}
+    for each in passes:
+        points.setdefault(int(each["context"]), {})[int(each["rows"])] = float(each["ms"])
+    curves = {context: tuple(zip(*sorted(found.items()), strict=True)) for context, found in points.items()}
+    kept = {context: (list(rows), list(ms)) for context, (rows, ms) in curves.items() if rows[0] == 1}
+    if not kept or any(value <= 0 for _, ms in kept.values() for value in ms):
+        raise KeyError("ms")
+    return kept
+
+
+def typical_context(record: Record) -> float:
+    """Rows in the cache half-way through a turn, on average."""
+    rows = record.per_prompt
+    return sum(row.prompt_tokens + row.tokens / 2 for row in rows) / max(1, sum(row.turns for row in rows))
+
+
+def project(result: Result, profile: Profile) -> Projection:
+    """One result on the profile's machine."""
+    record = result.record
+    nodes, length, baseline = record.config.decoding.num_nodes, record.metrics.accept_length, record.baseline
+    if parity_failed(record):
+        return Projection(result.label, nodes, refused="parity failed")
+    if length is None or record.timing.draft_s is None:
+        return Projection(result.label, nodes, refused="nothing measured")
+    draft_passes = 0.0
+    if nodes > 1:
+        if baseline is None or not baseline.tokens or not baseline.total_s:
+            return Projection(result.label, nodes, refused="no baseline to express drafting in")
+        draft_passes = record.timing.draft_s / num_passes(record) / (baseline.total_s / baseline.tokens)
+    context = profile.nearest(typical_context(record))
+    one, verify = profile.ms(1, context), profile.ms(nodes, context)
+    if verify is None:
+        return Projection(result.label, nodes, refused=f"the profile ends at {profile.curves[context][0][-1]} rows")
+    whole = verify + draft_passes * one
+    return Projection(
+        label=result.label,
+        nodes=nodes,
+        accept_length=length,
+        draft_passes=draft_passes,
+        context=context,
+        verify_ms=verify,
+        pass_ms=whole,
+        tokens_per_s=1e3 * length / whole,
+        speedup=length * one / whole,
+        speedup_free_drafts=length * one / verify,
+    )
+
+
+def projection_table(projections: Sequence[Projection], profile: Profile) -> Table:
+    """One row per result; nothing in it but what went in was measured."""
+    title = f"Projection, not measured: {profile.shape}, {profile.dtype}, on {profile.device} ({profile.path})"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("head")
+    names = ("rows", "accept length", "draft (one-row passes)", "verify ms", "pass ms", "tokens/s", "speedup")
+    for name in (*names, "with free drafts", "context"):
+        table.add_column(name, justify="right")
+    for each in projections:
+        figures = (each.accept_length, each.draft_passes, each.verify_ms, each.pass_ms, each.tokens_per_s)
+        cells = [each.label, str(each.nodes), *map(format_number, figures)]
+        cells.append(each.refused or format_number(each.speedup))
+        cells += [format_number(each.speedup_free_drafts), "-" if each.context is None else str(each.context)]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def projection_warnings(results: Sequence[Result], profile: Profile) -> list[str]:
+    """What keeps a projection from being taken at its word."""
+    found = []
+    for result in results:
+        backbone, decoding = result.record.config.backbone, result.record.config.decoding
+        if Path(backbone.path).name != profile.shape:
+            found.append(
+                f"projection: {result.label} was measured on {Path(backbone.path).name} ({backbone.num_layers} layers, "
+                f"{backbone.hidden_size} wide), the profile is of {profile.shape}: another backbone accepts otherwise"
+            )
+        if decoding.tree is None:
+            found.append(f"projection: the tree of {result.label} changes by step; {decoding.num_nodes} rows are used")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,35 @@
+"""Ranks: where a head had the true token among its candidates, and what they say of trees. Pure functions of arrays.
+
+Teacher forcing gives, for each position of a text, the rank of the true token at each depth: 0 where it was the head's
+best guess. Where the text is the backbone's own greedy text, a tree decodes past depth d exactly when the path of the
+first d ranks is in it, so counting paths is counting accepted tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+MAX_RANK = 10  # candidates of a node that are considered; published trees use ranks up to 9
+
+
+def count_paths(ranks: np.ndarray) -> Counter:
+    """How often each path of ranks begins a position's path. ranks: (depth, positions), negative where unknown.
+
+    Worked example: positions with ranks (0, 1), (0, 0), (2, 0) give (0,): 2, (0, 1): 1, (0, 0): 1, (2,): 1, (2, 0): 1.
+    """
+    counts: Counter = Counter()
+    alive = np.ones(ranks.shape[1], bool)
+    for depth in range(ranks.shape[0]):
+        alive &= (ranks[depth] >= 0) & (ranks[depth] < MAX_RANK)
+        paths, times = np.unique(ranks[: depth + 1, alive], axis=1, return_counts=True)
+        counts.update({tuple(int(r) for r in path): int(n) for path, n in zip(paths.T, times, strict=True)})
+    return counts
+
+
+def fitted_paths(counts: Counter, num_nodes: int) -> list[tuple[int, ...]]:
+    """The num_nodes - 1 most frequent paths. A path's count never exceeds its parent's, and ties go to the shorter and
+    then to the lower ranks, so the parent of every chosen path is chosen too: the list is a tree."""
+    ordered = sorted(counts, key=lambda path: (-counts[path], len(path), path))
+    return ordered[: num_nodes - 1]
