@@ -19,10 +19,9 @@ from backbone.tokenizer import ChatTokenizer
 from bench.prompts import Prompt
 from bench.rules import Acceptance
 from decoding.batch import generate_batch
-from decoding.dynamic import DynamicTree
 from decoding.generate import Generation, Timers, first_difference, generate, generate_autoregressive
 from decoding.rules import Rule
-from decoding.tree import Tree
+from decoding.tree import DynamicTree, Tree
 from heads.base import Head
 
 # The sides: the original backbone alone, the backbone that the head changed alone, the head.

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.prompts import PromptSet, join_prompt_sets, load_prompts, spread
-from bench.rules import add_options
+from bench.rules import SAMPLED, add_options
+from bench.trees import DYNAMIC
 from runtime.entry import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,12 +34,14 @@ def build_parser() -> Parser:
     add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
     add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")
     add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
+    add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
     add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
     add("--prompts", "prompt file; may be repeated; without: the embedded one", metavar="FILE", action="append")
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
     add("--max-new-tokens", "longest reply of a turn", metavar="N", type=int, default=128)
     add("--nodes", f"tree budget, root included; 1: no draft (default: {DEFAULT_NODES})", metavar="N", type=int)
-    add("--tree", "auto: as bench/calibrate.py chose; chain:K; or a JSON file of rank paths", metavar="TREE")
+    add("--tree", "auto: as bench/calibrate.py chose; dynamic; chain:K; or a JSON file of rank paths", metavar="TREE")
+    add("--batch-size", "prompts that are decoded at once", metavar="N", type=int, default=1)
     cache_help = f"rows of the key-value cache (default: the backbone's positions, at most {DEFAULT_CACHE})"
     add("--cache-length", cache_help, metavar="N", type=int)
     add("--seed", "of the sample that --num-prompts takes, and of drawn texts", metavar="N", type=int, default=0)
@@ -51,7 +54,8 @@ def build_parser() -> Parser:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The checked options. Raises ValueError for unknown ones, with a suggestion, and for values that make no run."""
     options = build_parser().parse_args(arguments)
-    for name, least in (("nodes", 1), ("max_new_tokens", 1), ("num_prompts", 1), ("repeats", 1), ("cache_length", 2)):
+    least_values = {"nodes": 1, "max_new_tokens": 1, "num_prompts": 1, "repeats": 1, "cache_length": 2, "batch_size": 1}
+    for name, least in least_values.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -59,8 +63,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"--seed must lie between 0 and 2**32 - 1, got {options.seed}")
     if options.out and options.out_dir:
         raise ValueError("--out names one file and --out-dir a folder; give one of them")
-    if options.tree and options.nodes is not None:
+    if options.tree not in (None, DYNAMIC) and options.nodes is not None:
         raise ValueError("--tree already says how many nodes there are; drop --nodes")
+    if options.tree == DYNAMIC and options.draft == SAMPLED:
+        raise ValueError(f"--draft {SAMPLED} needs a tree that is fixed before it is drawn, got --tree {DYNAMIC}")
     return options
 
 

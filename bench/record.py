@@ -46,10 +46,12 @@ class BackboneInfo(_Model):
     num_layers: Count
     vocab_size: Count
     engine: Literal["jittor", "torch"]
+    storage: Literal["float16", "float32", "int8"] | None = None
 
 
 class Decoding(_Model):
-    """num_nodes counts the root; tree lists the paths of child ranks below it, null when it changes by step.
+    """num_nodes counts the root; tree lists the paths of child ranks below it, null when it changes by step; then
+    tree_width nodes are expanded at each depth. batch_size: prompts that were decoded at once.
 
     accept: how drafts were accepted, ``bench.rules``; greedy says whether it is that. draft: the head's best guesses or
     drawn ones. temperature, top_p, top_k: of drawn texts, null for greedy ones; epsilon, alpha: of typical acceptance.
@@ -62,6 +64,8 @@ class Decoding(_Model):
     tree: list[list[Count]] | None
     cache_length: Count | None
     template: str | None
+    tree_width: Count | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 1
     accept: Literal["greedy", "lossless", "typical"] = "greedy"
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Rate | None = None
@@ -186,6 +190,23 @@ class Adaptation(_Model):
     token_agreement: Rate | None
 
 
+class Quantization(_Model):
+    """What keeping the layers' matrices in fewer bits did to the backbone; before and after.
+
+    layer_bytes: of the layers' weights. perplexity: of the assistant's tokens in the held-out conversations of the
+    embedded corpus. greedy_agreement: share of the prompts whose first reply is the original backbone's token for
+    token; token_agreement: tokens before the first difference, over the original's.
+    """
+
+    bits: Annotated[int, Field(ge=1)]
+    layer_bytes_before: Count
+    layer_bytes_after: Count
+    perplexity_before: Annotated[float, Field(gt=0)]
+    perplexity_after: Annotated[float, Field(gt=0)]
+    greedy_agreement: Rate | None
+    token_agreement: Rate | None
+
+
 class Failure(_Model):
     prompt_id: str
     error: str
@@ -278,7 +299,8 @@ class Record(_Model):
     where texts are drawn.
 
     checkpoint: null also for a head that drafts without one, having nothing to train. head_stats: what the head said
-    of itself on its held-out text. adaptation: null for a head that leaves the backbone as it is.
+    of itself on its held-out text. adaptation: null for a head that leaves the backbone as it is. quantization: null
+    for a backbone whose weights are kept as they were read.
     """
 
     schema_version: Literal[1]
@@ -299,6 +321,7 @@ class Record(_Model):
     head_stats: dict[str, Any] = Field(default_factory=dict)
     adaptation: Adaptation | None = None
     prediction: Prediction | None = None
+    quantization: Quantization | None = None
 
     @model_validator(mode="after")
     def _prompt_ids_are_unique(self):

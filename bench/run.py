@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,18 +27,17 @@ from bench.metrics import total_variation
 from bench.options import (
     DEFAULT_CACHE,
     DEFAULT_NODES,
-    DEFAULT_PROMPTS,
     output_path,
     parse,
-    project_path,
     read_prompts,
 )
 from bench.prompts import PromptSet
-from bench.record import KIND, SCHEMA_VERSION, Record, check_writable, parse_record, read_record, to_json, write_record
+from bench.record import Quantization, check_writable, read_record, to_json, write_record
+from bench.recorder import Recorder, Trained, read_stats, source
 from bench.rules import describe, read_acceptance
 from bench.summary import AUTOREGRESSIVE, load_results, summarise
-from bench.trees import Choice, check_room, choose_tree, describe_prediction, parse_tree
-from decoding.tree import Tree, check_tree
+from bench.trees import check_room, choose_tree, describe_prediction, parse_tree
+from decoding.tree import DynamicTree, Tree
 from runtime.entry import INTERRUPTED, run_entry
 
 if TYPE_CHECKING:
@@ -47,32 +45,6 @@ if TYPE_CHECKING:
     from bench.measure import Measurement
 
 NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-@dataclass
-class Trained:
-    """A head that is ready to be measured. directory: its checkpoint, None for one that needs none and has none; out:
-    where its result goes."""
-
-    name: str
-    directory: Path | None
-    config: dict
-    head: object
-    choice: Choice
-    out: Path
-
-    @property
-    def tree(self) -> Tree:
-        """What it drafts with."""
-        return self.choice.tree
-
-
-def read_stats(config: dict, name: str) -> dict:
-    """What the head said of itself on its held-out text. Raises ValueError where that is no table of figures."""
-    stats = config.get("metrics", {}).get("stats", {})
-    if not isinstance(stats, dict):
-        raise ValueError(f"the checkpoint of {name} holds no usable stats: expected an object, got {stats!r}")
-    return stats
 
 
 def fresh_config(name: str) -> dict:
@@ -139,6 +111,7 @@ def load_trained(
     A head of another backbone is passed over unless it was asked for; one that needs no checkpoint does without it.
     Raises ValueError for a checkpoint that does not fit the backbone or the tree, and for several heads with --out.
     """
+    from decoding.dynamic import check_shape
     from heads.checkpoint import load_head
     from heads.registry import available, build, head_class
 
@@ -155,7 +128,7 @@ def load_trained(
         head = load_head(directory, backbone)[0] if directory else build(name, config["head_config"], backbone)
         head.eval()
         own = choose_tree(tree, options.nodes or DEFAULT_NODES, directory, config, head, options.runs, note)
-        check_tree(own.tree, head.num_depths, head.num_draftable)
+        check_shape(own.tree, head, None)
         if directory and config.get("tokenizer", {}).get("fingerprint") != tokenizer.fingerprint:
             note(f"warning: {name} was trained with another tokenizer or chat template; it will draft worse")
         trained.append(Trained(name, directory, config, head, own, output_path(options, name)))
@@ -173,11 +146,6 @@ def note(text: str) -> None:
     NOTES.print(text, markup=False)
 
 
-def source(options: argparse.Namespace) -> str:
-    """The prompt files by name."""
-    return " + ".join(project_path(file) for file in options.prompts or [DEFAULT_PROMPTS])
-
-
 def card(options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], prompts: PromptSet) -> None:
     """Five lines before the work: device, backbone, heads, prompts, decoding."""
     import runtime
@@ -185,119 +153,42 @@ def card(options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], 
     c, backbone = setup.backbone.config, setup.backbone
     heads = [f"{t.name} ({t.head.num_parameters / 1e6:.2f} M, {t.head.num_depths} depths)" for t in trained]
     nodes = "/".join(dict.fromkeys(str(t.tree.num_nodes) for t in trained)) or "1"
+    shape = f"{'up to ' if any(isinstance(t.tree, DynamicTree) for t in trained) else ''}{nodes} nodes"
+    batch = f", {setup.batch_size} prompts at once" if setup.batch_size > 1 else ""
     note(f"device    {runtime.device} ({runtime.device_reason})")
     note(
         f"backbone  {options.backbone or 'embedded tiny-vicuna'} {backbone.fingerprint}, {c.num_layers} layers, "
-        f"{c.hidden_size} wide, {backbone.dtype}"
+        f"{c.hidden_size} wide, {backbone.storage}"
     )
     note(f"head      {', '.join(heads) or 'none: autoregressive decoding alone'}")
     note(f"data      {source(options)}, {len(prompts.prompts)} prompts")
     note(
-        f"decoding  {describe(setup.acceptance.fields())}, {nodes} nodes, at most {options.max_new_tokens} new "
+        f"decoding  {describe(setup.acceptance.fields())}, {shape}{batch}, at most {options.max_new_tokens} new "
         f"tokens a turn, cache of {setup.cache.max_length} rows, {options.repeats} repeat(s)"
     )
 
 
-class Recorder:
-    """Turns measurements into records: holds what all records of a run have in common."""
+def quantize_report(options: argparse.Namespace, setup: Setup, prompts: PromptSet) -> Quantization:
+    """What 8 bits did to the backbone, measured before anything is timed."""
+    from backbone.model import load_backbone
+    from bench.quantization import compare_backbones
 
-    def __init__(self, options: argparse.Namespace, setup: Setup, prompts: PromptSet):
-        import runtime
-        from backbone.tokenizer import EMBEDDED
-
-        c, backbone = setup.backbone.config, setup.backbone
-        self.setup, self.prompts, self.provenance = setup, prompts, runtime.provenance(options.seed)
-        self.backbone = {
-            "path": project_path(options.backbone or EMBEDDED),
-            "fingerprint": backbone.fingerprint,
-            "dtype": backbone.dtype,
-            "hidden_size": c.hidden_size,
-            "num_layers": c.num_layers,
-            "vocab_size": c.vocab_size,
-            "engine": "jittor",
-        }
-        self.decoding = {
-            **setup.acceptance.fields(),
-            "max_new_tokens": options.max_new_tokens,
-            "cache_length": setup.cache.max_length,
-            "template": options.template,
-        }
-        self.source = source(options)
-
-    def _record(self, name: str, measured: Measurement, rows, timers, tree: Tree, **own) -> Record:
-        """own: top-level keys that only a head's record fills."""
-        from bench.measure import timing
-        from bench.metrics import aggregate
-
-        metrics, categories = aggregate(rows)
-        shape = {"num_nodes": tree.num_nodes, "tree_depth": tree.depth, "tree": tree.paths}
-        config = {"backbone": self.backbone, "decoding": {**self.decoding, **shape}, "repeats": self.setup.repeats}
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
-            "status": "interrupted" if measured.interrupted else "complete",
-            "head": name,
-            "config": {**config, "head": own.pop("head_config", {})},
-            "provenance": self.provenance,
-            "checkpoint": None,
-            "data": {
-                "path": self.source,
-                "sha256": self.prompts.sha256,
-                "num_prompts": len(self.prompts.prompts),
-                "dropped": {**self.prompts.dropped, "turns_past_the_cache": measured.dropped_turns},
-            },
-            "baseline": None,
-            "metrics": metrics,
-            "timing": timing(timers),
-            "parity": None,
-            "failures": measured.failures,
-            "categories": categories,
-            "per_prompt": rows,
-        }
-        return parse_record({**record, **own}, f"the result of {name}")
-
-    def baseline(self, measured: Measurement) -> Record:
-        """The record of autoregressive decoding itself."""
-        rows, timers = measured.baseline_rows, measured.baseline_timers
-        return self._record(AUTOREGRESSIVE, measured, rows, timers, Tree.autoregressive())
-
-    def head(self, trained: Trained, measured: Measurement) -> Record:
-        """The record of a head, with what the baseline did on the same prompts."""
-        stats = read_stats(trained.config, trained.name)
-        return self._record(
-            trained.name,
-            measured,
-            measured.rows,
-            measured.timers,
-            trained.tree,
-            head_config=trained.config["head_config"],
-            checkpoint=describe_checkpoint(trained) if trained.directory else None,
-            baseline=measured.baseline,
-            parity=measured.parity,
-            head_stats=stats,
-            adaptation=measured.adaptation(stats),
-            prediction=trained.choice.prediction if self.setup.acceptance.exact else None,
-        )
-
-
-def describe_checkpoint(trained: Trained) -> dict:
-    """The ``checkpoint`` of a record."""
-    from heads.checkpoint import weights_sha256
-
-    progress = trained.config.get("run", {})
-    return {
-        "path": project_path(trained.directory),
-        "sha256": weights_sha256(trained.directory),
-        "parameters": trained.head.num_parameters,
-        "train_steps": progress.get("steps"),
-        "train_tokens": progress.get("tokens"),
-        "train_s": progress.get("train_s"),
-        "seed": trained.config.get("trainer", {}).get("seed"),
-    }
+    original = load_backbone(options.backbone, options.dtype)
+    found = compare_backbones(dataclasses.replace(setup, backbone=original), setup, prompts.prompts)
+    note(
+        f"8 bits    layers take {found.layer_bytes_after / found.layer_bytes_before:.2f} of their bytes; perplexity "
+        f"{found.perplexity_before:.4f} to {found.perplexity_after:.4f}; {found.greedy_agreement or 0:.0%} of the "
+        f"first replies are the original's, {found.token_agreement or 0:.0%} of their tokens up to the first difference"
+    )
+    return found
 
 
 def measure_all(
-    options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], prompts: PromptSet
+    options: argparse.Namespace,
+    setup: Setup,
+    trained: Sequence[Trained],
+    prompts: PromptSet,
+    quantization: Quantization | None = None,
 ) -> tuple[list[Path], bool]:
     """Measure head after head and write each result as soon as it is there; returns (paths, interrupted).
 
@@ -308,7 +199,7 @@ def measure_all(
 
     for each in trained:
         read_stats(each.config, each.name)
-    recorder, written, interrupted = Recorder(options, setup, prompts), [], False
+    recorder, written, interrupted = Recorder(options, setup, prompts, quantization), [], False
     whole = options.num_prompts is None and not options.out
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     columns += (TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -394,14 +285,15 @@ def main(arguments: Sequence[str]) -> int:
     from bench.compare import show_table, summary_table
 
     found = find_trained(options)
-    backbone = load_backbone(options.backbone, options.dtype)
+    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit)
     runtime.set_seed(options.seed)
     trained = load_trained(options, found, backbone, tokenizer, tree)
     check_room(max((each.tree.num_nodes for each in trained), default=1), cache_length)
     cache = backbone.new_cache(cache_length)
-    setup = Setup(backbone, tokenizer, cache, options.max_new_tokens, options.repeats, acceptance)
+    setup = Setup(backbone, tokenizer, cache, options.max_new_tokens, options.repeats, acceptance, options.batch_size)
     card(options, setup, trained, prompts)
-    written, interrupted = measure_all(options, setup, trained, prompts)
+    quantization = quantize_report(options, setup, prompts) if options.load_in_8bit else None
+    written, interrupted = measure_all(options, setup, trained, prompts, quantization)
     if written:
         results, _ = load_results([str(path) for path in written])
         show_table(summary_table([summarise(result) for result in results]))

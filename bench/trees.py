@@ -1,6 +1,7 @@
 """Which tree a head is measured with, and what is predicted of it: --tree, --nodes, calibrations and checkpoints.
 
     --tree auto       the tree that bench/calibrate.py found fastest for this head on this machine
+    --tree dynamic    shaped anew in every pass, by the head's confidence; --nodes says how large
     --tree chain:3    three tokens one behind the other; chain:0 drafts nothing
     --tree FILE       a JSON list of rank paths, or a calibration, whose tree is taken
     --nodes 16        the best shape of so many nodes: by the head's calibration, else by its checkpoint
@@ -27,9 +28,10 @@ from bench.calibration import (
 )
 from bench.record import Prediction, Record
 from bench.summary import format_number
-from decoding.tree import Tree, default_tree
+from decoding.tree import DynamicTree, Tree, default_tree
 
-AUTO, CHAIN = "auto", "chain:"
+AUTO, CHAIN, DYNAMIC = "auto", "chain:", "dynamic"
+WIDTH = 8  # nodes a dynamic tree expands at each depth, and their candidates
 
 Note = Callable[[str], None]
 
@@ -38,21 +40,23 @@ Note = Callable[[str], None]
 class Choice:
     """A head's tree, and what its calibration predicts of it; None where that does not know this tree."""
 
-    tree: Tree
+    tree: Tree | DynamicTree
     prediction: Prediction | None = None
 
 
 def parse_tree(text: str) -> Tree | str:
-    """What --tree says: a tree, or AUTO. Raises ValueError naming what is wrong, OSError for an unreadable file."""
-    if text == AUTO:
-        return AUTO
+    """What --tree says: a tree, AUTO or DYNAMIC. ValueError names what is wrong, OSError an unreadable file."""
+    if text in (AUTO, DYNAMIC):
+        return text
     if text.startswith(CHAIN):
         count = text.removeprefix(CHAIN)
         if not (count.isascii() and count.isdigit()):
             raise ValueError(f"--tree chain:K takes a number of draft tokens from 0, got {text!r}")
         return Tree.chain(int(count))
     if not Path(text).exists():
-        raise ValueError(f"--tree takes {AUTO}, {CHAIN}K or a JSON file of rank paths; there is no file {text!r}")
+        raise ValueError(
+            f"--tree takes {AUTO}, {DYNAMIC}, {CHAIN}K or a JSON file of rank paths; there is no file {text!r}"
+        )
     return read_tree(text)
 
 
@@ -107,6 +111,8 @@ def choose_tree(
     """
     import runtime
 
+    if asked == DYNAMIC:
+        return Choice(dynamic_tree(nodes, head))
     name, path = config["head"], calibration_path(directory, config["head"], runs)
     calibration = read_calibration(path) if path.exists() else None
     if calibration is None:
@@ -127,6 +133,19 @@ def choose_tree(
     else:
         tree = asked or stored_tree(config, head.num_depths, nodes, note)
     return Choice(tree, None if other_head else predict(calibration, tree, str(path), same_machine=not other_machine))
+
+
+def dynamic_tree(nodes: int, head) -> DynamicTree:
+    """As deep as the head goes and ``WIDTH`` wide, or as wide as its vocabulary. ValueError for too many nodes."""
+    return DynamicTree(nodes, head.num_depths, min(WIDTH, head.num_draftable))
+
+
+def shape_fields(tree: Tree | DynamicTree) -> dict:
+    """What ``config.decoding`` of a record says of it."""
+    sizes = {"num_nodes": tree.num_nodes, "tree_depth": tree.depth}
+    if isinstance(tree, DynamicTree):
+        return {**sizes, "tree": None, "tree_width": tree.width}
+    return {**sizes, "tree": tree.paths}
 
 
 def stored_tree(config: dict, num_depths: int, nodes: int, note: Note) -> Tree:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from backbone.cache import BatchCache
-from decoding.dynamic import DynamicTree, check_shape, fill
+from decoding.dynamic import check_shape, fill
 from decoding.generate import Clock, Generation, accepted_features, count_depths, evaluating
 from decoding.rules import Greedy, Rule
 from decoding.text import Text
-from decoding.tree import Tree
+from decoding.tree import DynamicTree, Tree
 from heads.base import Features
 from ops.decoder_layer import RowPlan
 from runtime import jt

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from decoding.dynamic import DynamicTree, check_shape, fill
+from decoding.dynamic import check_shape, fill
 from decoding.rules import Greedy, Rule
 from decoding.text import Text
-from decoding.tree import Tree
+from decoding.tree import DynamicTree, Tree
 from heads.base import Features
 from ops.select import top_k
 from runtime import jt

@@ -230,3 +230,34 @@ def check_tree(tree: Tree, head_depths: int, vocab_size: int) -> None:
             f"the tree takes {tree.max_rank + 1} candidates of a node, the vocabulary has {vocab_size} tokens; "
             "use a tree with fewer children"
         )
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """How large a tree may grow that every pass shapes for itself (``decoding.dynamic``): ``num_nodes`` with the root,
+    ``depth`` levels, ``width`` expanded nodes a level with ``width`` candidates each. Raises ValueError for sizes that
+    make no such tree.
+    """
+
+    num_nodes: int
+    depth: int
+    width: int = 8
+
+    def __post_init__(self):
+        if self.depth < 1 or self.width < 1 or self.num_nodes < 2:
+            raise ValueError(
+                f"a dynamic tree needs 2 nodes, a depth and a width of 1 at least; got {self.num_nodes}, {self.depth} "
+                f"and {self.width}"
+            )
+        most = self.depth * self.width**2 + self.width - self.width**2 + 1
+        if self.num_nodes > most:
+            raise ValueError(
+                f"depth {self.depth} and width {self.width} give at most {most} nodes, asked for {self.num_nodes}"
+            )
+
+    def check(self, head_depths: int, vocab_size: int) -> None:
+        """Raises ValueError where a head of ``head_depths`` tokens over ``vocab_size`` words cannot draft as deep and
+        wide."""
+        check_tree(Tree.chain(self.depth), head_depths, vocab_size)
+        if self.width > vocab_size:
+            raise ValueError(f"the width is {self.width}, the head's vocabulary has {vocab_size} tokens")

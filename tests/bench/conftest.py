@@ -60,6 +60,7 @@ def build_record(rows=None, **changes):
                 "num_layers": 4,
                 "vocab_size": 4096,
                 "engine": "jittor",
+                "storage": "float16",
             },
             "decoding": {
                 "greedy": True,
@@ -69,6 +70,8 @@ def build_record(rows=None, **changes):
                 "tree": [[0], [1], [0, 0]],
                 "cache_length": 2048,
                 "template": "vicuna",
+                "tree_width": None,
+                "batch_size": 1,
                 "accept": "greedy",
                 "temperature": None,
                 "top_p": None,
@@ -121,6 +124,7 @@ def build_record(rows=None, **changes):
         "head_stats": {"experts": [0.25, 0.75]},
         "adaptation": None,
         "prediction": None,
+        "quantization": None,
     }
     for name, value in changes.items():
         *parents, last = name.split("__")

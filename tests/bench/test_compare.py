@@ -82,6 +82,9 @@ def test_an_interrupted_result_is_marked(write_result, capsys):
         ("data__sha256", "babe", "prompts sha256", "cafe in {a}; babe in {b}"),
         ("data__num_prompts", 9, "num_prompts", "2 in {a}; 9 in {b}"),
         ("config__decoding__num_nodes", 16, "tree budget", "64 in {a}; 16 in {b}"),
+        ("config__backbone__storage", "int8", "weights differs", "float16 in {a}; int8 in {b}"),
+        ("config__decoding__tree", None, "kind of tree", "fixed in {a}; dynamic in {b}"),
+        ("config__decoding__batch_size", 8, "batch_size", "1 in {a}; 8 in {b}"),
         ("config__decoding__max_new_tokens", 8, "max_new_tokens", "64 in {a}; 8 in {b}"),
     ],
 )

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from decoding.batch import generate_batch
-from decoding.dynamic import DynamicTree, Level, assemble, best, draft_dynamic
+from decoding.dynamic import Level, assemble, best, draft_dynamic
 from decoding.generate import generate, generate_autoregressive
 from decoding.rules import Lossless
 from decoding.sampling import Sampler
+from decoding.tree import DynamicTree
 from heads.base import Head
 from heads.registry import build
 from runtime import jt

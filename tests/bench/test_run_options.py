@@ -1,0 +1,141 @@
+"""What --batch-size, --tree dynamic and --load-in-8bit change in a result, and what they must not."""
+
+import contextlib
+import functools
+import io
+import json
+
+import numpy as np
+import pytest
+
+import backbone.model
+import bench.quantization
+from backbone.tokenizer import load_tokenizer
+from bench.quantization import agreement, perplexity
+from bench.record import read_record
+from bench.run import main
+from ops.decoder_layer import RowPlan
+from runtime.entry import run_entry
+from trainer.data import TokenizedData
+
+TURNS = (
+    ["Please book a table for two."],
+    ["What films do you like?", "And music?"],
+    ["Tell me a story about a fox."],
+    ["Repeat after me: one two three one two three."],
+    ["What is 3 plus 4?"],
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_backbone():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone.model, "load_backbone", functools.cache(backbone.model.load_backbone))
+        yield
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"question_id": n, "category": "c", "turns": turns} for n, turns in enumerate(TURNS)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def measured(prompts, tmp_path):
+    """measured(*options) -> (record of prompt_lookup, stderr)."""
+
+    def run(*options):
+        given = ["--head", "prompt_lookup", "--runs", tmp_path / "none", "--prompts", prompts, "--max-new-tokens", 24]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = run_entry(main, [*map(str, given), "--out-dir", str(tmp_path), *map(str, options)])
+        assert status == 0, err.getvalue()
+        return read_record(tmp_path / "prompt_lookup.json"), err.getvalue()
+
+    return run
+
+
+def counts(record):
+    """What a prompt's row says but for the clock."""
+    return [
+        (r.prompt_id, r.turns, r.tokens, r.passes, r.accepted_by_depth, r.baseline_tokens) for r in record.per_prompt
+    ]
+
+
+def test_a_batch_counts_what_prompts_alone_count(measured):
+    alone, _ = measured("--greedy", "--nodes", 6)
+    together, err = measured("--greedy", "--nodes", 6, "--batch-size", 3)
+    assert counts(together) == counts(alone)
+    assert (alone.config.decoding.batch_size, together.config.decoding.batch_size) == (1, 3)
+    assert together.parity.identical == together.parity.prompts == len(TURNS)
+    assert "3 prompts at once" in err
+    stages = together.timing.model_dump()
+    total = stages.pop("total_s")
+    assert sum(stages.values()) == pytest.approx(total, rel=1e-6) and total > 0
+
+
+def test_drawn_texts_are_the_same_in_a_batch(measured):
+    drawn = ("--accept", "lossless", "--temperature", 0.5, "--seed", 3, "--nodes", 6)
+    assert counts(measured(*drawn)[0]) == counts(measured(*drawn, "--batch-size", 4)[0])
+
+
+def test_a_dynamic_tree_keeps_parity_and_is_recorded_as_one(measured):
+    record, err = measured("--greedy", "--tree", "dynamic", "--nodes", 6)
+    decoding = record.config.decoding
+    assert (decoding.tree, decoding.num_nodes, decoding.tree_width) == (None, 6, 8)
+    assert record.parity.identical == len(TURNS) and record.metrics.accept_length > 1
+    assert "up to 6 nodes" in err
+
+
+def test_8_bits_are_measured_against_the_original(measured):
+    record, err = measured("--greedy", "--load-in-8bit", "--nodes", 4)
+    found = record.quantization
+    assert record.config.backbone.storage == "int8" and found.bits == 8
+    assert found.layer_bytes_after < 0.53 * found.layer_bytes_before
+    assert 2 < found.perplexity_before < 3 and 0 < abs(found.perplexity_after / found.perplexity_before - 1) < 0.01
+    assert 0 < found.greedy_agreement <= 1 and found.greedy_agreement <= found.token_agreement <= 1
+    assert record.parity.identical == len(TURNS)  # with its own twin
+    assert "8 bits    layers take 0.5" in err
+    assert measured("--greedy", "--nodes", 4)[0].quantization is None
+
+
+def test_perplexity_is_that_of_the_assistants_tokens():
+    frozen = backbone.model.load_backbone()
+    talk = [{"role": "user", "content": "Hello there."}, {"role": "assistant", "content": "Hi, how are you today?"}]
+    ids, mask = (np.array(each) for each in load_tokenizer().encode_with_mask(talk))
+    data = TokenizedData.of([(ids.astype(np.int32), mask.astype(bool))] * 2)
+    logits = frozen.forward(ids[None].astype(np.int32), attend=RowPlan.chain(len(ids))).logits.numpy()[0].astype(float)
+    rows = np.flatnonzero(mask[1:])
+    scores = logits[rows] - np.log(np.exp(logits[rows]).sum(1, keepdims=True))
+    expected = np.exp(-scores[np.arange(len(rows)), ids[rows + 1]].mean())
+    assert perplexity(frozen, data) == pytest.approx(expected, rel=1e-4)
+    shifted = TokenizedData.of([(ids.astype(np.int32), np.ones(len(ids), bool))])
+    assert perplexity(frozen, shifted) != pytest.approx(expected, rel=1e-2)  # the user's tokens would be noticed
+
+
+def test_texts_agree_up_to_their_first_difference():
+    assert agreement([[1, 2, 3], [5]], [[1, 2, 4], [5]]) == (0.5, 0.75)
+    assert agreement([[1, 2]], [[1, 2, 3]]) == (0.0, 1.0)
+    assert agreement([], []) == (None, None)
+    assert agreement([[]], [[]]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--tree", "dynamic", "--accept", "lossless", "--draft", "sampled"], "needs a tree that is fixed"),
+        (["--tree", "dynamic", "--nodes", "1"], "a dynamic tree needs 2 nodes"),
+        (["--tree", "dynamic", "--nodes", "500"], "asked for 500"),
+        (["--tree", "dynamik"], "--tree takes auto, dynamic, chain:K or a JSON file"),
+        (["--tree", "chain:2", "--nodes", "3"], "--tree already says how many nodes there are"),
+    ],
+)
+def test_options_that_make_no_run_are_refused(prompts, tmp_path, options, message):
+    err = io.StringIO()
+    given = ["--head", "prompt_lookup", "--runs", str(tmp_path), "--prompts", str(prompts), "--out-dir", str(tmp_path)]
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        assert run_entry(main, [*given, *options]) == 2
+    assert message in err.getvalue()
