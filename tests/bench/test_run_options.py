@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import backbone.model
-import bench.quantization
 from backbone.tokenizer import load_tokenizer
 from bench.quantization import agreement, perplexity
 from bench.record import read_record
