@@ -88,6 +88,7 @@ class Backbone:
         tied = c.tie_embeddings
         tensors.pop("lm_head.weight", None) if tied else None
         head = embedding if tied else take("lm_head.weight")
+        del embedding  # its Var has a copy of its own; packing the head makes another
         self.lm_head = PackedLinear(head)
 
     @functools.cached_property

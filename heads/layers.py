@@ -108,7 +108,7 @@ class DepthLMHeads(jt.nn.ModuleList):
             raise ValueError(f"lm_head must be one of {', '.join(LM_HEADS)}, got {kind!r}")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        num_out, dim = backbone.lm_head_weight.shape
+        num_out, dim = backbone.config.vocab_size, backbone.config.hidden_size
         if kind == "own":
             weight = backbone.lm_head_weight.numpy()
             own = [Linear(dim, num_out, bias=False, weight=weight) for _ in range(num_depths)]

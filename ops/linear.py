@@ -17,8 +17,10 @@ def pack(weight: np.ndarray) -> np.ndarray:
     """
     num_out, num_in = weight.shape
     blocks = -(-num_out // LANES)
-    padded = np.zeros((blocks * LANES, num_in), weight.dtype)
-    padded[:num_out] = weight
+    padded = weight
+    if num_out % LANES:
+        padded = np.zeros((blocks * LANES, num_in), weight.dtype)
+        padded[:num_out] = weight
     return np.ascontiguousarray(padded.reshape(blocks, LANES, num_in).transpose(0, 2, 1))
 
 

@@ -1,0 +1,285 @@
+"""What a pass must move and compute, who is timed when, and the file that a measurement leaves."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from small import small_config
+
+from backbone.cache import KVCache
+from bench import engine, footprint, gauges, shapes
+from bench.engine_record import parse_engine_record, read_engine_record
+from bench.footprint import pass_calls
+from bench.loop import Generation, stages
+from bench.passes import bounded, fill
+from bench.shapes import (
+    SHAPES,
+    cache_bytes,
+    check_memory,
+    largest_matrix,
+    pass_bytes,
+    pass_flops,
+    random_weights,
+    shape_config,
+    weight_bytes,
+)
+from decoding.generate import Timers
+from runtime.entry import run_entry
+
+# The worked example: 44 weights in products (12 + 4 + 12 + 6 in the layer, 10 in the head).
+HAND = dataclasses.replace(
+    small_config(),
+    num_layers=1,
+    hidden_size=2,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    intermediate_size=3,
+    vocab_size=5,
+)
+
+
+# What a pass needs ---------------------------------------------------------------------------------------------------
+
+
+def test_flops_and_bytes_of_the_worked_example():
+    assert pass_flops(HAND, rows=2, context=3) == 248
+    assert pass_bytes(HAND, "float16", rows=2, context=3) == 160
+    assert pass_bytes(HAND, "float32", rows=2, context=3) == 2 * 96 + 24 + 2 * 40
+    assert pass_flops(HAND, rows=1, context=0) == 2 * 44 + 4 * 2  # a row sees itself
+
+
+def test_grouped_queries_read_fewer_keys_and_compute_as_much():
+    grouped = dataclasses.replace(small_config(), num_kv_heads=1)
+    single = dataclasses.replace(small_config(), num_kv_heads=4)
+    assert 4 * cache_bytes(grouped, "float16", 10) == cache_bytes(single, "float16", 10)
+    more = [pass_flops(c, 3, 10) - pass_flops(c, 3, 0) for c in (grouped, single)]
+    assert more[0] == more[1] == 4 * 2 * 4 * 8 * 3 * 10  # 2 layers, 4 heads of 8, 3 rows, 10 keys
+
+
+def test_the_large_shapes_have_the_published_numbers_of_weights():
+    # norms are float32, the rest float16
+    for name, parameters in (("1.1b", 1_100_048_384), ("7b", 6_738_415_616)):
+        config = SHAPES[name]
+        norms = (2 * config.num_layers + 1) * config.hidden_size
+        assert weight_bytes(config, "float16") == 2 * parameters + 2 * norms
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_random_weights_take_the_bytes_that_are_counted(dtype):
+    config = small_config()
+    tensors = random_weights(config, dtype)
+    assert sum(t.nbytes for t in tensors.values()) == weight_bytes(config, dtype)
+    matrix = tensors["model.layers.0.mlp.down_proj.weight"].astype(np.float32)
+    assert abs(matrix.std() * matrix.shape[1] ** 0.5 - 1) < 0.1
+    np.testing.assert_array_equal(matrix, random_weights(config, dtype)["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_the_largest_matrix_is_found_inside_and_outside_the_layers():
+    assert largest_matrix(SHAPES["1.1b"]) == ("lm_head", 32000, 2048)
+    assert largest_matrix(small_config()) == ("gate_up", 112, 32)
+
+
+def test_shares_of_the_worked_example():
+    bounds = SimpleNamespace(read_gb_s=40.0, fma_gflop_s=100.0)
+    found = bounded(4, {"ms": 100.0, "ms_low": 90.0, "ms_high": 110.0}, flops=10**9, moved=2 * 10**9, bounds=bounds)
+    assert found["bandwidth_share"] == pytest.approx(0.5) and found["peak_share"] == pytest.approx(0.1)
+
+
+def test_a_filled_cache_has_keys_in_every_row_and_padding_stays_zero():
+    config = small_config()
+    cache = KVCache(config, 10, "float16")
+    assert not cache.data.numpy().any()
+    fill(cache, config)
+    rows = cache.data.numpy()
+    assert (np.abs(rows[..., : config.head_dim]).max(-1) > 0).all() and not rows[..., config.head_dim :].any()
+
+
+# The clock -----------------------------------------------------------------------------------------------------------
+
+
+def test_functions_take_turns_and_each_round_begins_with_another():
+    called = []
+    functions = {name: lambda name=name: called.append(name) for name in "abc"}
+    seconds = gauges.interleave(functions, repeats=3, turn_s=0)
+    assert "".join(called) == "aabbcc" + "abc" + "bca" + "cab"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_short_calls_are_repeated_within_a_turn_and_long_ones_are_not(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gauges.time, "perf_counter", lambda: now[0])
+    calls = {"short": [], "long": []}
+
+    def advance(name, by):
+        calls[name].append(by)
+        now[0] += by
+
+    functions = {"short": lambda: advance("short", 0.01), "long": lambda: advance("long", 1.0)}
+    seconds = gauges.interleave(functions, repeats=2, turn_s=0.05)
+    assert len(calls["short"]) == 2 + 2 * (1 + 5)  # warm-up, and per turn one that brings the caches back
+    assert len(calls["long"]) == 2 + 2
+    assert seconds["short"] == pytest.approx([0.01, 0.01]) and seconds["long"] == pytest.approx([1.0, 1.0])
+
+
+def test_a_function_may_bring_its_own_seconds():
+    assert gauges.interleave({"there": lambda: 2.5, "here": lambda: None}, 1, turn_s=0)["there"] == [2.5]
+
+
+def test_the_spread_is_the_median_and_the_quartiles():
+    assert gauges.spread_ms([0.001, 0.002, 0.003, 0.004, 0.005]) == {"ms": 3.0, "ms_low": 2.0, "ms_high": 4.0}
+    assert gauges.spread_ms([0.010], per=5)["ms"] == pytest.approx(2.0)
+
+
+def generation(**stage):
+    timers = Timers(**stage)
+    return Generation([1] * 5, None, "length", 3, num_passes=4, timers=timers)
+
+
+def test_stages_per_step_and_the_part_of_the_wall_clock_that_they_miss():
+    spent = {"prefill_s": 1.0, "draft_s": 2.0, "verify_s": 3.0, "accept_s": 1.0, "cache_s": 1.0, "host_s": 1.8}
+    found = stages(16, [(10.0, generation(**spent, total_s=9.8))])
+    assert found.wall_gap_percent == pytest.approx(2.0)
+    assert found.step_ms == pytest.approx(8800 / 4) and found.outside_ms == pytest.approx(3800 / 4)
+    assert found.tokens_per_s == pytest.approx(4 / 8.8) and found.steps == 4
+    # the gap is the worst of the repeats, not their median
+    several = [(9.8, generation(**spent, total_s=9.8))] * 4 + [(19.6, generation(**spent, total_s=9.8))]
+    assert stages(16, several).wall_gap_percent == pytest.approx(50.0)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shape_that_does_not_fit_is_refused_with_both_figures():
+    config = SHAPES["7b"]
+    needed = shapes.BUILD_FACTOR * weight_bytes(config, "float16") + cache_bytes(config, "float16", 1000)
+    check_memory("7b", config, "float16", 1000, int(needed) + 1)  # the control: this much is enough
+    with pytest.raises(ValueError, match=r"shape 7b in float16 needs 19\.\d\d GB of memory, 8\.00 GB are available"):
+        check_memory("7b", config, "float16", 1000, 8 * 10**9)
+
+
+def test_available_memory_heeds_the_control_group(tmp_path):
+    free = gauges.available_memory(tmp_path / "none")
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert gauges.available_memory(tmp_path) == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert gauges.available_memory(tmp_path) > 3000 and free > 3000
+
+
+def test_the_peak_of_the_memory_is_seen_and_forgotten():
+    if not gauges.reset_peak():
+        pytest.skip("this system does not tell the peak")
+    before = gauges.peak_rss()
+    np.ones(50_000_000, np.uint8)
+    assert gauges.peak_rss() - before > 40_000_000
+    gauges.reset_peak()
+    assert gauges.peak_rss() - before < 40_000_000
+
+
+@pytest.mark.parametrize(("status", "message"), [(-9, "signal 9: there is not enough memory"), (1, "failed")])
+def test_a_build_that_dies_is_reported(monkeypatch, status, message):
+    done = subprocess.CompletedProcess([], status, stdout="")
+    monkeypatch.setattr(footprint.subprocess, "run", lambda *args, **options: done)
+    with pytest.raises(ValueError, match=message):
+        footprint.footprint("tiny", small_config(), "float16", [1], 8)
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "1.1g"], r"Unknown shape '1.1g'. Did you mean '1.1b'\? Available: 1.1b, 110m, 7b, tiny-vicuna"),
+        (["--rows", "0,4"], "--rows must be at least 1, got 0"),
+        (["--rows", "1,two"], "--rows takes whole numbers with commas between, such as 1,2,4; got '1,two'"),
+        (["--contexts", ""], "--contexts takes whole numbers"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--steps", "5", "--no-loop"], "--steps is a part of the decoding loop"),
+        (["--dtype", "float8"], "float8"),
+        (["--raws", "1"], "Did you mean '--rows'"),
+        (["--plot", "picture.gif"], "a plot ends in"),
+        (["--shape", "tiny-vicuna", "--contexts", "500"], "none of the contexts .500. leaves room for 64 rows"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("bench.passes.time_shape", lambda *a: pytest.fail("measured all the same"))
+    assert run_entry(engine.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        engine.main(arguments)
+
+
+def test_memory_is_checked_before_anything_is_built(monkeypatch):
+    monkeypatch.setattr("bench.passes.available_memory", lambda: 10**9)
+    monkeypatch.setattr("bench.passes.time_shape", lambda *a: pytest.fail("measured all the same"))
+    with pytest.raises(ValueError, match=r"shape 1\.1b in float16 needs"):
+        engine.main(["--shape", "110m", "1.1b", "--no-loop"])
+
+
+@pytest.fixture
+def small_shape(monkeypatch):
+    """The shape "small": the random backbone of the other tests."""
+    monkeypatch.setitem(SHAPES, "small", small_config())
+    assert shape_config("small").vocab_size == 64
+
+
+def run_small(path, *more):
+    arguments = ["--shape", "small", "--rows", "1,3", "--contexts", "5,40,200", "--repeats", "2", "--out", str(path)]
+    assert engine.main([*arguments, *more]) == 0
+
+
+def test_a_run_leaves_a_valid_file_a_plot_and_the_same_json(small_shape, tmp_path, capsys):
+    path, plot = tmp_path / "deep" / "engine.json", tmp_path / "engine.png"
+    run_small(path, "--no-transformers", "--plot", str(plot), "--tokens", "6", "--steps", "20")
+    record = read_engine_record(path)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == json.loads(path.read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    (shape,) = record.shapes
+    assert [(each.context, each.rows) for each in shape.passes] == [(5, 1), (5, 3), (40, 1), (40, 3)]
+    assert any("contexts [200] left out" in note for note in record.notes)
+    for each in shape.passes:
+        assert each.flops == pass_flops(small_config(), each.rows, each.context)
+        assert each.bytes == pass_bytes(small_config(), "float16", each.rows, each.context)
+        assert 0 < each.ms_low <= each.ms <= each.ms_high
+        assert each.bandwidth_share == pytest.approx(each.bytes / each.ms / 1e6 / shape.bounds.read_gb_s)
+    assert [each.rows for each in shape.linear] == [1, 3] and shape.largest_matrix.name == "gate_up"
+    assert shape.fits_in_cache in (True, None) and shape.transformers is None
+    assert shape.memory.late_kernels in (0, None) and record.loop.late_kernels in (0, None)
+    assert record.loop.soak.steps >= 20 and record.loop.tree.nodes == 16
+    assert record.loop.autoregressive.tokens == record.loop.tree.tokens == 6
+    assert abs(record.loop.tree.wall_gap_percent) < 50  # the stages make up most of the clock, however busy it is here
+    with pytest.raises(ValueError, match="shapes"):
+        parse_engine_record({**json.loads(path.read_text()), "shapes": [{"name": "small"}]})
+    with pytest.raises(ValueError, match="kind"):
+        parse_engine_record({**json.loads(path.read_text()), "kind": "generation"})
+
+
+def test_a_pass_leaves_the_cache_as_long_as_it_was(small_shape):
+    backbone = shapes.build_backbone("small", small_config(), "float32")
+    cache = backbone.new_cache(20)
+    calls = pass_calls(backbone, cache, [1, 4], [3, 9])
+    assert list(calls) == [("pass", 1, 3), ("pass", 4, 3), ("pass", 1, 9), ("pass", 4, 9)]
+    for call in list(calls.values()) * 2:
+        assert call().shape[1] in (1, 4)  # would be CacheFull if passes added up
+    assert cache.length == 0
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "engine.json"
+    for text, message in (("{", "malformed JSON"), ("[]", "a JSON object"), ('{"kind": "engine"}', "schema_version")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            read_engine_record(path)
+        assert str(path) in str(caught.value)
