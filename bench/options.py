@@ -41,6 +41,8 @@ def build_parser() -> Parser:
     add("--max-new-tokens", "longest reply of a turn", metavar="N", type=int, default=128)
     add("--nodes", f"tree budget, root included; 1: no draft (default: {DEFAULT_NODES})", metavar="N", type=int)
     add("--tree", "auto: as bench/calibrate.py chose; dynamic; chain:K; or a JSON file of rank paths", metavar="TREE")
+    least = "leave nodes out of a dynamic tree that the head is less sure of, 0 to 1 (default: 0)"
+    add("--min-confidence", least, metavar="P", type=float)
     add("--batch-size", "prompts that are decoded at once", metavar="N", type=int, default=1)
     cache_help = f"rows of the key-value cache (default: the backbone's positions, at most {DEFAULT_CACHE})"
     add("--cache-length", cache_help, metavar="N", type=int)
@@ -65,6 +67,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ValueError("--out names one file and --out-dir a folder; give one of them")
     if options.tree not in (None, DYNAMIC) and options.nodes is not None:
         raise ValueError("--tree already says how many nodes there are; drop --nodes")
+    if options.min_confidence is not None and options.tree != DYNAMIC:
+        raise ValueError(f"--min-confidence needs --tree {DYNAMIC}, got {options.tree or 'no --tree'}")
     if options.tree == DYNAMIC and options.draft == SAMPLED:
         raise ValueError(f"--draft {SAMPLED} needs a tree that is fixed before it is drawn, got --tree {DYNAMIC}")
     return options

@@ -51,7 +51,8 @@ class BackboneInfo(_Model):
 
 class Decoding(_Model):
     """num_nodes counts the root; tree lists the paths of child ranks below it, null when it changes by step; then
-    tree_width nodes are expanded at each depth. batch_size: prompts that were decoded at once.
+    tree_width nodes are expanded at each depth and nodes below min_confidence left out. batch_size: prompts that were
+    decoded at once.
 
     accept: how drafts were accepted, ``bench.rules``; greedy says whether it is that. draft: the head's best guesses or
     drawn ones. temperature, top_p, top_k: of drawn texts, null for greedy ones; epsilon, alpha: of typical acceptance.
@@ -65,6 +66,7 @@ class Decoding(_Model):
     cache_length: Count | None
     template: str | None
     tree_width: Count | None = None
+    min_confidence: Rate | None = None
     batch_size: Annotated[int, Field(ge=1)] = 1
     accept: Literal["greedy", "lossless", "typical"] = "greedy"
     temperature: Annotated[float, Field(ge=0)] | None = None

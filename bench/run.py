@@ -127,7 +127,8 @@ def load_trained(
                 continue
         head = load_head(directory, backbone)[0] if directory else build(name, config["head_config"], backbone)
         head.eval()
-        own = choose_tree(tree, options.nodes or DEFAULT_NODES, directory, config, head, options.runs, note)
+        nodes, least = options.nodes or DEFAULT_NODES, options.min_confidence or 0.0
+        own = choose_tree(tree, nodes, directory, config, head, options.runs, note, least)
         check_shape(own.tree, head, None)
         if directory and config.get("tokenizer", {}).get("fingerprint") != tokenizer.fingerprint:
             note(f"warning: {name} was trained with another tokenizer or chat template; it will draft worse")

@@ -103,6 +103,7 @@ def choose_tree(
     head,
     runs: str,
     note: Note,
+    min_confidence: float = 0.0,
 ) -> Choice:
     """The tree to measure a head with, and its prediction.
 
@@ -112,7 +113,7 @@ def choose_tree(
     import runtime
 
     if asked == DYNAMIC:
-        return Choice(dynamic_tree(nodes, head))
+        return Choice(dynamic_tree(nodes, head, min_confidence))
     name, path = config["head"], calibration_path(directory, config["head"], runs)
     calibration = read_calibration(path) if path.exists() else None
     if calibration is None:
@@ -135,16 +136,17 @@ def choose_tree(
     return Choice(tree, None if other_head else predict(calibration, tree, str(path), same_machine=not other_machine))
 
 
-def dynamic_tree(nodes: int, head) -> DynamicTree:
-    """As deep as the head goes and ``WIDTH`` wide, or as wide as its vocabulary. ValueError for too many nodes."""
-    return DynamicTree(nodes, head.num_depths, min(WIDTH, head.num_draftable))
+def dynamic_tree(nodes: int, head, min_confidence: float) -> DynamicTree:
+    """As deep as the head and the nodes go, and ``WIDTH`` wide, or as wide as its vocabulary. ValueError for too many
+    nodes."""
+    return DynamicTree(nodes, min(head.num_depths, nodes - 1), min(WIDTH, head.num_draftable), min_confidence)
 
 
 def shape_fields(tree: Tree | DynamicTree) -> dict:
     """What ``config.decoding`` of a record says of it."""
     sizes = {"num_nodes": tree.num_nodes, "tree_depth": tree.depth}
     if isinstance(tree, DynamicTree):
-        return {**sizes, "tree": None, "tree_width": tree.width}
+        return {**sizes, "tree": None, "tree_width": tree.width, "min_confidence": tree.min_confidence}
     return {**sizes, "tree": tree.paths}
 
 

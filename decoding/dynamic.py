@@ -7,7 +7,10 @@ candidates become the tree. A child is never more confident than its parent, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,73 +38,76 @@ def check_shape(tree, head, rule) -> None:
         check_tree(tree, head.num_depths, head.num_draftable)
 
 
-@dataclass
-class Level:
-    """The candidates of one depth, parents in order and ranks in order within a parent: breadth-first as they are.
+class Candidate(NamedTuple):
+    """A token that may become a node. score: log of its confidence; parent: its parent's place among the candidates, -1
+    for the root; row: its parent's among the nodes expanded with it; rank: its own among its parent's."""
 
-    parents: (candidates,) index into the level above; ranks, tokens: (candidates,); scores: log of the confidence.
-    """
-
-    parents: np.ndarray
-    ranks: np.ndarray
-    tokens: np.ndarray
-    scores: np.ndarray
-
-
-def best(scores: np.ndarray, num: int) -> np.ndarray:
-    """The indices of the ``num`` largest scores in ascending order; of equals the first ones."""
-    return np.sort(np.argsort(-scores, kind="stable")[:num])
+    score: float
+    parent: int
+    row: int
+    rank: int
+    token: int
 
 
 def draft_dynamic(head, state, root_token: int, shape: DynamicTree) -> tuple[Tree, np.ndarray]:
-    """The tree of this pass and the tokens of its nodes, (nodes,) int32. state: what ``head.begin`` returned."""
-    width, levels = shape.width, []
-    guesses = parallel_guesses(head, state, shape) if head.parallel else None
-    tokens, scores, parents = np.array([root_token], np.int32), np.zeros(1), np.zeros(1, np.int32)
-    expanded = np.zeros(1, np.int64)
+    """The tree of this pass and the tokens of its nodes, (nodes,) int32. state: what ``head.begin`` returned.
+
+    Plain Python throughout: some ten candidates a level are fewer than arrays pay for.
+    """
+    # More candidates of a node than the tree has room for change nothing.
+    width, candidates = min(shape.width, shape.num_nodes - 1), []
+    least = math.log(shape.min_confidence) if shape.min_confidence else -math.inf
+    guesses = parallel_guesses(head, state, shape.depth, width) if head.parallel else None
+    expanded = [(-1, 0.0)]  # place among the candidates, and score
+    tokens, parents = [root_token], [0]
     for depth in range(shape.depth):
         if guesses:
-            values, ids = (np.broadcast_to(each[depth], (len(expanded), width)) for each in guesses)
+            values, ids = ([each[depth]] * len(expanded) for each in guesses)
         else:
-            logits, state = head.step(state, jt.array(tokens[expanded]), jt.array(parents))
-            values, ids = jt.fetch_sync(list(top_k_log_probabilities(logits, width)))
-            ids = ids if head.draft_vocab is None else head.draft_vocab[ids]
-        level = Level(
-            np.repeat(expanded, width),
-            np.tile(np.arange(width, dtype=np.int32), len(expanded)),
-            np.ascontiguousarray(ids).reshape(-1).astype(np.int32),
-            (scores[expanded][:, None] + values).reshape(-1),
-        )
-        levels.append(level)
-        scores, tokens = level.scores, level.tokens
-        # A node's state lies in the row of its parent among the nodes just expanded.
-        expanded = best(scores, width)
-        parents = (expanded // width).astype(np.int32)
-    return assemble(levels, root_token, shape.num_nodes)
+            values, ids, state = head.best(state, np.array(tokens, np.int32), np.array(parents, np.int32), width)
+            values, ids = values.tolist(), ids.tolist()
+        first = len(candidates)
+        for row, (place, score) in enumerate(expanded):
+            for rank, (value, token) in enumerate(zip(values[row], ids[row], strict=True)):
+                if score + value < least:
+                    break  # the best come first
+                candidates.append(Candidate(score + value, place, row, rank, token))
+        chosen = best(candidates, range(first, len(candidates)), width)
+        if not chosen:
+            break  # nothing below could be confident enough
+        expanded = [(place, candidates[place].score) for place in chosen]
+        tokens = [candidates[place].token for place in chosen]
+        parents = [candidates[place].row for place in chosen]
+    return assemble(candidates, root_token, shape.num_nodes)
 
 
-def parallel_guesses(head, state, shape: DynamicTree) -> tuple[np.ndarray, np.ndarray]:
+def best(candidates: Sequence[Candidate], places: Iterable[int], num: int) -> list[int]:
+    """Those ``num`` of the places with the highest scores, ascending; of equals the first ones."""
+    return sorted(sorted(places, key=lambda place: -candidates[place].score)[:num])
+
+
+def parallel_guesses(head, state, depth: int, width: int) -> tuple[list, list]:
     """Log probabilities and tokens of a parallel head's best guesses, (depth, width) each."""
-    values, ids = jt.fetch_sync(list(top_k_log_probabilities(head.score_depths(state, shape.depth), shape.width)))
-    return values, ids if head.draft_vocab is None else head.draft_vocab[ids]
+    values, ids = jt.fetch_sync(list(top_k_log_probabilities(head.score_depths(state, depth), width)))
+    return values.tolist(), (ids if head.draft_vocab is None else head.draft_vocab[ids]).tolist()
 
 
-def assemble(levels: list[Level], root_token: int, num_nodes: int) -> tuple[Tree, np.ndarray]:
-    """The ``num_nodes - 1`` most confident candidates as a tree, and the nodes' tokens.
+def assemble(candidates: Sequence[Candidate], root_token: int, num_nodes: int) -> tuple[Tree, np.ndarray]:
+    """The ``num_nodes - 1`` most confident candidates as a tree, and the nodes' tokens. Candidates come breadth-first.
 
-    Worked example, two levels: a (-1) and b (-2) behind the root, c (-1.5) and d (-4) behind a. Three nodes besides
-    the root are a, b and c.
+    Worked example: a (-1) and b (-2) behind the root, c (-1.5) and d (-4) behind a. Three nodes besides the root are a,
+    b and c.
     """
-    ends = np.cumsum([len(level.scores) for level in levels])
-    begins = ends - [len(level.scores) for level in levels]
-    scores = np.concatenate([level.scores for level in levels])
     # Of equals the shallower goes first, and so does a parent before a child of the same confidence.
-    kept = best(scores, num_nodes - 1)
-    behind = [begin + level.parents for begin, level in zip(begins, levels[1:], strict=False)]
-    above = np.concatenate([np.full(len(levels[0].parents), -1), *behind])
-    place = np.zeros(len(scores) + 1, np.int64)
-    place[kept] = np.arange(1, len(kept) + 1)
-    ranks = np.concatenate([level.ranks for level in levels])[kept]
-    tokens = np.concatenate([level.tokens for level in levels])[kept]
-    tree = Tree(np.append(-1, place[above[kept]]), np.append(0, ranks))
-    return tree, np.append(root_token, tokens).astype(np.int32)
+    kept = best(candidates, range(len(candidates)), num_nodes - 1)
+    node = {place: number for number, place in enumerate(kept, start=1)} | {-1: 0}
+    parents = tuple(node[candidates[place].parent] for place in kept)
+    tree = known_tree(parents, tuple(candidates[place].rank for place in kept))
+    return tree, np.array([root_token, *(candidates[place].token for place in kept)], np.int32)
+
+
+@functools.lru_cache(maxsize=4096)
+def known_tree(parents: tuple[int, ...], ranks: tuple[int, ...]) -> Tree:
+    """The tree of these parents and ranks, the root left out. Small trees come again and again, and a tree keeps its
+    plan."""
+    return Tree([-1, *parents], [0, *ranks])

@@ -235,13 +235,15 @@ def check_tree(tree: Tree, head_depths: int, vocab_size: int) -> None:
 @dataclass(frozen=True)
 class DynamicTree:
     """How large a tree may grow that every pass shapes for itself (``decoding.dynamic``): ``num_nodes`` with the root,
-    ``depth`` levels, ``width`` expanded nodes a level with ``width`` candidates each. Raises ValueError for sizes that
-    make no such tree.
+    ``depth`` levels, ``width`` expanded nodes a level with ``width`` candidates each. Nodes whose confidence is below
+    ``min_confidence`` stay out: a row that is hardly ever accepted costs more than it brings. Raises ValueError for
+    sizes that make no such tree.
     """
 
     num_nodes: int
     depth: int
     width: int = 8
+    min_confidence: float = 0.0
 
     def __post_init__(self):
         if self.depth < 1 or self.width < 1 or self.num_nodes < 2:
@@ -249,6 +251,8 @@ class DynamicTree:
                 f"a dynamic tree needs 2 nodes, a depth and a width of 1 at least; got {self.num_nodes}, {self.depth} "
                 f"and {self.width}"
             )
+        if not 0 <= self.min_confidence < 1:
+            raise ValueError(f"the least confidence of a node is a probability below 1, got {self.min_confidence}")
         most = self.depth * self.width**2 + self.width - self.width**2 + 1
         if self.num_nodes > most:
             raise ValueError(

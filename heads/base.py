@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ops.select import top_k_log_probabilities
 from runtime import jt
 
 
@@ -184,6 +185,17 @@ class Head(jt.Module):
         """One depth of a draft. token_ids: (nodes,) int32, the depth's tokens; parents: (nodes,) int32, each node's
         row in ``state``. Returns (logits (nodes, vocab) of each node's children, the nodes' state)."""
         raise TypeError(f"{type(self).__name__} does not define step")
+
+    def best(self, state, token_ids: np.ndarray, parents: np.ndarray, num: int):
+        """The best guesses of one depth on the host: what ``step`` and a selection give. A head that knows them without
+        scoring the whole vocabulary says so here.
+
+        token_ids, parents: (nodes,) int32. Returns (log probabilities (nodes, num) float32, largest first; tokens
+        (nodes, num) int32; the nodes' state).
+        """
+        logits, state = self.step(state, jt.array(token_ids), jt.array(parents))
+        values, columns = jt.fetch_sync(list(top_k_log_probabilities(logits, num)))
+        return values, columns if self.draft_vocab is None else self.draft_vocab[columns], state
 
     def score_depths(self, state, num_depths: int):
         """The first ``num_depths`` depths at once, for heads with ``parallel = True``: (num_depths, vocab) float32."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,45 +22,53 @@ class Config:
     max_ngram: int = option(3, "longest run of tokens that is looked for earlier in the text")
 
 
-class Followers:
-    """A text that grows, and for each n-gram of it what followed: {n-gram: {token: where it last followed}}.
+# How sure a match of n tokens makes: log-odds of EVIDENCE * n - DOUBT + p / |c|. Fitted by eye to what was counted in
+# the embedded corpus's replies, where the best of n = 1, 2 and 3 or more tokens was the next token in 26%, 48% and 81%
+# of 9,175, 3,921 and 19,486 cases.
+EVIDENCE, DOUBT = 1.2, 3.3
 
-    Worked example, n-grams up to 2: after a b a c the n-grams are (a): {b: 1, c: 3}, (b): {a: 2}, (a, b): {a: 2} and
-    (b, a): {c: 3}.
-    """
+
+class Followers:
+    """A text that grows, and what followed its last tokens before. It is searched, not indexed: looking through some
+    thousand tokens takes a few microseconds, an index of them a millisecond for every new prompt."""
 
     def __init__(self, max_ngram: int):
-        self.max_ngram = max_ngram
-        self.tokens: list[int] = []
-        self.after: dict[tuple[int, ...], dict[int, int]] = {}
+        self.max_ngram, self.length = max_ngram, 0
+        self.buffer = np.empty(64, np.int32)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The text, (length,) int32."""
+        return self.buffer[: self.length]
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Go on with the text; the cost is that of the new tokens."""
-        for token in tokens:
-            position = len(self.tokens)
-            for n in range(1, min(self.max_ngram, position) + 1):
-                self.after.setdefault(tuple(self.tokens[position - n :]), {})[token] = position
-            self.tokens.append(token)
+        """Go on with the text."""
+        end = self.length + len(tokens)
+        if end > len(self.buffer):
+            self.buffer = np.concatenate([self.tokens, np.empty(end, np.int32)])
+        self.buffer[self.length : end] = tokens
+        self.length = end
 
     def scores(self, path: Sequence[int] = ()) -> dict[int, float]:
-        """What may follow the text and the path behind it: n + p / length for each token that followed their last n
-        tokens earlier, at p the last time, n being as long as it gets.
+        """What may follow the text and the path behind it: EVIDENCE * n + p / length for each token that followed their
+        last n tokens earlier, at p the last time, n being as long as it gets.
 
-        path: a few drafted tokens that the text does not hold. Worked example, n-grams up to 2: of a b a c | a b the
-        last two tokens a b were followed by a at 2, the last one alone as well: {a: 2 + 2 / 6}.
+        path: drafted tokens that the text does not hold. Worked example, n-grams up to 2: of a b a c | a b the last two
+        tokens a b were followed by a at 2, the last one alone as well: {a: 2 EVIDENCE + 2 / 6}.
         """
-        length, first = len(self.tokens) + len(path), len(self.tokens)
-        tail = [*self.tokens[-self.max_ngram :], *path]  # the text before it is in the index
-        offset, found = length - len(tail), {}
-        for n in range(1, min(self.max_ngram, length) + 1):
-            wanted = tail[len(tail) - n :]
-            places = dict(self.after.get(tuple(wanted), {}))
-            for p in range(max(first, offset + n), length):  # followers that are on the path
-                if tail[p - offset - n : p - offset] == wanted:
-                    places[tail[p - offset]] = p
-            if not places:
+        text = np.append(self.tokens, np.array(path, np.int32)) if len(path) else self.tokens
+        length, found = len(text), {}
+        if length == 0:
+            return found
+        places = np.flatnonzero(text[:-1] == text[-1]) + 1
+        for n in range(1, self.max_ngram + 1):
+            if n > 1:
+                places = places[places >= n]
+                places = places[text[places - n] == text[length - n]]
+            if len(places) == 0:
                 break  # a longer run contains this one
-            found.update((token, n + p / length) for token, p in places.items())
+            for place, token in zip(places.tolist(), text[places].tolist(), strict=True):
+                found[token] = EVIDENCE * n + place / length  # the last place stays
         return found
 
 
@@ -72,7 +82,8 @@ class State(NamedTuple):
 
 
 class PromptLookupHead(Head):
-    """logits[v] = n + p / |c|: in the context c, v followed the n tokens that c ends with, the last time at p.
+    """logits[v] = EVIDENCE n + p / |c| - DOUBT + log(vocab): in the context c, v followed the n tokens that c ends
+    with, the last time at p.
 
     c: the text so far, the root and the drafted tokens down to the node; not its very first token, which ``begin`` is
     never told. n: as long as it gets, at most ``max_ngram``. So the longest match comes first and among equals the
@@ -87,6 +98,9 @@ class PromptLookupHead(Head):
         super().__init__(config, backbone)
         if config.max_ngram < 1:
             raise ValueError(f"max_ngram must be at least 1, got {config.max_ngram}")
+        self.shift = np.log(self.vocab_size) - DOUBT
+        # Of all tokens, as if none of them ever followed anything.
+        self.never_weight = float(np.exp(-np.arange(self.vocab_size) / self.vocab_size).sum())
         self.never = -np.arange(self.vocab_size, dtype=np.float32) / self.vocab_size
 
     def rows(self, num: int) -> np.ndarray:
@@ -107,7 +121,7 @@ class PromptLookupHead(Head):
             for i in np.flatnonzero((positions >= start) & (positions < start + length)):
                 for depth, row_logits in enumerate(logits):
                     found = scores[positions[i] - start + depth]
-                    row_logits[i, list(found)] = list(found.values())
+                    row_logits[i, list(found)] = np.array([*found.values()]) + self.shift
             start += length
         return HeadOutput([jt.array(each) for each in logits])
 
@@ -126,5 +140,22 @@ class PromptLookupHead(Head):
         logits = self.rows(len(paths))
         for row, path in zip(logits, paths, strict=True):
             found = state.text.scores(path)
-            row[list(found)] = list(found.values())
+            row[list(found)] = np.array([*found.values()]) + self.shift
         return jt.array(logits), state._replace(paths=paths)
+
+    def best(self, state, token_ids, parents, num):
+        paths = [
+            [*state.paths[parent], token] for parent, token in zip(parents.tolist(), token_ids.tolist(), strict=True)
+        ]
+        values, tokens = np.empty((len(paths), num), np.float32), np.empty((len(paths), num), np.int32)
+        for row, path in enumerate(paths):
+            found = {token: score + self.shift for token, score in state.text.scores(path).items()}
+            weight = self.never_weight + sum(
+                math.exp(score) - math.exp(-v / self.vocab_size) for v, score in found.items()
+            )
+            guesses = sorted(found.items(), key=lambda guess: -guess[1])[:num]
+            others = (v for v in range(self.vocab_size) if v not in found)
+            guesses += [(v, -v / self.vocab_size) for v in itertools.islice(others, num - len(guesses))]
+            tokens[row], scores = zip(*guesses, strict=True)
+            values[row] = np.array(scores) - math.log(weight)
+        return values, tokens, state._replace(paths=paths)

@@ -71,6 +71,7 @@ def build_record(rows=None, **changes):
                 "cache_length": 2048,
                 "template": "vicuna",
                 "tree_width": None,
+                "min_confidence": None,
                 "batch_size": 1,
                 "accept": "greedy",
                 "temperature": None,

@@ -1,13 +1,14 @@
 """Trees shaped by confidence: the most confident candidates, by brute force, and the same text as ever."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from decoding.batch import generate_batch
-from decoding.dynamic import Level, assemble, best, draft_dynamic
+from decoding.dynamic import Candidate, assemble, best, draft_dynamic
 from decoding.generate import generate, generate_autoregressive
 from decoding.rules import Lossless
 from decoding.sampling import Sampler
@@ -123,13 +124,38 @@ def test_columns_of_a_reduced_vocabulary_are_the_tokens_they_stand_for():
 
 def test_of_equal_confidence_the_parent_is_kept():
     """A certain child is as confident as its parent: the shallower must win, or the tree would have a hole."""
-    one = Level(np.zeros(2, int), np.arange(2), np.array([4, 5]), np.array([0.0, -9.0]))
-    two = Level(np.zeros(2, int), np.arange(2), np.array([2, 3]), np.array([0.0, -9.0]))
-    tree, tokens = assemble([one, two], 7, 2)
+    a, b = Candidate(0.0, -1, 0, 0, 4), Candidate(-9.0, -1, 0, 1, 5)
+    c, d = Candidate(0.0, 0, 0, 0, 2), Candidate(-9.0, 0, 0, 1, 3)
+    tree, tokens = assemble([a, b, c, d], 7, 2)
     assert tree.parents.tolist() == [-1, 0] and tokens.tolist() == [7, 4]
-    tree, tokens = assemble([one, two], 7, 3)
+    tree, tokens = assemble([a, b, c, d], 7, 3)
     assert tree.parents.tolist() == [-1, 0, 1] and tokens.tolist() == [7, 4, 2]
-    assert best(np.array([1.0, 3.0, 3.0, 2.0]), 2).tolist() == [1, 2]
+    assert best([a, b, c, d], range(4), 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("least", [0.05, 0.2, 0.5])
+def test_nodes_below_the_least_confidence_stay_out(least):
+    whole, sizes = DynamicTree(30, 3, VOCAB), set()
+    for seed in range(6):
+        head = TableHead(num_depths=3, seed=seed)
+
+        def confidence(path, head=head):
+            told = [1, 3, *path]
+            steps = range(len(path))
+            return np.exp(sum(head.log_probabilities(*told[i : i + 2])[told[i + 2]] for i in steps))
+
+        kept = paths_of(*draft_dynamic(head, START, 3, replace(whole, min_confidence=least)))
+        assert kept == {path for path in paths_of(*draft_dynamic(head, START, 3, whole)) if confidence(path) >= least}
+        sizes.add(len(kept))
+    assert len(sizes) > 1
+
+
+def test_a_head_without_confidence_drafts_nothing_and_the_text_is_the_same(small):
+    head = build("mlp", {"num_depths": 3}, small)
+    shape = DynamicTree(7, 3, 4, min_confidence=0.99)
+    twin = generate_autoregressive(small, [3, 4, 5], max_new_tokens=20)
+    result = generate(small, head, [3, 4, 5], shape, max_new_tokens=20)
+    assert result.token_ids == twin.token_ids and result.num_passes == twin.num_passes
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +185,9 @@ def test_sizes_that_make_no_tree_and_heads_that_cannot_fill_one_are_refused(smal
     with pytest.raises(ValueError, match="depth 2 and width 2 give at most 7 nodes, asked for 8"):
         DynamicTree(8, 2, 2)
     DynamicTree(7, 2, 2)
+    for least in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="a probability below 1"):
+            DynamicTree(7, 2, 2, least)
     head = build("mlp", {"num_depths": 2}, small)
     with pytest.raises(ValueError, match="depth 3, the head drafts 2"):
         generate(small, head, [3], DynamicTree(7, 3, 4), max_new_tokens=4)

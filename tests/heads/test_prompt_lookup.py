@@ -10,14 +10,15 @@ from safetensors.numpy import save_file
 import train
 from decoding.generate import generate, generate_autoregressive
 from decoding.tree import Tree, default_tree
-from heads.base import Features
+from heads.base import Features, Head
 from heads.checkpoint import load_head, save_checkpoint
-from heads.prompt_lookup.head import Followers
+from heads.prompt_lookup.head import DOUBT, EVIDENCE, Followers
 from heads.registry import build
 from runtime import jt
 from runtime.entry import run_entry
 
 VOCAB, DEPTHS = 64, 3
+SHIFT = np.log(VOCAB) - DOUBT
 
 
 def searched(context, max_ngram, nearest=True, longest=True):
@@ -33,8 +34,8 @@ def searched(context, max_ngram, nearest=True, longest=True):
                 for p in range(n, len(context))
                 if context[p] == token and context[p - n : p] == context[len(context) - n :]
             ]
-            if places and (longest or logits[token] < 1):
-                logits[token] = n + (max(places) if nearest else min(places)) / len(context)
+            if places and (longest or logits[token] <= 0):
+                logits[token] = EVIDENCE * n + (max(places) if nearest else min(places)) / len(context) + SHIFT
     return logits.astype(np.float32)
 
 
@@ -118,22 +119,26 @@ def test_the_search_notices_a_rule_that_is_not_kept(backbone, rule):
 
 
 def test_a_case_worked_by_hand(backbone):
-    """x a b a c with n-grams up to 2; x, the first token, is not seen. After a b a c the index is the docstring's.
+    """x a b a c with n-grams up to 2; x, the first token, is not seen.
     The root is a: c = a b a c a. Its last two tokens c a never stood before; a alone was followed by b at 1 and by c
-    at 3, so b gets 1 + 1/5 and c 1 + 3/5. Then b: c = a b a c a b, of which a b was followed by a at 2: 2 + 2/6.
-    Then a: c = a b a c a b a, b a was followed by c at 3: 2 + 3/7; a alone by b at 1 and again, drafted, at 5: 1 + 5/7.
+    at 3, so b gets n = 1 and 1/5, c 1 and 3/5. Then b: c = a b a c a b, of which a b was followed by a at 2: 2 and 2/6.
+    Then a: c = a b a c a b a, b a was followed by c at 3: 2 and 3/7; a alone by b at 1 and again, drafted, at 5: 1 and
+    5/7.
     """
     x, a, b, c = 9, 10, 11, 12
     text = Followers(2)
     text.extend([a, b, a, c])
-    assert text.after == {(a,): {b: 1, c: 3}, (b,): {a: 2}, (a, b): {a: 2}, (b, a): {c: 3}}
-    assert text.scores() == {} and text.scores([a, b]) == {a: 2 + 2 / 6}
+    assert text.scores() == {} and text.scores([a, b]) == {a: 2 * EVIDENCE + 2 / 6}
     head = build("prompt_lookup", {"max_ngram": 2}, backbone)
     state = begun(head, [x, a, b, a, c, a])
-    for token, expected in [(a, {b: 1.2, c: 1.6}), (b, {a: 2 + 2 / 6}), (a, {c: 2 + 3 / 7, b: 1 + 5 / 7})]:
+    for token, expected in [
+        (a, {b: (1, 1 / 5), c: (1, 3 / 5)}),
+        (b, {a: (2, 2 / 6)}),
+        (a, {c: (2, 3 / 7), b: (1, 5 / 7)}),
+    ]:
         logits, state = stepped(head, state, [token], [0])
         wanted = -np.arange(VOCAB) / VOCAB
-        wanted[list(expected)] = list(expected.values())
+        wanted[list(expected)] = [EVIDENCE * n + place + SHIFT for n, place in expected.values()]
         np.testing.assert_allclose(logits[0], wanted, atol=1e-6)
 
 
@@ -144,7 +149,7 @@ def test_no_two_tokens_tie(head, texts):
         assert len(np.unique(logits)) == VOCAB
 
 
-def test_begin_reads_every_token_once_and_gives_the_index_of_the_whole_text(head, texts, monkeypatch):
+def test_begin_reads_every_token_once(head, texts, monkeypatch):
     read, extend = [], Followers.extend
 
     def counted(text, tokens):
@@ -154,15 +159,20 @@ def test_begin_reads_every_token_once_and_gives_the_index_of_the_whole_text(head
     monkeypatch.setattr(Followers, "extend", counted)
     in_parts = begun(head, texts[0], cuts=(1, 2, 5))
     assert read == texts[0][1:-1] and in_parts.root == texts[0][-1]
-    assert in_parts.text.after == begun(head, texts[0]).text.after
+    assert in_parts.text.tokens.tolist() == begun(head, texts[0]).text.tokens.tolist() == texts[0][1:-1]
+
+
+def test_a_long_text_outgrows_its_buffer(head):
+    text = np.random.default_rng(1).integers(3, 60, 300).tolist()
+    logits, _ = stepped(head, begun(head, text, cuts=(40, 41, 170)), text[-1:], [0])
+    np.testing.assert_array_equal(logits[0], searched(text[1:], head.config.max_ngram))
 
 
 def test_a_draft_leaves_the_text_as_it_was(head, texts):
     state = begun(head, texts[0])
-    before = {gram: dict(places) for gram, places in state.text.after.items()}
     _, later = stepped(head, state, [texts[0][-1]], [0])
     stepped(head, later, [3, 4], [0, 0])
-    assert state.text.after == before and state.paths == [[]] and state.text.tokens == texts[0][1:-1]
+    assert state.paths == [[]] and state.text.tokens.tolist() == texts[0][1:-1]
 
 
 @pytest.mark.parametrize("prompt", [[5], [5, 6], [7, 8, 9, 7, 8, 9, 7]])
@@ -210,3 +220,17 @@ def test_training_takes_no_step_and_keeps_the_tree_that_fits(tmp_path, capsys):
     config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
     assert config["num_parameters"] == 0 and config["trainer"]["features"] == "online"
     Tree.from_paths(config["metrics"]["tree"])
+
+
+@pytest.mark.parametrize("num", [1, 3, 8])
+def test_the_best_guesses_are_those_of_its_logits(head, texts, num):
+    for text in texts:
+        state = begun(head, text)
+        tokens, parents = np.array([text[-1]], np.int32), np.zeros(1, np.int32)
+        for after in ([3, 4, 5], [5, 3]):
+            values, guesses, ours = head.best(state, tokens, parents, num)
+            expected, columns, state = Head.best(head, state, tokens, parents, num)
+            np.testing.assert_array_equal(guesses, columns)
+            np.testing.assert_allclose(values, expected, atol=1e-5)
+            assert ours.paths == state.paths
+            tokens, parents = np.array(after, np.int32), np.zeros(len(after), np.int32)
