@@ -17,6 +17,7 @@ from ops.decoder_pass import Decoder, decoder_pass
 from ops.linear import PackedLinear
 from ops.select import argmax
 from runtime import jt
+from runtime.memory import given_back_at_once
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
 DTYPES = ("float16", "float32")
@@ -71,6 +72,13 @@ class Backbone:
 
         c = self.config
         shape = LayerShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.rms_norm_eps)
+        # The largest first and no name kept for them: two copies of one matrix at a time, never three.
+        self.embedding = jt.array(take("model.embed_tokens.weight")).stop_grad()
+        self.embedding.sync()
+        self.norm = jt.array(take("model.norm.weight").astype(np.float32)).stop_grad()
+        if c.tie_embeddings:
+            tensors.pop("lm_head.weight", None)
+        self.lm_head = PackedLinear(self.embedding.numpy() if c.tie_embeddings else take("lm_head.weight"))
         self.blocks = []
         for i in range(c.num_layers):
             prefix = f"model.layers.{i}."
@@ -82,14 +90,6 @@ class Backbone:
             }
             weights = {k: take(f"{prefix}{v}.weight") for k, v in parts.items()}
             self.blocks.append(LayerWeights(shape, **weights, int8=self.int8))
-        embedding = take("model.embed_tokens.weight")
-        self.embedding = jt.array(embedding).stop_grad()
-        self.norm = jt.array(take("model.norm.weight").astype(np.float32)).stop_grad()
-        tied = c.tie_embeddings
-        tensors.pop("lm_head.weight", None) if tied else None
-        head = embedding if tied else take("lm_head.weight")
-        del embedding  # its Var has a copy of its own; packing the head makes another
-        self.lm_head = PackedLinear(head)
 
     @functools.cached_property
     def lm_head_weight(self):
@@ -233,4 +233,5 @@ def load_backbone(path=None, dtype: str = "float16", load_in_8bit: bool = False)
     """
     directory = Path(path) if path else EMBEDDED
     config = read_config(directory)
-    return Backbone(config, dict(read_backbone(directory, config)), dtype, path, load_in_8bit)
+    with given_back_at_once():
+        return Backbone(config, dict(read_backbone(directory, config)), dtype, path, load_in_8bit)

@@ -12,6 +12,7 @@ from backbone.config import BackboneConfig, read_config
 from backbone.tokenizer import EMBEDDED
 from backbone.weights import expected_shapes
 from runtime.entry import suggest
+from runtime.memory import given_back_at_once
 
 TINY = "tiny-vicuna"
 ITEM_BYTES = {"float16": 2, "float32": 4}
@@ -131,20 +132,23 @@ def check_memory(name: str, config: BackboneConfig, dtype: str, cache_length: in
         )
 
 
+DRAWN_ROWS = 256  # of a random matrix, at a time
+
+
 def random_weights(config: BackboneConfig, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
     """Weights by Hugging Face name in ``dtype``, uniform on a scale that keeps hidden states near one; norms are ones.
 
-    The largest are drawn first, so that the float32 draws never lie beside many finished ones.
+    Drawn some rows at a time, so that no matrix lies in memory in float32.
     """
     random, tensors = np.random.default_rng(seed), {}
-    for name, shape in sorted(expected_shapes(config).items(), key=lambda item: -np.prod(item[1])):
+    for name, shape in expected_shapes(config).items():
         if len(shape) == 1:
             tensors[name] = np.ones(shape, np.float32)
             continue
-        drawn = random.random(shape, np.float32)
-        drawn -= 0.5
-        drawn *= (12 / shape[1]) ** 0.5  # variance 1 / in
-        tensors[name] = drawn.astype(dtype)
+        tensors[name] = np.empty(shape, dtype)
+        for first in range(0, shape[0], DRAWN_ROWS):
+            part = tensors[name][first : first + DRAWN_ROWS]
+            part[:] = (random.random(part.shape, np.float32) - 0.5) * (12 / shape[1]) ** 0.5  # variance 1 / in
     return tensors
 
 
@@ -154,4 +158,5 @@ def build_backbone(name: str, config: BackboneConfig, dtype: str):
 
     if name == TINY:
         return load_backbone(dtype=dtype)
-    return Backbone(config, random_weights(config, dtype), dtype, f"random {name}")
+    with given_back_at_once():
+        return Backbone(config, random_weights(config, dtype), dtype, f"random {name}")

@@ -83,7 +83,9 @@ class PackedLinear:
         self.num_out, self.num_in = weight.shape
         if not on_cpu() and scale is not None:
             weight, scale = weight * scale[:, None], None
-        self.packed = jt.array(pack(weight) if on_cpu() else weight).stop_grad()
+        if on_cpu():
+            weight = pack(weight)  # the one that came is let go
+        self.packed = jt.array(weight).stop_grad()
         self.scale = None if scale is None else jt.array(pack_scales(scale)).stop_grad()
 
     def __call__(self, x):

@@ -27,7 +27,7 @@ class Config(MedusaConfig):
     adapter_alpha: float = option(16.0, "adapters are scaled by this over their rank")
     adapter_rate: float = option(1.0, "learning rate of the adapters, as a share of the heads'")
     joint_share: float = option(0.8, "share of the steps in which adapters and heads learn together")
-    kl_weight: float = option(5.0, "weight of KL(unadapted || adapted) of the next token beside the heads' loss")
+    kl_weight: float = option(2.0, "weight of KL(unadapted || adapted) of the next token beside the heads' loss")
 
 
 class LoRAHead(MedusaHead):
