@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.engine_record import read_engine_record
 from bench.record import (
     AdaptedText,
     OtherKindError,
@@ -42,9 +43,12 @@ def test_a_file_from_before_a_field_was_added_is_read_with_its_default(tmp_path,
     assert record.per_prompt[0].adapted is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.name)
 def test_the_results_of_the_repository_are_read(path):
-    assert read_record(path).per_prompt
+    if path.name.startswith("engine-"):
+        assert all(shape.passes for shape in read_engine_record(path).shapes)
+    else:
+        assert read_record(path).per_prompt
 
 
 def test_json_is_one_line_for_the_last_line_of_stdout(make_record):

@@ -251,6 +251,7 @@ def test_a_feature_that_float16_cannot_hold_is_refused(backbone, data, tmp_path)
         config=backbone.config,
         fingerprint="x",
         dtype="float32",
+        storage="float32",
         forward=lambda *a, **k: SimpleNamespace(hidden=backbone.forward(*a, **k).hidden * 1e6, layers={}),
     )
     with np.errstate(over="ignore"), pytest.raises(ValueError, match="outside float16; use --features online"):
