@@ -58,14 +58,14 @@ class KVCache:
         leaves length 7. Raises ValueError for rows that the last pass did not write.
         """
         path = np.asarray(path, np.int32).reshape(-1)
-        if len(path) and (path[0] < 0 or path[-1] >= self.pending or (np.diff(path) <= 0).any()):
+        ascending = len(path) < 2 or (path[1:] > path[:-1]).all()
+        if not ascending or (len(path) and (path[0] < 0 or path[-1] >= self.pending)):
             raise ValueError(f"cannot commit rows {path.tolist()} of a pass of {self.pending} rows")
         if self.writer is not None:
             self.writer.sync()
             self.writer = None
-        kept = np.arange(len(path), dtype=np.int32)
-        if (path != kept).any():
-            keep_rows(self.data, self.length + path, self.length + kept)
+        if len(path) and path[-1] != len(path) - 1:  # ascending: else the rows lie where they belong
+            keep_rows(self.data, self.length + path, self.length + np.arange(len(path), dtype=np.int32))
         self.length += len(path)
         self.pending = 0
 

@@ -27,6 +27,8 @@ def verify_greedy(parents: np.ndarray, node_tokens: np.ndarray, chosen: np.ndarr
     bonus 6.
     """
     assert parents.shape == node_tokens.shape == chosen.shape, (parents.shape, node_tokens.shape, chosen.shape)
+    if len(parents) == 1:
+        return np.zeros(1, np.int32), int(chosen[0])
     tail, path = 0, [0]
     # Parents come before their children, so one look at the fitting nodes in order is enough; once a child has become
     # the tail, its later siblings have another parent than the tail.
