@@ -62,6 +62,7 @@ def build_parser() -> Parser:
     add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
     add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")
     add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
+    add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
     add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
     add("--prompts", "prompt file instead of held-out text; may be repeated", metavar="FILE", action="append")
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
@@ -184,7 +185,7 @@ def calibrate(options: argparse.Namespace) -> tuple[Calibration, Path]:
     from heads.registry import build
     from runtime.interrupt import deferred_interrupts
 
-    backbone = load_backbone(options.backbone, options.dtype)
+    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit)
     if directory:
         head = load_head(directory, backbone)[0]
     else:
@@ -192,7 +193,7 @@ def calibrate(options: argparse.Namespace) -> tuple[Calibration, Path]:
     setup = Setup(backbone, tokenizer, backbone.new_cache(cache_length), options.max_new_tokens, head=head)
     subject = subject_of(directory, head_config, backbone)
     note(f"device    {runtime.device} ({runtime.device_reason})")
-    note(f"backbone  {options.backbone or 'embedded tiny-vicuna'} {backbone.fingerprint}, {backbone.dtype}")
+    note(f"backbone  {options.backbone or 'embedded tiny-vicuna'} {backbone.fingerprint}, {backbone.storage}")
     note(f"head      {subject.head} ({head.num_parameters / 1e6:.2f} M, {head.num_depths} depths)")
     note(f"data      {project_path(prompts.source)}, {len(prompts.prompts)} prompts")
     note(f"decoding  greedy, at most {options.max_nodes} nodes, {options.max_new_tokens} new tokens a turn")

@@ -27,7 +27,8 @@ class _Model(BaseModel):
 
 
 class Subject(_Model):
-    """What was calibrated. weights_sha256: of the head's weights; null for a head without a checkpoint."""
+    """What was calibrated. weights_sha256: of the head's weights; null for a head without a checkpoint. dtype: how the
+    backbone's matrices are kept, int8 among them."""
 
     head: str
     head_config: dict[str, Any]

@@ -91,7 +91,7 @@ def subject_of(directory: Path | None, config: dict, backbone) -> Subject:
         head_config=config["head_config"],
         weights_sha256=weights_sha256(directory) if directory else None,
         backbone_fingerprint=backbone.fingerprint,
-        dtype=backbone.dtype,
+        dtype=backbone.storage,
     )
 
 
@@ -123,7 +123,7 @@ def choose_tree(
         return Choice(asked or stored_tree(config, head.num_depths, nodes, note))
     backbone = head.borrowed
     other_head = of_other_head(calibration, subject_of(directory, config, backbone))
-    other_machine = of_other_machine(calibration, backbone.dtype, runtime.provenance())
+    other_machine = of_other_machine(calibration, backbone.storage, runtime.provenance())
     if asked == AUTO:
         for reason in filter(None, (other_head, other_machine)):
             note(f"warning: {name} was calibrated {reason}; run bench/calibrate.py again")

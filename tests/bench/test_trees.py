@@ -64,7 +64,7 @@ def choose(tmp_path, content):
 
     def run(asked, nodes=4, calibration=content, dtype="float16", **config):
         config = {"head": "some_head", "head_config": {"num_depths": 2}, "backbone": {}, **config}
-        head = SimpleNamespace(num_depths=2, borrowed=SimpleNamespace(fingerprint="f00d", dtype=dtype))
+        head = SimpleNamespace(num_depths=2, borrowed=SimpleNamespace(fingerprint="f00d", storage=dtype))
         path = calibration_path(None, "some_head", tmp_path)
         path.unlink(missing_ok=True)
         if calibration is not None:
