@@ -26,13 +26,18 @@ def top_k(logits, k: int):
     assert 1 <= k <= logits.shape[1], (k, logits.shape)
     if not on_cpu():
         return reference_top_k(logits, k)
+    return _select("top_k", logits, k)
+
+
+def _select(function: str, logits, k: int):
+    """Values and indices, (rows, k) each, as a function of ``ops/kernels/cpu.h`` gives them."""
     rows = logits.shape[0]
     return jt.code(
         [(rows, k), (rows, k)],
         ["float32", "int32"],
         [logits],
         cpu_header=cpu_header(),
-        cpu_src="gorgon::top_k(in0_p, in0_shape0, in0_shape1, out0_shape1, out0_p, out1_p);",
+        cpu_src=f"gorgon::{function}(in0_p, in0_shape0, in0_shape1, out0_shape1, out0_p, out1_p);",
     )
 
 
@@ -52,14 +57,7 @@ def top_k_log_probabilities(logits, k: int):
     assert 1 <= k <= logits.shape[1], (k, logits.shape)
     if not on_cpu():
         return reference_top_k_log_probabilities(logits, k)
-    rows = logits.shape[0]
-    return jt.code(
-        [(rows, k), (rows, k)],
-        ["float32", "int32"],
-        [logits],
-        cpu_header=cpu_header(),
-        cpu_src="gorgon::top_k_log(in0_p, in0_shape0, in0_shape1, out0_shape1, out0_p, out1_p);",
-    )
+    return _select("top_k_log", logits, k)
 
 
 def argmax(logits):
