@@ -18,8 +18,6 @@ from heads.registry import available, head_class, summary
 from runtime.entry import run_entry
 from trainer.config import EMBEDDED_CORPUS, TrainConfig, parse
 
-SPLIT_SEED = 0  # the same conversations are held out whatever --seed is, so that runs can be compared
-
 
 def list_heads() -> None:
     """One line per head: its name, how it drafts, and what it says of itself, or why it cannot be used."""
@@ -51,7 +49,7 @@ def main(arguments) -> int:
     if config is None:
         list_heads()
         return 0
-    from trainer.data import encode_conversations, load_conversations, split_held_out
+    from trainer.data import encode_conversations, hold_out, load_conversations
     from trainer.watch import Watch, card
 
     files = config.data or [str(EMBEDDED_CORPUS)]
@@ -69,7 +67,7 @@ def main(arguments) -> int:
     tokenizer.check_fits(backbone.config)
     max_length = min(config.max_length, backbone.config.max_positions)
     data = encode_conversations(conversations, tokenizer, max_length, report)
-    training, held_out = split_held_out(data, min(config.held_out, max(1, len(data) // 10)), SPLIT_SEED)
+    training, held_out = hold_out(data, config.held_out)
     runtime.set_seed(config.seed)
     head = build(config.head, config.head_options, backbone)
     out = prepare_out(config)

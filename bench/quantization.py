@@ -19,9 +19,8 @@ from ops.training import cross_entropy
 from runtime import jt
 from runtime.interrupt import check_interrupt
 from trainer.config import EMBEDDED_CORPUS, TrainConfig
-from trainer.data import TokenizedData, batches, encode_conversations, load_conversations, split_held_out
+from trainer.data import TokenizedData, batches, encode_conversations, hold_out, load_conversations
 
-SPLIT_SEED = 0  # train.py's
 SCORED_TOKENS = 2048  # tokens of a pass
 
 
@@ -30,7 +29,7 @@ def held_out_text(tokenizer, max_positions: int) -> TokenizedData:
     defaults = TrainConfig()
     conversations, report = load_conversations(EMBEDDED_CORPUS)
     data = encode_conversations(conversations, tokenizer, min(defaults.max_length, max_positions), report)
-    return split_held_out(data, min(defaults.held_out, max(1, len(data) // 10)), SPLIT_SEED)[1]
+    return hold_out(data, defaults.held_out)[1]
 
 
 def perplexity(backbone: Backbone, data: TokenizedData) -> float:

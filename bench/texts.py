@@ -19,11 +19,10 @@ from decoding.generate import generate_autoregressive
 from runtime import jt
 from runtime.interrupt import check_interrupt
 from trainer.config import EMBEDDED_CORPUS, TrainConfig
-from trainer.data import TokenizedData, batches, load_conversations, split_held_out
+from trainer.data import TokenizedData, batches, hold_out, load_conversations
 from trainer.features import OnlineFeatures
 from trainer.loss import head_loss, make_batch
 
-SPLIT_SEED = 0  # train.py's
 SCORED_TOKENS = 4096  # tokens of a teacher-forced pass
 
 
@@ -51,7 +50,7 @@ def held_out_prompts(tokenizer, max_positions: int, num_prompts: int | None) -> 
         if any(mask[:length]):
             kept.append((talk, np.array(token_ids[:length], np.int32), np.array(mask[:length], np.bool_)))
     data = TokenizedData.of((token_ids, mask) for _, token_ids, mask in kept)
-    _, held_out = split_held_out(data, min(defaults.held_out, max(1, len(data) // 10)), SPLIT_SEED)
+    _, held_out = hold_out(data, defaults.held_out)
     chosen = {held_out.conversation(index)[0].tobytes() for index in range(len(held_out))}
     prompts = []
     for talk, token_ids, _ in kept:

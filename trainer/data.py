@@ -24,6 +24,7 @@ import numpy as np
 from backbone.tokenizer import ChatTokenizer
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+SPLIT_SEED = 0
 IGNORE = -100  # label of a position without loss, PyTorch's cross_entropy default
 ROLES = {
     "human": "user",
@@ -317,6 +318,12 @@ def split_held_out(data: TokenizedData, amount: float | int, seed: int) -> tuple
     if held_out.all():
         raise ValueError(f"the {len(data)} conversations are copies of too few to hold out {count}; add data")
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
+
+
+def hold_out(data: TokenizedData, wanted: int) -> tuple[TokenizedData, TokenizedData]:
+    """The split of every run, (training, held out): at most ``wanted`` conversations and a tenth of them. The same ones
+    whatever a run's own seed is, so that runs can be compared."""
+    return split_held_out(data, min(wanted, max(1, len(data) // 10)), SPLIT_SEED)
 
 
 def batches(
