@@ -19,6 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_CORPUS = ROOT / "assets" / "corpus" / "chat.jsonl.gz"
 
 
+CHOICES = {
+    "features": ("cache", "online"),
+    "loss": ("ce", "kl", "mix"),
+    "loss_on": ("assistant", "all"),
+    "optimizer": ("adamw", "lion", "muon"),
+    "schedule": ("cosine", "linear", "wsd", "constant"),
+}
+
+
 def _option(default, help: str):
     if isinstance(default, list):
         return field(default_factory=list, metadata={"help": help})
@@ -33,51 +42,86 @@ class TrainConfig:
     backbone: str | None = _option(None, "Hugging Face directory of the backbone; default: the embedded tiny-vicuna")
     dtype: str = _option("float16", "of the backbone's weights and features: float16 or float32")
     load_in_8bit: bool = _option(False, "keep the matrices of the backbone's layers in int8, a scale per row")
+    load_in_4bit: bool = _option(False, "keep them in 4 bits, a scale per 64 weights")
     template: str | None = _option(None, "chat template by name; default: the tokenizer's own")
-    data: list[str] = _option([], "ShareGPT JSON, JSON lines or .gz files; default: the embedded corpus")
+    data: list[str] = _option(
+        [], "ShareGPT JSON, JSON lines, .gz or .txt files, or datasets folders; default: the embedded corpus"
+    )
+    data_weights: list[float] = _option([], "how often an epoch takes each of the files; default: once")
+    block_size: int = _option(1024, "tokens that plain text is cut into")
+    loss_on: str = _option("assistant", "whose tokens carry loss: assistant, or all; plain text carries it everywhere")
     out: str | None = _option(None, "directory of the run; default: runs/<head>/<time>")
     overwrite: bool = _option(False, "replace the checkpoint that --out already holds")
+    resume: bool = _option(False, "go on with the run in --out (default: the head's newest) where its last state is")
+    dry_run: bool = _option(False, "load everything, take one step, print what the run will need, and stop")
     epochs: float = _option(1.0, "passes over the training text")
     max_steps: int = _option(0, "stop after this many optimizer steps; 0: the epochs decide")
-    tokens_per_step: int = _option(2048, "tokens of text per optimizer step")
+    tokens_per_step: int = _option(2048, "tokens of text per optimizer step, over all passes and ranks")
+    accumulate: int = _option(1, "passes forward and back that make an optimizer step, on each rank")
     max_length: int = _option(512, "tokens of a conversation that are used")
     held_out: int = _option(256, "conversations kept out of training to score on")
     score_every: int = _option(250, "steps between scores on the held-out text")
-    learning_rate: float = _option(2e-3, "peak of the cosine schedule")
+    save_every: int = _option(250, "steps between states to resume from; 0: none")
+    keep_last: int = _option(1, "states that are kept, the newest ones")
+    loss: str = _option("ce", "of each depth: ce (the text's token), kl (the backbone's distribution), or mix of both")
+    kl_share: float = _option(0.5, "share of the backbone's distribution in the loss with --loss mix")
+    kl_top: int = _option(32, "likeliest tokens of the backbone's distribution that --loss kl and mix look at")
+    teacher: str | None = _option(None, "top-k file that trainer.distill wrote; default: the backbone on the fly")
+    optimizer: str = _option("adamw", "adamw, lion or muon (matrices by muon, the rest by adamw)")
+    learning_rate: float = _option(2e-3, "peak of the schedule")
+    schedule: str = _option("cosine", "of the learning rate after the warm-up: cosine, linear, wsd or constant")
+    decay_share: float = _option(0.2, "share of the steps over which --schedule wsd falls at the end")
     final_rate: float = _option(0.05, "learning rate at the end, as a share of the peak")
     warmup: float = _option(0.05, "share of the steps over which the rate rises")
     weight_decay: float = _option(0.05, "of AdamW, on matrices alone")
-    beta1: float = _option(0.9, "of AdamW")
-    beta2: float = _option(0.95, "of AdamW")
+    beta1: float = _option(0.9, "of AdamW and Lion; the momentum of Muon")
+    beta2: float = _option(0.95, "of AdamW and Lion")
+    ema: float = _option(0.0, "decay of a moving average of the weights, which is then scored and kept; 0: none")
     clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
+    skip_limit: int = _option(3, "updates in a row that may be skipped because they are not finite")
     depth_weight: float = _option(0.9, "weight of depth k in the loss is this to the power k")
     features: str = _option("cache", "cache: backbone features written to disk once; online: computed at every step")
     cache_dir: str = _option(str(Path(".cache") / "features"), "where feature caches lie")
     tree_nodes: int = _option(16, "node budget of the expected accept length, root included")
+    tensorboard: bool = _option(False, "write TensorBoard events into the run's directory too")
     seed: int = _option(0, "of the initial weights and of the order of the data")
     head_options: dict = field(default_factory=dict)
 
     def check(self) -> None:
         """Raises ValueError for values that make no run."""
-        positive = ("epochs", "tokens_per_step", "held_out", "score_every", "learning_rate", "tree_nodes", "max_length")
+        positive = (
+            *("epochs", "tokens_per_step", "accumulate", "held_out", "score_every", "learning_rate", "tree_nodes"),
+            *("max_length", "kl_top", "keep_last", "skip_limit"),
+        )
         for name in (n for n, f in FIELDS.items() if TYPES[n] is float):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"--{name.replace('_', '-')} must be a number, got {getattr(self, name)}")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "clip", "weight_decay"):
+        for name in ("max_steps", "clip", "weight_decay", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        if self.max_length < 3:
-            raise ValueError(f"--max-length must be at least 3, got {self.max_length}")
-        for name in ("warmup", "final_rate", "beta1", "beta2"):
+        for name in ("max_length", "block_size"):
+            if getattr(self, name) < 3:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 3, got {getattr(self, name)}")
+        for name in ("warmup", "final_rate", "beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 < self.depth_weight <= 1:
             raise ValueError(f"--depth-weight must lie in (0, 1], got {self.depth_weight}")
-        if self.features not in ("cache", "online"):
-            raise ValueError(f"--features must be cache or online, got {self.features!r}")
+        for name in ("kl_share", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
+        for name, words in CHOICES.items():
+            if getattr(self, name) not in words:
+                raise suggest(f"--{name.replace('_', '-')}", str(getattr(self, name)), words)
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("--load-in-8bit and --load-in-4bit exclude each other; choose one")
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise ValueError(f"--data-weights has {len(self.data_weights)} numbers, --data {len(self.data)} files")
+        if any(not (math.isfinite(w) and w > 0) for w in self.data_weights):
+            raise ValueError(f"--data-weights must be numbers above 0, got {self.data_weights}")
         make_config(self.head, self.head_options)
 
 
@@ -96,9 +140,12 @@ def _set(config: TrainConfig, key: str, value, source: str) -> None:
     if name not in FIELDS:
         raise suggest(f"key in {source}:", key, [*FIELDS, "head.<option>"])
     wanted = TYPES[name]
-    plain = {float: (int, float), list[str]: (list,), (str | None): (str, type(None))}.get(wanted, (wanted,))
+    plain = {float: (int, float), list[str]: list, list[float]: list, (str | None): (str, type(None))}.get(
+        wanted, wanted
+    )
     fits = isinstance(value, plain) and not (isinstance(value, bool) and wanted is not bool)
-    if not fits or (wanted == list[str] and not all(isinstance(item, str) for item in value)):
+    items = {list[str]: str, list[float]: (int, float)}.get(wanted, object)
+    if not fits or (isinstance(value, list) and not all(isinstance(item, items) for item in value)):
         raise ValueError(f"{source}: {key} takes {getattr(wanted, '__name__', wanted)}, got {value!r}")
     setattr(config, name, float(value) if wanted is float else value)
 
@@ -147,6 +194,8 @@ def _parser(head: str | None) -> Parser:
             parser.add_argument(flag, action="store_true", **shared)
         elif wanted == list[str]:
             parser.add_argument(flag, nargs="+", metavar="FILE", **shared)
+        elif wanted == list[float]:
+            parser.add_argument(flag, nargs="+", type=float, metavar="N", **shared)
         else:
             kind = {int: int, float: float}.get(wanted, str)
             parser.add_argument(flag, type=kind, metavar=name.upper(), **shared)
