@@ -119,6 +119,14 @@ def under_mpi() -> bool:
     return "OMPI_COMM_WORLD_SIZE" in os.environ
 
 
+def threads_per_rank(num_cores: int, allowed: int, num_ranks: int) -> int:
+    """OpenMP threads of one of ``num_ranks`` processes on a machine, of whose ``num_cores`` it may use ``allowed``.
+
+    ``mpirun`` binds two ranks to a core each and lets three or more run anywhere: 3 ranks on 2 cores get one each.
+    """
+    return max(1, min(allowed, num_cores // num_ranks))
+
+
 def core_is_compiled() -> bool:
     """True when Jittor's core for this cache name already lies in the cache."""
     cache = jittor_home() / ".cache" / "jittor"
@@ -185,7 +193,14 @@ def start():
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     os.environ["FIX_TORCH_ERROR"] = "0"  # otherwise importing Jittor imports torch
     os.environ.setdefault("log_silent", "1")
-    if not under_mpi():
+    if under_mpi():
+        ranks_here = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+        threads = threads_per_rank(os.cpu_count() or 1, len(os.sched_getaffinity(0)), ranks_here)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        os.environ["use_mpi"] = "1"  # not what a process outside, which started mpirun, had settled for itself
+        if shutil.which("mpicc") is None:
+            raise ImportError("mpirun started this, but mpicc is missing: install openmpi-bin and libopenmpi-dev")
+    else:
         os.environ.setdefault("use_mpi", "0")
     prefix = onednn_prefix()
     if prefix is None:

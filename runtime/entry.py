@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+
+from runtime.bootstrap import under_mpi
+from runtime.ranks import leave
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 
@@ -44,13 +49,21 @@ def run_entry(main: Callable[[Sequence[str]], int | None], arguments: Sequence[s
 
     A user's mistake (ValueError), a file that cannot be read or written (OSError) and a run whose numbers ceased to be
     finite (FloatingPointError) become one line on stderr and
-    status 2; Ctrl-C becomes status 130.
+    status 2; Ctrl-C becomes status 130. Under ``mpirun`` a process that fails ends at once (``runtime.ranks.leave``).
     """
     try:
-        return main(sys.argv[1:] if arguments is None else arguments) or 0
+        status = main(sys.argv[1:] if arguments is None else arguments) or 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_MISTAKE
+        rank = f"rank {os.environ['OMPI_COMM_WORLD_RANK']}: " if under_mpi() else ""
+        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = USER_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        status = INTERRUPTED
+    except Exception:
+        if under_mpi():  # the others wait for this rank: a tidy end would never come
+            traceback.print_exc()
+            leave(1)
+        raise
+    leave(status)
+    return status

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps instead of inside one.
+"""Ctrl-C, or a scheduler's SIGTERM, between two steps instead of inside one.
 
 Python raises KeyboardInterrupt wherever it happens to be, inside Jittor also in a callback in the middle of a gradient.
 Long work therefore notes the wish and stops at a place of its own choosing.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 
 class Interrupts:
-    """Whether Ctrl-C was pressed since the work began."""
+    """Whether Ctrl-C was pressed, or SIGTERM came, since the work began."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -38,9 +38,14 @@ def check_interrupt() -> None:
     _interrupts.check()
 
 
+def interrupt_requested() -> bool:
+    """Whether the next ``check_interrupt`` would raise."""
+    return _interrupts.requested
+
+
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """While the body runs, Ctrl-C takes effect at the next ``check_interrupt``, and a second one at once.
+    """While the body runs, Ctrl-C and SIGTERM take effect at the next ``check_interrupt``, and a second one at once.
 
     One that no check has seen by the end of the body is raised then. Nesting is allowed; off the main thread, where
     Python delivers no signals, nothing changes.
@@ -48,13 +53,16 @@ def deferred_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, _interrupts._note)
-    # Jittor waits for the lock of its kernel cache in a system call that it takes for failed when a signal ends it.
-    signal.siginterrupt(signal.SIGINT, False)
+    before = {number: signal.signal(number, _interrupts._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    outermost = before[signal.SIGINT] != _interrupts._note
+    for number in before:
+        # Jittor waits for the lock of its kernel cache in a system call that it takes for failed when a signal ends it.
+        signal.siginterrupt(number, False)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        signal.siginterrupt(signal.SIGINT, before != _interrupts._note)
-    if before != _interrupts._note:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+            signal.siginterrupt(number, outermost)
+    if outermost:
         _interrupts.check()

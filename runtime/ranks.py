@@ -1,0 +1,61 @@
+"""What the processes of an ``mpirun`` say to each other: sums, equal starting values, a common end.
+
+All ranks call what is here in the same order; with one process it costs nothing. Jittor's MPI operations
+carry float32, float64 and int32 alone, on a GPU through NCCL (which nobody has run with this project yet).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+
+import runtime
+from runtime.bootstrap import under_mpi
+
+
+def all_reduce_sum(var):
+    """The sum over all ranks of a float32 or int32 Var of one shape; the Var itself when there is one rank."""
+    return var if runtime.world_size() == 1 else var.mpi_all_reduce("add")
+
+
+def sum_arrays(array: np.ndarray) -> np.ndarray:
+    """The sum over all ranks of a NumPy array of one shape, float64 or int32."""
+    if runtime.world_size() == 1:
+        return array
+    assert array.dtype in (np.float64, np.int32), array.dtype
+    flat = runtime.jt.array64(array.reshape(-1)) if array.dtype == np.float64 else runtime.jt.array(array.reshape(-1))
+    return flat.mpi_all_reduce("add").numpy().reshape(array.shape)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    sum_arrays(np.ones(1, np.int32))
+
+
+def share_from_main(parameters: list) -> None:
+    """Give every rank the values that rank 0 has. parameters: float32 or int32 Vars, changed in place."""
+    if runtime.world_size() > 1:
+        for parameter in parameters:
+            parameter.update(parameter.mpi_broadcast(0))
+        runtime.jt.sync(parameters)
+
+
+def text_from_main(text: str) -> str:
+    """The text that rank 0 has."""
+    if runtime.world_size() == 1:
+        return text
+    raw = text.encode() if runtime.is_main() else b""
+    size = int(sum_arrays(np.array([len(raw)], np.int32))[0])
+    numbers = np.frombuffer(raw.ljust(size, b"\0"), np.uint8).astype(np.int32)
+    return bytes(sum_arrays(numbers).astype(np.uint8)).decode()
+
+
+def leave(status: int) -> None:
+    """End this rank at once when something went wrong: the others may be waiting for it, and a tidy end would wait for
+    them. ``mpirun`` sees the status and ends the others with a message. Does nothing outside ``mpirun`` or for 0."""
+    if status and under_mpi():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
