@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from heads.registry import build
+from runtime.atomic import atomic_directory, sha256_of
 
 WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
 
@@ -26,21 +26,26 @@ def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> No
 
     config: JSON-ready; see docs/DESIGN.md for its keys. Raises OSError where the directory cannot be written.
     """
-    directory = Path(directory)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    retired = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    partial.mkdir(parents=True)
-    try:
-        tensors = {name: np.ascontiguousarray(p.numpy()) for name, p in head.named_parameters()}
-        save_file(tensors, str(partial / WEIGHTS))
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with atomic_directory(directory) as partial:
+        save_parameters(head, partial / WEIGHTS)
+        _write_config(partial / CONFIG, {**config, "files": {WEIGHTS: sha256_of(partial / WEIGHTS)}})
         (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-        if directory.exists():
-            os.rename(directory, retired)
-        os.rename(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+
+
+def save_parameters(head, path: Path) -> None:
+    """All parameters and buffers of a head as safetensors."""
+    save_file({name: np.ascontiguousarray(p.numpy()) for name, p in head.named_parameters()}, str(path))
+
+
+def config_digest(config: dict) -> str:
+    """Hash of a config.json's content but for its own ``digest``."""
+    kept = {key: value for key, value in config.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _write_config(path: Path, config: dict) -> None:
+    config = json.loads(json.dumps(config))  # as it will be read again, integer keys and tuples for example
+    path.write_text(json.dumps({**config, "digest": config_digest(config)}, indent=2) + "\n")
 
 
 def find_checkpoint(directory) -> Path:
@@ -72,6 +77,8 @@ def read_config(directory: Path) -> dict:
     missing = {"head", "head_config", "backbone"} - set(config) if isinstance(config, dict) else {"an object"}
     if missing:
         raise ValueError(f"{path} is not a head checkpoint: it lacks {', '.join(sorted(missing))}")
+    if "digest" in config and config["digest"] != config_digest(config):
+        raise ValueError(f"{path} was changed after it was written: its digest does not fit")
     return config
 
 
@@ -79,7 +86,7 @@ def update_config(directory: Path, changes: dict) -> None:
     """Set some keys of a checkpoint's config.json, whole or not at all."""
     config, path = {**read_config(directory), **changes}, Path(directory) / CONFIG
     partial = path.with_name(f".{CONFIG}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
+    _write_config(partial, config)
     os.replace(partial, path)
 
 
@@ -97,10 +104,22 @@ def load_head(directory, backbone):
             f"{directory} was trained on backbone {trained_on.get('fingerprint')} ({trained_on.get('path')}), "
             f"this is {backbone.fingerprint} ({backbone.path or 'embedded'}); pass --backbone with the one it knows"
         )
+    check_files(directory, config.get("files", {}))
     head = build(config["head"], config["head_config"], backbone)
     load_parameters(head, directory / WEIGHTS)
     head.eval()
     return head, config
+
+
+def check_files(directory: Path, hashes: dict[str, str]) -> None:
+    """Raises ValueError naming a file that is not the one that was written. hashes: sha256 by file name."""
+    for name, wanted in hashes.items():
+        path = Path(directory) / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        found = sha256_of(path)
+        if found != wanted:
+            raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}..., written was {wanted[:16]}...")
 
 
 def load_parameters(head, path: Path) -> None:
@@ -126,4 +145,4 @@ def load_parameters(head, path: Path) -> None:
 
 def weights_sha256(directory: Path) -> str:
     """Hash of the head's weights, as hexadecimal digits."""
-    return hashlib.sha256((Path(directory) / WEIGHTS).read_bytes()).hexdigest()
+    return sha256_of(Path(directory) / WEIGHTS)
