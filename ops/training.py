@@ -1,12 +1,10 @@
-"""What a training step spends its time on: products with their gradients, cross-entropy, the optimizer's update.
+"""What a training step spends its time on: products with their gradients, cross-entropy, KL divergence.
 
 On the CPU, Jittor's own gradient of a product's weight and its cross-entropy take most of a step (docs/LOG.md has
 the figures); these compute the same.
 """
 
 from __future__ import annotations
-
-import math
 
 from ops.kernel import cpu_header, on_cpu
 from runtime import jt
@@ -139,55 +137,3 @@ def kl_divergence(logits, teacher):
     """
     assert tuple(logits.shape) == tuple(teacher.shape), (logits.shape, teacher.shape)
     return _KLDivergence()(logits, teacher.detach()) if on_cpu() else reference_kl_divergence(logits, teacher)
-
-
-def squared_norm(grads: list) -> float:
-    """Sum of squares over all gradients, in double precision."""
-    if not on_cpu():
-        return float(sum(float(g.sqr().sum().item()) for g in grads))
-    partial = [
-        jt.code(
-            (1,),
-            "float64",
-            [g],
-            cpu_header=cpu_header(HEADER),
-            cpu_src="out0_p[0] = gorgon::sum_of_squares(in0_p, in0->num);",
-        )
-        for g in grads
-    ]
-    return math.fsum(float(p.numpy()[0]) for p in partial)
-
-
-def reference_adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step):
-    """One update by the equations of AdamW (arXiv 1711.05101); returns the new (weight, mean, square)."""
-    grad = grad * scale
-    mean = beta1 * mean + (1 - beta1) * grad
-    square = beta2 * square + (1 - beta2) * grad * grad
-    update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
-    return weight - rate * update - rate * weight_decay * weight, mean, square
-
-
-def adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step) -> None:
-    """One AdamW update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first;
-    ``step`` counts updates from 1."""
-    options = dict(rate=rate, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, scale=scale, step=step)
-    if not on_cpu():
-        for var, new in zip(
-            (weight, mean, square), reference_adamw(weight, grad, mean, square, **options), strict=True
-        ):
-            var.update(new)
-        return
-    jt.code(
-        (1,),
-        "int32",
-        [grad, weight, mean, square],
-        cpu_header=cpu_header(HEADER),
-        cpu_src="""
-        gorgon::AdamW o{(float)data["rate"], (float)data["beta1"], (float)data["beta2"], (float)data["eps"],
-                        (float)(data["rate"] * data["weight_decay"]), (float)data["scale"],
-                        (float)data["correct1"], (float)data["correct2"]};
-        gorgon::adamw(o, in0_p, in1_p, in2_p, in3_p, in0->num);
-        out0_p[0] = 0;
-        """,
-        data={**options, "correct1": 1 - beta1**step, "correct2": 1 - beta2**step},
-    ).sync()

@@ -1,4 +1,4 @@
-// CPU kernels of the training path: weight gradients, cross-entropy and the optimizer's update.
+// CPU kernels of the training path: weight gradients, cross-entropy and KL divergence.
 // vector.h and cpu.h come first: Jittor looks for included files itself and does not find those beside this one.
 #pragma once
 
@@ -160,39 +160,6 @@ static inline void kl_backward(const float* logits, const float* teacher, const 
         for (; n < width; n++)
             g[n] = (__builtin_expf(x[n] - log_sum[r]) - __builtin_expf(t[n] - teacher_log_sum[r])) * weight[r];
     }
-}
-
-// ---- AdamW ----
-
-struct AdamW {
-    float rate, beta1, beta2, eps, decay, scale;  // decay: rate * weight decay; scale: of the gradient, for clipping
-    float correct1, correct2;                     // 1 - beta^step
-};
-
-static inline void adamw(const AdamW& o, const float* grad, float* weight, float* mean, float* square, int64_t count) {
-#pragma omp parallel for simd
-    for (int64_t i = 0; i < count; i++) {
-        float g = grad[i] * o.scale;
-        mean[i] = o.beta1 * mean[i] + (1 - o.beta1) * g;
-        square[i] = o.beta2 * square[i] + (1 - o.beta2) * g * g;
-        float step = (mean[i] / o.correct1) / (__builtin_sqrtf(square[i] / o.correct2) + o.eps);
-        weight[i] -= o.rate * step + o.decay * weight[i];
-    }
-}
-
-// Sum of squares in double precision, one partial sum a block of 4096 so that the order never changes.
-static inline double sum_of_squares(const float* x, int64_t count) {
-    int64_t blocks = (count + 4095) / 4096;
-    std::vector<double> partial(blocks);
-#pragma omp parallel for
-    for (int64_t b = 0; b < blocks; b++) {
-        double sum = 0;
-        for (int64_t i = b * 4096; i < count && i < (b + 1) * 4096; i++) sum += (double)x[i] * x[i];
-        partial[b] = sum;
-    }
-    double total = 0;
-    for (double p : partial) total += p;
-    return total;
 }
 
 }  // namespace gorgon

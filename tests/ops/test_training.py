@@ -1,22 +1,16 @@
 """Training operations against NumPy, finite differences, their references and torch."""
 
-import math
-
 import numpy as np
 import pytest
-import torch
 
 from ops.select import top_k
 from ops.training import (
-    adamw,
     cross_entropy,
     kl_divergence,
     outer_product,
-    reference_adamw,
     reference_cross_entropy,
     reference_kl_divergence,
     reference_outer_product,
-    squared_norm,
     trainable_linear,
 )
 from runtime import jt
@@ -176,75 +170,6 @@ def test_large_logits_do_not_overflow(function, scale):
     np.testing.assert_allclose(losses, want_losses, rtol=1e-6, atol=1e-5)
     # The backward pass exponentiates x - logsumexp, which near 1e4 has a spacing of 1e-3.
     np.testing.assert_allclose(gradient, want_gradient, atol=1e-3)
-
-
-# The optimizer
-
-OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-
-
-def five_updates(update, scale=0.5, **changes):
-    """Weights after five updates of ``update(weight, grad, mean, square, rate, scale, step, options)``."""
-    state = [normal(13, 7), np.zeros((13, 7), np.float32), np.zeros((13, 7), np.float32)]
-    for step in range(1, 6):
-        state = update(state, normal(13, 7, seed=step), 1e-2 / step, scale, step, {**OPTIONS, **changes})
-    return state
-
-
-def by_kernel(state, grad, rate, scale, step, options):
-    weight, mean, square = (jt.array(s) for s in state)
-    jt.sync_all()
-    adamw(weight, jt.array(grad), mean, square, rate=rate, scale=scale, step=step, **options)
-    return [v.numpy() for v in (weight, mean, square)]
-
-
-def by_reference(state, grad, rate, scale, step, options):
-    weight, mean, square = (jt.array(s) for s in state)
-    new = reference_adamw(weight, jt.array(grad), mean, square, rate=rate, scale=scale, step=step, **options)
-    return [v.numpy() for v in new]
-
-
-def test_adamw_equals_its_reference_over_five_steps():
-    for got, want in zip(five_updates(by_kernel), five_updates(by_reference), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-6)  # five updates of 1e-2, to float32
-
-
-def test_adamw_equals_torch_over_five_steps():
-    weight = torch.nn.Parameter(torch.tensor(normal(13, 7)))
-    optimizer = torch.optim.AdamW([weight], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    for step in range(1, 6):
-        weight.grad = torch.tensor(normal(13, 7, seed=step)) * 0.5
-        optimizer.param_groups[0]["lr"] = 1e-2 / step
-        optimizer.step()
-    want = weight.detach().numpy()
-    np.testing.assert_allclose(five_updates(by_kernel)[0], want, atol=1e-6)
-    for defect in ({"weight_decay": 0.0}, {"beta2": 0.96}, {"eps": 1e-2}):
-        assert np.abs(five_updates(by_kernel, **defect)[0] - want).max() > 1e-5, defect
-
-
-def test_adamw_writes_where_the_parameter_lies():
-    weight, mean, square = jt.array(normal(40)), jt.zeros((40,)), jt.zeros((40,))
-    jt.sync_all()
-    before = weight.numpy().copy()
-    adamw(weight, jt.ones((40,)), mean, square, rate=0.1, scale=1.0, step=1, **{**OPTIONS, "weight_decay": 0.0})
-    np.testing.assert_allclose(weight.numpy(), before - 0.1, atol=1e-6)
-
-
-def test_the_squared_norm_adds_over_all_gradients_in_double_precision():
-    grads = [normal(13, 7), normal(5000, seed=1), np.full(3, 1e4, np.float32), np.full(9000, 1e-3, np.float32)]
-    exact = math.fsum((g.astype(np.float64) ** 2).sum() for g in grads)
-    assert squared_norm([jt.array(g) for g in grads]) == pytest.approx(exact, rel=1e-12)
-    single = np.float32(0)
-    for g in grads:
-        single += (g * g).sum(dtype=np.float32)
-    assert abs(float(single) - exact) > 1e-12 * exact
-
-
-def test_the_squared_norm_of_a_gradient_that_is_not_finite_is_not_finite():
-    for bad in (np.nan, np.inf):
-        grad = normal(50)
-        grad[7] = bad
-        assert not math.isfinite(squared_norm([jt.array(grad)]))
 
 
 # KL divergence

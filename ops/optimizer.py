@@ -1,0 +1,199 @@
+"""The elementwise work of the optimizers, in place, each beside the plain Jittor that it equals.
+
+A kernel writes into Vars that already exist, so no update builds a graph. Jittor does not know of such a write: what
+still waits to read the old values must be synced before (``jt.sync_all``).
+"""
+
+from __future__ import annotations
+
+import math
+
+from ops.kernel import cpu_header, on_cpu
+from runtime import jt
+
+HEADER = "optimizer.h"
+# Of the polynomial a x + b x^3 + c x^5 that each Newton-Schulz iteration applies to the singular values (K. Jordan et
+# al., "Muon: an optimizer for hidden layers in neural networks", 2024; arXiv 2502.16982, section 2.1).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+def _in_place(inputs: list, source: str, data: dict) -> None:
+    """Run a kernel body that writes into its inputs."""
+    jt.code((1,), "int32", inputs, cpu_header=cpu_header(HEADER), cpu_src=source + "\nout0_p[0] = 0;", data=data).sync()
+
+
+def _replace(old, new) -> None:
+    """Give ``old`` the values of ``new`` where there are no kernels. Without ``detach`` the parameter would hold on to
+    the graph that made it, one update behind the other."""
+    old.update(new.detach())
+
+
+def squared_norm(grads: list) -> float:
+    """Sum of squares over all gradients, in double precision; not finite where one of their numbers is not."""
+    if on_cpu():
+        source = "out0_p[0] = gorgon::sum_of_squares(in0_p, in0->num);"
+        partial = [jt.code((1,), "float64", [g], cpu_header=cpu_header(HEADER), cpu_src=source) for g in grads]
+    else:
+        partial = [g.float64().sqr().sum() for g in grads]
+    return math.fsum(float(p.reshape(-1)[0]) for p in jt.fetch_sync(partial))
+
+
+def reference_adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step):
+    """One update by the equations of AdamW (arXiv 1711.05101); returns the new (weight, mean, square)."""
+    grad = grad * scale
+    mean = beta1 * mean + (1 - beta1) * grad
+    square = beta2 * square + (1 - beta2) * grad * grad
+    update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
+    return weight - rate * update - rate * weight_decay * weight, mean, square
+
+
+def adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step) -> None:
+    """One AdamW update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first;
+    ``step`` counts updates from 1."""
+    options = dict(rate=rate, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, scale=scale, step=step)
+    if not on_cpu():
+        for var, new in zip(
+            (weight, mean, square), reference_adamw(weight, grad, mean, square, **options), strict=True
+        ):
+            _replace(var, new)
+        return
+    _in_place(
+        [grad, weight, mean, square],
+        """
+        gorgon::AdamW o{(float)data["rate"], (float)data["beta1"], (float)data["beta2"], (float)data["eps"],
+                        (float)(data["rate"] * data["weight_decay"]), (float)data["scale"],
+                        (float)data["correct1"], (float)data["correct2"]};
+        gorgon::adamw(o, in0_p, in1_p, in2_p, in3_p, in0->num);
+        """,
+        {**options, "correct1": 1 - beta1**step, "correct2": 1 - beta2**step},
+    )
+
+
+def reference_lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale):
+    """One update by Lion (arXiv 2302.06675, algorithm 2); returns the new (weight, momentum)."""
+    grad = grad * scale
+    mixed = beta1 * momentum + (1 - beta1) * grad
+    sign = (mixed > 0).float32() - (mixed < 0).float32()
+    return weight - rate * sign - rate * weight_decay * weight, beta2 * momentum + (1 - beta2) * grad
+
+
+def lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale) -> None:
+    """One Lion update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first."""
+    options = dict(rate=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
+    if not on_cpu():
+        for var, new in zip((weight, momentum), reference_lion(weight, grad, momentum, **options), strict=True):
+            _replace(var, new)
+        return
+    _in_place(
+        [grad, weight, momentum],
+        """
+        gorgon::Lion o{(float)data["rate"], (float)data["beta1"], (float)data["beta2"],
+                       (float)(data["rate"] * data["weight_decay"]), (float)data["scale"]};
+        gorgon::lion(o, in0_p, in1_p, in2_p, in0->num);
+        """,
+        options,
+    )
+
+
+def reference_orthogonalize(matrix):
+    """Plain Jittor: what ``orthogonalize`` computes, after its equations."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix / (matrix.sqr().sum().sqrt() + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = jt.matmul(x, x.transpose(1, 0))
+        x = a * x + jt.matmul(b * gram + c * jt.matmul(gram, gram), x)
+    return x
+
+
+def _weighted_sum(a: float, x, b: float, y):
+    """a x + b y, a Var of its own."""
+    if not on_cpu():
+        return a * x + b * y
+    return jt.code(
+        tuple(x.shape),
+        "float32",
+        [x, y],
+        cpu_header=cpu_header(HEADER),
+        cpu_src='gorgon::weighted_sum((float)data["a"], in0_p, (float)data["b"], in1_p, out0_p, in0->num);',
+        data={"a": a, "b": b},
+    )
+
+
+def orthogonalize(matrix):
+    """The orthogonal factor U V^T of a matrix U S V^T, roughly: five Newton-Schulz iterations bring singular values
+    between 0.7 and 1.2, but for those below some 1e-3 of the Frobenius norm, which stay smaller.
+
+    matrix: (out, in) float32 -> the same shape; zero stays zero. The side that is multiplied with itself is the
+    shorter one.
+    """
+    assert len(matrix.shape) == 2, matrix.shape
+    a, b, c = NEWTON_SCHULZ
+    with jt.no_grad():
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = matrix.transpose(1, 0) if tall else matrix
+        x = x * (1 / (math.sqrt(squared_norm([matrix])) + 1e-7))
+        for _ in range(ITERATIONS):
+            gram = jt.nn.matmul_transpose(x, x)
+            polynomial = _weighted_sum(b, gram, c, jt.nn.matmul_transpose(gram, gram))  # gram is symmetric
+            x = _weighted_sum(a, x, 1.0, jt.matmul(polynomial, x))
+        return x.transpose(1, 0) if tall else x
+
+
+def reference_muon(weight, grad, momentum, *, rate, beta, weight_decay, scale):
+    """One update by Muon as in arXiv 2502.16982, equation 4, with Nesterov's momentum; returns the new (weight,
+    momentum)."""
+    grad = grad * scale
+    momentum = beta * momentum + grad
+    update = 0.2 * math.sqrt(max(weight.shape)) * reference_orthogonalize(grad + beta * momentum)
+    return weight - rate * (update + weight_decay * weight), momentum
+
+
+def muon(weight, grad, momentum, *, rate, beta, weight_decay, scale) -> None:
+    """One Muon update in place. All Vars are (out, in) and float32; ``scale`` multiplies the gradient first.
+
+    The update is scaled by 0.2 sqrt(max(out, in)): the root mean square of its numbers is then near 0.2 whatever the
+    shape, where AdamW's is 0.2 to 0.4, so that both go by one learning rate (arXiv 2502.16982, section 2.2).
+    """
+    factor = 0.2 * math.sqrt(max(weight.shape))
+    if not on_cpu():
+        options = dict(rate=rate, beta=beta, weight_decay=weight_decay, scale=scale)
+        for var, new in zip((weight, momentum), reference_muon(weight, grad, momentum, **options), strict=True):
+            _replace(var, new)
+        return
+    direction = jt.code(
+        tuple(weight.shape),
+        "float32",
+        [grad, momentum],
+        cpu_header=cpu_header(HEADER),
+        cpu_src='gorgon::nesterov((float)data["beta"], (float)data["scale"], in0_p, in1_p, out0_p, in0->num);',
+        data={"beta": beta, "scale": scale},
+    )
+    _in_place(
+        [orthogonalize(direction), weight],
+        'gorgon::descend((float)data["rate"], (float)data["decay"], in0_p, in1_p, in0->num);',
+        {"rate": rate * factor, "decay": rate * weight_decay},
+    )
+
+
+def move_average(average, value, decay: float) -> None:
+    """average = decay average + (1 - decay) value, in place. Both Vars have one shape and are float32."""
+    if not on_cpu():
+        _replace(average, average + (1 - decay) * (value - average))
+        return
+    _in_place(
+        [value, average],
+        'gorgon::move_average((float)data["share"], in0_p, in1_p, in0->num);',
+        {"share": 1 - decay},
+    )
+
+
+def exchange(a, b) -> None:
+    """Two float32 Vars of one shape change their values, bit for bit, in place."""
+    if not on_cpu():
+        held = a.copy().detach()
+        held.sync()
+        _replace(a, b)
+        _replace(b, held)
+        return
+    _in_place([a, b], "gorgon::exchange(in0_p, in1_p, in0->num);", {})

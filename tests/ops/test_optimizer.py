@@ -1,0 +1,342 @@
+"""The optimizers' kernels against values worked by hand, NumPy, their references and torch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ops.optimizer
+from ops.optimizer import (
+    ITERATIONS,
+    NEWTON_SCHULZ,
+    adamw,
+    exchange,
+    lion,
+    move_average,
+    muon,
+    orthogonalize,
+    reference_adamw,
+    reference_lion,
+    reference_muon,
+    reference_orthogonalize,
+    squared_norm,
+)
+from runtime import jt
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """The path of machines that the kernels do not serve."""
+    monkeypatch.setattr(ops.optimizer, "on_cpu", lambda: False)
+
+
+# The norm
+
+
+def test_the_squared_norm_adds_over_all_gradients_in_double_precision():
+    grads = [normal(13, 7), normal(5000, seed=1), np.full(3, 1e4, np.float32), np.full(9000, 1e-3, np.float32)]
+    exact = math.fsum((g.astype(np.float64) ** 2).sum() for g in grads)
+    assert squared_norm([jt.array(g) for g in grads]) == pytest.approx(exact, rel=1e-12)
+    single = np.float32(0)
+    for g in grads:
+        single += (g * g).sum(dtype=np.float32)
+    assert abs(float(single) - exact) > 1e-12 * exact
+    assert squared_norm([]) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("count", [1, 15, 16, 100, 4096, 9001])
+def test_a_number_that_is_not_finite_makes_the_norm_so_wherever_it_stands(bad, count):
+    for place in sorted({0, count // 2, min(count - 1, 4095), min(count - 1, 4096), count - 1}):
+        grad = normal(count)
+        assert math.isfinite(squared_norm([jt.array(grad)]))
+        grad[place] = bad
+        assert not math.isfinite(squared_norm([jt.array(grad)])), place
+        assert not math.isfinite(squared_norm([jt.ones((3,)), jt.array(grad), jt.ones((3,))])), place
+
+
+def test_two_numbers_that_are_not_finite_do_not_cancel():
+    for pair in ([np.inf, -np.inf], [np.nan, np.inf], [-np.inf, np.nan]):
+        assert not math.isfinite(squared_norm([jt.array(np.array(pair, np.float32))]))
+        assert not math.isfinite(squared_norm([jt.array(np.array([each], np.float32)) for each in pair]))
+
+
+def test_the_largest_numbers_of_float32_still_have_a_norm():
+    assert squared_norm([jt.array(np.full(3, 3e38, np.float32))]) == pytest.approx(3 * 9e76, rel=1e-6)
+
+
+def test_without_kernels_the_norm_is_in_double_precision_too(no_kernels):
+    assert squared_norm([jt.array(np.full(3, 3e38, np.float32))]) == pytest.approx(3 * 9e76, rel=1e-6)
+    assert not math.isfinite(squared_norm([jt.array(np.array([1, np.nan], np.float32))]))
+
+
+# AdamW
+
+ADAMW = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def run(update, count, steps=5, shape=(13, 7), **options):
+    """The weight and ``count`` moments, begun as zero, after some updates at rates that fall."""
+    state = [normal(*shape), *(np.zeros(shape, np.float32) for _ in range(count))]
+    for step in range(1, steps + 1):
+        each = {**options, "rate": 1e-2 / step, "scale": 0.5}
+        state = update(state, normal(*shape, seed=step), step, each)
+    return state
+
+
+def by_kernel(kernel):
+    def update(state, grad, step, options):
+        places = [jt.array(value) for value in state]
+        kernel(places[0], jt.array(grad), *places[1:], **options, **({"step": step} if kernel is adamw else {}))
+        return [place.numpy() for place in places]
+
+    return update
+
+
+def by_reference(reference):
+    def update(state, grad, step, options):
+        weight, *moments = [jt.array(value) for value in state]
+        options = {**options, **({"step": step} if reference is reference_adamw else {})}
+        return [new.numpy() for new in reference(weight, jt.array(grad), *moments, **options)]
+
+    return update
+
+
+def test_one_adamw_update_by_hand():
+    # grad 0.5 * 2 = 1; mean 0.9 * 3 + 0.1 = 2.8; square 0.95 * 4 + 0.05 = 3.85; at step 2 the corrections are
+    # 1 - 0.81 = 0.19 and 1 - 0.9025 = 0.0975: 14.736842 / sqrt(39.487179) = 2.345184, and 0.1 * 10 decays.
+    weight, mean, square = (jt.array(np.array([x], np.float32)) for x in (10, 3, 4))
+    adamw(weight, jt.array(np.array([2], np.float32)), mean, square, rate=0.1, scale=0.5, step=2, **ADAMW)
+    assert weight.numpy()[0] == pytest.approx(10 - 0.1 * (2.345184 + 0.1 * 10), abs=1e-6)
+    assert mean.numpy()[0] == pytest.approx(2.8, abs=1e-6) and square.numpy()[0] == pytest.approx(3.85, abs=1e-6)
+
+
+def test_adamw_equals_its_reference_over_five_steps():
+    for got, want in zip(
+        run(by_kernel(adamw), 2, **ADAMW), run(by_reference(reference_adamw), 2, **ADAMW), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-6)  # five updates of 1e-2, to float32
+
+
+def test_adamw_equals_torch_over_five_steps():
+    weight = torch.nn.Parameter(torch.tensor(normal(13, 7)))
+    optimizer = torch.optim.AdamW([weight], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 6):
+        weight.grad = torch.tensor(normal(13, 7, seed=step)) * 0.5
+        optimizer.param_groups[0]["lr"] = 1e-2 / step
+        optimizer.step()
+    want = weight.detach().numpy()
+    np.testing.assert_allclose(run(by_kernel(adamw), 2, **ADAMW)[0], want, atol=1e-6)
+    for defect in ({"weight_decay": 0.0}, {"beta2": 0.96}, {"eps": 1e-2}):
+        assert np.abs(run(by_kernel(adamw), 2, **{**ADAMW, **defect})[0] - want).max() > 1e-5, defect
+
+
+# Lion
+
+LION = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
+
+
+def test_one_lion_update_by_hand():
+    # grad 0.5 * (4, -4, 0, 4) = (2, -2, 0, 2); the mix 0.9 m + 0.1 g = (0.2, -0.2, 0, -0.7) gives the signs, also
+    # where the gradient alone would say otherwise; 0.1 * 0.1 of every weight decays; m = 0.99 m + 0.01 g.
+    weight, grad, momentum = (jt.array(np.array(x, np.float32)) for x in ([1, 1, 1, -2], [4, -4, 0, 4], [0, 0, 0, -1]))
+    lion(weight, grad, momentum, rate=0.1, scale=0.5, **LION)
+    np.testing.assert_allclose(weight.numpy(), [0.89, 1.09, 0.99, -1.88], atol=1e-6)
+    np.testing.assert_allclose(momentum.numpy(), [0.02, -0.02, 0, -0.97], atol=1e-6)
+
+
+def lion_by_numpy(state, grad, step, options):
+    weight, momentum = (value.astype(np.float64) for value in state)
+    grad = grad.astype(np.float64) * options["scale"]
+    sign = np.sign(options["beta1"] * momentum + (1 - options["beta1"]) * grad)
+    weight = weight - options["rate"] * (sign + options["weight_decay"] * weight)
+    return weight, options["beta2"] * momentum + (1 - options["beta2"]) * grad
+
+
+def test_lion_equals_numpy_and_its_reference_over_five_steps():
+    want = run(lion_by_numpy, 1, **LION)
+    for update in (by_kernel(lion), by_reference(reference_lion)):
+        for got, expected in zip(run(update, 1, **LION), want, strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-6)
+    for defect in ({"weight_decay": 0.0}, {"beta1": 0.5}):
+        assert np.abs(run(by_kernel(lion), 1, **{**LION, **defect})[0] - want[0]).max() > 1e-5, defect
+    assert np.abs(run(by_kernel(lion), 1, **{**LION, "beta2": 0.9})[1] - want[1]).max() > 1e-3
+
+
+# Muon
+
+MUON = {"beta": 0.9, "weight_decay": 0.1}
+SHAPES = [(13, 7), (7, 13), (64, 64), (5, 40), (1, 9)]
+
+
+def orthogonalized_by_svd(matrix):
+    """Newton-Schulz's polynomial applied to the singular values themselves, in double precision."""
+    u, s, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    s = s / np.sqrt((s * s).sum())
+    for _ in range(ITERATIONS):
+        s = NEWTON_SCHULZ[0] * s + NEWTON_SCHULZ[1] * s**3 + NEWTON_SCHULZ[2] * s**5
+    return u * s @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_newton_schulz_is_its_polynomial_of_the_singular_values(shape):
+    matrix = normal(*shape)
+    want = orthogonalized_by_svd(matrix)
+    for iterate in (orthogonalize, reference_orthogonalize):
+        # Iterations enlarge the rounding of small singular values by up to 3.4445^5 = 485.
+        np.testing.assert_allclose(iterate(jt.array(matrix)).numpy(), want, atol=2e-5)
+    if min(shape) > 1:  # control: one row of another sign
+        assert (
+            np.abs(
+                orthogonalize(jt.array(matrix * np.where(np.arange(shape[0]) == 0, -1, 1)[:, None])).numpy() - want
+            ).max()
+            > 1e-3
+        )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(13, 7), (7, 13), (5, 40), (96, 256)])
+def test_orthogonalized_matrices_have_singular_values_near_one_and_the_same_directions(shape, scale):
+    matrix = normal(*shape) * np.float32(scale)
+    before = np.linalg.svd(matrix, compute_uv=False)
+    assert before.max() / before.min() > 1.5
+    u, _, v = np.linalg.svd(matrix, full_matrices=False)
+    got = orthogonalize(jt.array(matrix)).numpy()
+    after = np.linalg.svd(got, compute_uv=False)
+    assert after.min() > 0.67 and after.max() < 1.21
+    along = u.T @ got @ v.T  # diagonal in the matrix's own directions
+    np.testing.assert_allclose(along, np.diag(np.diag(along)), atol=1e-4)
+
+
+def test_the_orthogonal_factor_of_zero_is_zero():
+    assert not orthogonalize(jt.zeros((4, 3))).numpy().any()
+
+
+def test_one_muon_update_by_hand():
+    # A matrix of one number: its direction is its sign. grad 0.5 * 4 = 2, momentum 0.9 * -1 + 2 = 1.1, and
+    # 2 + 0.9 * 1.1 is above 0: five times 3.4445 x - 4.7750 x^3 + 2.0315 x^5 leads from 1 over 0.7010, 1.1136, 0.7207
+    # and 1.0900 to 0.696436; scaled by 0.2 sqrt(1).
+    weight, grad, momentum = (jt.array(np.array([[x]], np.float32)) for x in (10, 4, -1))
+    muon(weight, grad, momentum, rate=0.1, scale=0.5, **MUON)
+    assert momentum.numpy()[0, 0] == pytest.approx(1.1, abs=1e-6)
+    assert weight.numpy()[0, 0] == pytest.approx(10 - 0.1 * (0.2 * 0.696436 + 0.1 * 10), abs=1e-5)
+
+
+def muon_by_numpy(state, grad, step, options):
+    weight, momentum = (value.astype(np.float64) for value in state)
+    grad = grad.astype(np.float64) * options["scale"]
+    momentum = options["beta"] * momentum + grad
+    update = 0.2 * np.sqrt(max(weight.shape)) * orthogonalized_by_svd(grad + options["beta"] * momentum)
+    return weight - options["rate"] * (update + options["weight_decay"] * weight), momentum
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_equals_numpy_and_its_reference_over_five_steps(shape):
+    want = run(muon_by_numpy, 1, shape=shape, **MUON)
+    for update in (by_kernel(muon), by_reference(reference_muon)):
+        for got, expected in zip(run(update, 1, shape=shape, **MUON), want, strict=True):
+            np.testing.assert_allclose(got, expected, atol=3e-6)
+    for defect in ({"weight_decay": 0.0}, {"beta": 0.5}):
+        if min(shape) > 1:  # the direction of one row hardly turns
+            assert np.abs(run(by_kernel(muon), 1, shape=shape, **{**MUON, **defect})[0] - want[0]).max() > 1e-5, defect
+
+
+def test_muon_updates_are_of_one_size_whatever_the_shape():
+    for shape in [(64, 64), (256, 16), (16, 256), (40, 200)]:
+        weight = jt.zeros(shape)
+        muon(weight, jt.array(normal(*shape)), jt.zeros(shape), rate=1.0, scale=1.0, beta=0.9, weight_decay=0.0)
+        assert 0.13 < np.sqrt((weight.numpy() ** 2).mean()) < 0.24, shape
+
+
+# In place
+
+
+def all_of_them(shape):
+    """Every update as a function of (weight, grad, moments), by name, with how many moments it takes."""
+    step = {"rate": 0.1, "scale": 0.5}
+    return {
+        "adamw": (2, lambda w, g, *m: adamw(w, g, *m, step=1, **step, **ADAMW)),
+        "lion": (1, lambda w, g, *m: lion(w, g, *m, **step, **LION)),
+        **({"muon": (1, lambda w, g, *m: muon(w, g, *m, **step, **MUON))} if len(shape) == 2 else {}),
+        "move_average": (0, lambda w, g: move_average(w, g, 0.75)),
+        "exchange": (0, lambda w, g: exchange(w, g)),
+    }
+
+
+def live():
+    jt.sync_all()
+    return jt.core.number_of_lived_vars(), jt.core.number_of_lived_ops()
+
+
+@pytest.mark.parametrize("shape", [(1,), (40,), (5, 9)])
+def test_updates_without_kernels_give_the_same(monkeypatch, shape):
+    for name, (count, update) in all_of_them(shape).items():
+        results = []
+        for kernels in (True, False):
+            monkeypatch.setattr(ops.optimizer, "on_cpu", lambda kernels=kernels: kernels)
+            places = [jt.array(np.abs(normal(*shape, seed=seed))) for seed in range(2 + count)]
+            jt.sync_all()
+            update(*places)
+            results.append([place.numpy() for place in places])
+        for with_kernels, without in zip(*results, strict=True):
+            np.testing.assert_allclose(with_kernels, without, atol=1e-6, err_msg=name)
+        assert np.abs(results[0][0] - np.abs(normal(*shape))).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_updates_leave_no_graph_behind_and_parameters_that_have_gradients(monkeypatch, kernels):
+    monkeypatch.setattr(ops.optimizer, "on_cpu", lambda: kernels)
+    for name, (count, update) in all_of_them((5, 9)).items():
+        places = [jt.array(np.abs(normal(5, 9, seed=seed))) for seed in range(2 + count)]
+        update(*places)
+        before = live()
+        for _ in range(3):
+            update(*places)
+        assert live() == before, name
+        assert np.abs(jt.grad((places[0] * places[0]).sum(), places[0]).numpy()).max() > 0, name
+    kept = [jt.ones((5, 9))]
+    before = live()
+    kept.append(kept[-1] * 2)  # control: a graph is counted
+    assert live() != before
+
+
+# Moving averages
+
+
+def test_an_average_moves_by_its_share():
+    average, value = (jt.array(np.array(x, np.float32)) for x in ([1, 2, -4], [5, 2, 4]))
+    move_average(average, value, 0.75)
+    np.testing.assert_array_equal(average.numpy(), [2, 2, -2])
+    np.testing.assert_array_equal(value.numpy(), [5, 2, 4])
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.9999])
+def test_the_average_of_constant_values_stays_bit_for_bit(decay):
+    values = normal(5000)
+    average, value = jt.array(values), jt.array(values)
+    for _ in range(20):
+        move_average(average, value, decay)
+    np.testing.assert_array_equal(average.numpy(), values)
+    # control: written with two factors it would drift
+    drifted, kept, share = values.copy(), np.float32(decay), np.float32(1 - decay)
+    for _ in range(20):
+        drifted = kept * drifted + share * values
+    assert (drifted != values).any()
+
+
+@pytest.mark.parametrize("count", [1, 17, 4096, 9001])
+def test_values_change_places_bit_for_bit(count):
+    # Any bits: NaNs with payloads, infinities, minus zero, denormal numbers.
+    random = np.random.default_rng(count)
+    a, b = (random.integers(0, 2**32, count, dtype=np.uint64).astype(np.uint32) for _ in range(2))
+    special = np.array([0x7FC00001, 0xFF800000, 0x80000000, 1, 0x7F800001], np.uint32)[:count]
+    a[: len(special)] = special
+    one, other = (jt.array(bits.view(np.float32).copy()) for bits in (a, b))
+    exchange(one, other)
+    np.testing.assert_array_equal(one.numpy().view(np.uint32), b)
+    np.testing.assert_array_equal(other.numpy().view(np.uint32), a)
