@@ -61,6 +61,16 @@ class ChatTokenizer:
         named = json.dumps([template, self._special], sort_keys=True)
         self.fingerprint = hashlib.sha256(hashlib.sha256(source).digest() + named.encode()).hexdigest()[:16]
 
+    @property
+    def bos_id(self) -> int | None:
+        """The token that texts of this vocabulary begin with, None where it has none."""
+        name = self._special.get("bos_token")
+        return None if name is None else self._backend.token_to_id(name)
+
+    def encode_many(self, texts: Sequence[str]) -> list[Any]:
+        """Encodings (``ids``, ``token_to_chars``) of texts, over all threads; no special token is added."""
+        return self._backend.encode_batch(list(texts), add_special_tokens=False)
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. Special tokens that are spelled out in it count as such; none is added by default."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids

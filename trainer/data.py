@@ -1,285 +1,136 @@
-"""Conversations from files, as token ids with a mask over what the assistant says, and batches of them.
+"""Training text from files of every kind, as token ids with a mask over what carries loss, and batches of it.
 
     python -m trainer.data --inspect conversations.jsonl
 
-prints conversations with the tokens that carry loss in colour: the quickest way to see that a chat template and a
-backbone belong together.
+prints sequences with the tokens that carry loss in colour: the quickest way to see that a chat template and a backbone
+belong together. Conversations (``trainer.conversations``) are a sequence each; plain text (``trainer.text``) is cut
+into blocks; both may come from datasets folders and Parquet files (``trainer.arrow``).
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import re
+import math
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from backbone.tokenizer import ChatTokenizer
+from runtime.entry import suggest
+from trainer.config import CHOICES
+from trainer.conversations import (
+    ROLES,
+    Conversation,
+    DataReport,
+    load_conversations,
+    located_records,
+    read_conversations,
+    records,
+)
+from trainer.text import is_plain_text, read_blocks
 
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+__all__ = [
+    "IGNORE",
+    "ROLES",
+    "Conversation",
+    "DataReport",
+    "TokenizedData",
+    "batches",
+    "check_vocabulary",
+    "encode_conversations",
+    "hold_out",
+    "load_conversations",
+    "load_data",
+    "records",
+    "split_held_out",
+    "targets",
+    "useful_positions",
+]
+
 SPLIT_SEED = 0
 IGNORE = -100  # label of a position without loss, PyTorch's cross_entropy default
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation that alternates user and assistant, a system message possibly before it, an answer at its end."""
-
-    messages: tuple[dict[str, str], ...]
-    id: str = ""
-    category: str = ""
-
-
-@dataclass
-class DataReport:
-    """What became of the records that were read. All numbers count conversations except where a name says more."""
-
-    files: list[str] = field(default_factory=list)
-    read: int = 0
-    blank: int = 0  # no assistant text: dropped
-    malformed: int = 0  # turns do not alternate, an empty turn among others, half a character: dropped
-    trimmed: int = 0  # replies before the first question, or a last question without answer: cut off, rest kept
-    kept: int = 0
-    truncated: int = 0  # cut at max_length tokens
-    too_long: int = 0  # no assistant token left after the cut: dropped
-    tokens: int = 0
-    loss_tokens: int = 0
-
-    def summary(self) -> str:
-        """One line for the log."""
-        parts = [f"{self.kept:,} of {self.read:,} conversations from {', '.join(Path(f).name for f in self.files)}"]
-        dropped = {"blank": self.blank, "malformed": self.malformed, "too long": self.too_long}
-        lost = [f"{count:,} {reason}" for reason, count in dropped.items() if count]
-        if lost:
-            parts.append("dropped " + ", ".join(lost))
-        if self.trimmed:
-            parts.append(f"{self.trimmed:,} trimmed to whole question-answer turns")
-        if self.truncated:
-            parts.append(f"{self.truncated:,} truncated")
-        if self.tokens:
-            parts.append(f"{self.tokens:,} tokens, {self.loss_tokens:,} of them the assistant's")
-        return "; ".join(parts)
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        return data.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}; expected JSON or JSON lines, possibly .gz") from error
-
-
-def records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, record) of a JSON list or of JSON lines. Raises ValueError with file and line where JSON is broken."""
-    text = _read_text(path)
-    # splitlines() would also cut at characters such as U+2028, which JSON strings may hold as they are.
-    yield from _list_records(path, text) if text.lstrip().startswith("[") else _line_records(path, text.split("\n"))
-
-
-def _line_records(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno})") from error
-
-
-def _list_records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Items of one JSON list, decoded one by one so that each knows its line."""
-    decoder = json.JSONDecoder()
-    line, counted = 1, 0
-
-    def skip(position: int) -> int:
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        return position
-
-    def fail(position: int, message: str) -> ValueError:
-        return ValueError(f"{path} line {1 + text.count(chr(10), 0, position)}: not valid JSON ({message})")
-
-    position = skip(skip(0) + 1)
-    if text[position : position + 1] == "]":
-        return
-    while True:
-        try:
-            record, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise fail(error.pos, error.msg) from error
-        line, counted = line + text.count("\n", counted, position), position
-        yield line, record
-        end = skip(end)
-        mark = text[end : end + 1]
-        if mark == "]":
-            if skip(end + 1) < len(text):
-                raise fail(skip(end + 1), "text after the list")
-            return
-        if mark != ",":
-            raise fail(end, "expected ',' or ']'" if mark else "the list does not end: truncated?")
-        position = skip(end + 1)
-
-
-def _messages(record: Any, where: str) -> list[dict[str, str]]:
-    """The turns of a record in our form. Raises ValueError for a record of another shape."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: got a {type(record).__name__}, expected an object with conversations or messages")
-    turns = record.get("conversations", record.get("messages"))
-    if not isinstance(turns, list):
-        raise ValueError(
-            f"{where}: expected a list under conversations or messages, got the keys {', '.join(map(str, record))}"
-        )
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise ValueError(f"{where}: turn {number} is a {type(turn).__name__}, expected an object")
-        role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"{where}: turn {number} is from {role!r}, expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{where}: turn {number} holds {content!r:.40}, expected text under value or content")
-        messages.append({"role": ROLES[role], "content": content})
-    return messages
-
-
-def _whole_turns(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Without replies before the first question and without a last question that has no answer."""
-    system = messages[:1] if messages and messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
-    while turns and turns[0]["role"] == "assistant":
-        turns = turns[1:]
-    while turns and turns[-1]["role"] == "user":
-        turns = turns[:-1]
-    return system + turns
-
-
-def _is_sound(messages: list[dict[str, str]]) -> bool:
-    """User and assistant in turns, a system message only in front, no empty turn, and text that UTF-8 can write.
-
-    Half an emoji, cut in two by whoever truncated the text, is valid in JSON and nowhere else.
-    """
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    roles = [turn["role"] for turn in turns]
-    if roles != ["user", "assistant"] * (len(roles) // 2) or not all(turn["content"].strip() for turn in turns):
-        return False
-    return not any(HALF_CHARACTER.search(turn["content"]) for turn in messages)
-
-
-def load_conversations(paths: Iterable[str | Path] | str | Path) -> tuple[list[Conversation], DataReport]:
-    """Conversations of ShareGPT-shaped files: a JSON list or JSON lines, gzipped or not.
-
-    A record holds its turns under ``conversations`` or ``messages``, each as ``from``/``value`` or
-    ``role``/``content``. Broken JSON and records of another shape raise ValueError with file and line. Conversations
-    that are well formed but cannot be learnt from are left out and counted; nothing is merged or made up. Raises
-    ValueError naming the files when nothing is left.
-    """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    report = DataReport(files=[str(path) for path in paths])
-    kept: list[Conversation] = []
-    for path in map(Path, paths):
-        for line, record in records(path):
-            report.read += 1
-            messages = _messages(record, f"{path} line {line}")
-            if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
-                report.blank += 1
-                continue
-            whole = _whole_turns(messages)
-            if not any(turn["role"] == "assistant" for turn in whole) or not _is_sound(whole):
-                report.malformed += 1
-                continue
-            report.trimmed += len(whole) < len(messages)
-            kept.append(Conversation(tuple(whole), str(record.get("id", "")), str(record.get("category", ""))))
-    report.kept = len(kept)
-    if not kept:
-        raise ValueError(
-            f"no usable conversation in {', '.join(report.files) or 'no files'}: {report.read} read, {report.blank} "
-            f"blank, {report.malformed} malformed; expected user and assistant turns that alternate"
-        )
-    return kept, report
-
-
-# Tokens --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """Conversations laid end to end: number i occupies ``offsets[i]:offsets[i + 1]``.
+    """Sequences laid end to end: number i occupies ``offsets[i]:offsets[i + 1]``.
 
-    token_ids: (total,) int32. mask: (total,) bool, True where the token is the assistant's.
-    offsets: (count + 1,) int64.
+    token_ids: (total,) int32. mask: (total,) bool, True where the token carries loss. offsets: (count + 1,) int64.
+    weights: (count,) float64, how often an epoch takes each sequence; default: once.
     """
 
     token_ids: np.ndarray
     mask: np.ndarray
     offsets: np.ndarray
+    weights: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        weights = np.ones(len(self)) if self.weights is None else np.asarray(self.weights, dtype=np.float64)
+        assert weights.shape == (len(self),), (weights.shape, len(self))
+        object.__setattr__(self, "weights", weights)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each conversation: (count,) int64."""
+        """Tokens of each sequence: (count,) int64."""
         return np.diff(self.offsets)
 
     def conversation(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(token_ids, mask) of one conversation, as views."""
+        """(token_ids, mask) of one sequence, as views."""
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.token_ids[rows], self.mask[rows]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedData:
-        """The given conversations, in the given order."""
-        return TokenizedData.of(self.conversation(int(index)) for index in indices)
+        """The given sequences with their weights, in the given order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return TokenizedData.of((self.conversation(int(index)) for index in indices), self.weights[indices])
 
     @staticmethod
-    def of(conversations: Iterable[tuple[Any, Any]]) -> TokenizedData:
+    def of(conversations: Iterable[tuple[Any, Any]], weights: np.ndarray | None = None) -> TokenizedData:
         """Lays (token_ids, mask) pairs end to end."""
         ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
         for token_ids, mask in conversations:
             ids.append(np.asarray(token_ids, dtype=np.int32))
             masks.append(np.asarray(mask, dtype=np.bool_))
         offsets = np.cumsum([len(chunk) for chunk in ids], dtype=np.int64)
-        return TokenizedData(np.concatenate(ids), np.concatenate(masks), offsets)
+        return TokenizedData(np.concatenate(ids), np.concatenate(masks), offsets, weights)
+
+
+# Files to tokens ------------------------------------------------------------------------------------------------------
 
 
 def encode_conversations(
-    conversations: Sequence[Conversation],
+    conversations: Iterable[Conversation],
     tokenizer: ChatTokenizer,
     max_length: int,
     report: DataReport | None = None,
+    *,
+    loss_on: str = "assistant",
 ) -> TokenizedData:
     """Token ids and mask of each conversation, cut at ``max_length`` tokens.
 
-    A conversation with no assistant token left after the cut is dropped. Cuts, drops and tokens are counted in
-    ``report``. Raises ValueError when nothing is left.
+    loss_on: "assistant", or "all": every token but the beginning-of-text token at position 0. A conversation with no
+    token in the loss left after the cut is dropped. Cuts, drops and tokens are counted in ``report``. Raises ValueError
+    when nothing is left.
     """
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}, expected at least 1 token")
+    if loss_on not in CHOICES["loss_on"]:
+        raise suggest("loss_on", loss_on, CHOICES["loss_on"])
     report = DataReport() if report is None else report
     report.truncated = report.too_long = 0
+    bos = tokenizer.bos_id
 
     def cut() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for token_ids, mask in tokenizer.encode_many_with_mask([talk.messages for talk in conversations]):
+        for token_ids, mask in tokenizer.encode_many_with_mask(talk.messages for talk in conversations):
+            if loss_on == "all":
+                mask = [token_ids[0] != bos] + [True] * (len(token_ids) - 1)
             if not any(mask[:max_length]):
                 report.too_long += 1
                 continue
@@ -289,11 +140,83 @@ def encode_conversations(
     data = TokenizedData.of(cut())
     if not len(data):
         raise ValueError(
-            f"none of {len(conversations)} conversations from {', '.join(report.files) or 'memory'} has an assistant "
-            f"token among its first {max_length}; raise max_length"
+            f"none of {report.too_long} conversations from {', '.join(report.files) or 'memory'} has a token in the "
+            f"loss among its first {max_length}; raise max_length"
         )
     report.kept, report.tokens, report.loss_tokens = len(data), len(data.token_ids), int(data.mask.sum())
     return data
+
+
+def holds_text(path: str | Path) -> bool:
+    """Whether a file is plain text by its name, or its first record has ``text`` and no turns."""
+    if is_plain_text(path):
+        return True
+    for _, record in located_records(path):
+        return isinstance(record, dict) and "text" in record and not {"conversations", "messages"} & record.keys()
+    raise ValueError(f"{path} is empty; expected records with conversations, messages or text")
+
+
+def load_data(
+    files: Sequence[str | Path],
+    tokenizer: ChatTokenizer,
+    *,
+    max_length: int,
+    block_size: int,
+    loss_on: str = "assistant",
+    weights: Sequence[float] = (),
+) -> tuple[TokenizedData, DataReport]:
+    """The sequences of files of any kind, laid end to end in the order of the files, and what became of the records.
+
+    Conversations are cut at ``max_length`` tokens; text becomes blocks of ``block_size`` tokens, at most
+    ``max_length``. loss_on: as in ``encode_conversations``; text carries loss everywhere in either case. weights: how
+    often an epoch takes each of the files, once by default. Raises ValueError naming the first file that is broken or
+    holds nothing to train on.
+    """
+    files, weights = list(files), list(weights)
+    if not files:
+        raise ValueError("no files of training text; name at least one")
+    if weights and len(weights) != len(files):
+        raise ValueError(f"got {len(weights)} weights for {len(files)} files; expected one for each, or none")
+    if any(not (math.isfinite(weight) and weight > 0) for weight in weights):
+        raise ValueError(f"the weights of the files are {weights}; expected numbers above 0")
+    report, parts = DataReport(), []
+    for path in files:
+        part = DataReport()
+        if holds_text(path):
+            parts.append(TokenizedData.of(read_blocks(path, tokenizer, min(block_size, max_length), part)))
+        else:
+            talks = read_conversations([path], part)
+            parts.append(encode_conversations(talks, tokenizer, max_length, part, loss_on=loss_on))
+        report.add(part)
+    return _end_to_end(parts, weights or [1.0] * len(files)), report
+
+
+def _end_to_end(parts: Sequence[TokenizedData], weights: Sequence[float]) -> TokenizedData:
+    if len(parts) == 1 and weights[0] == 1:
+        return parts[0]  # no second copy of a large file
+    return TokenizedData(
+        np.concatenate([part.token_ids for part in parts]),
+        np.concatenate([part.mask for part in parts]),
+        np.cumsum([0, *np.concatenate([part.lengths for part in parts])], dtype=np.int64),
+        np.repeat(np.asarray(weights, dtype=np.float64), [len(part) for part in parts]),
+    )
+
+
+def check_vocabulary(data: TokenizedData, vocab_size: int) -> None:
+    """Raises ValueError naming the first token that is no row of a backbone's embedding, and how many there are."""
+    outside = np.flatnonzero((data.token_ids < 0) | (data.token_ids >= vocab_size))
+    if len(outside):
+        place = int(outside[0])
+        index = int(np.searchsorted(data.offsets, place, side="right")) - 1
+        kind = "label" if data.mask[place] else "token id"
+        more = f" (and {len(outside) - 1:,} more)" if len(outside) > 1 else ""
+        raise ValueError(
+            f"{kind} {data.token_ids[place]} at token {place - data.offsets[index]} of conversation {index}{more} is "
+            f"outside the backbone's vocabulary of {vocab_size}; the tokenizer belongs to another model"
+        )
+
+
+# Splits and batches ---------------------------------------------------------------------------------------------------
 
 
 def split_held_out(data: TokenizedData, amount: float | int, seed: int) -> tuple[TokenizedData, TokenizedData]:
@@ -301,6 +224,7 @@ def split_held_out(data: TokenizedData, amount: float | int, seed: int) -> tuple
 
     The choice hashes ``seed`` and the tokens of each conversation, so it depends neither on the order of the files nor
     on what else is in them, and copies of a conversation stay on one side: the held-out part may be larger by those.
+    The held-out part is scored as it is: all its weights are 1.
     """
     count = round(amount * len(data)) if isinstance(amount, float) else amount
     if isinstance(amount, float) and not 0 < amount < 1:
@@ -317,7 +241,8 @@ def split_held_out(data: TokenizedData, amount: float | int, seed: int) -> tuple
     held_out = np.array([digest <= last for digest in digests])
     if held_out.all():
         raise ValueError(f"the {len(data)} conversations are copies of too few to hold out {count}; add data")
-    return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
+    scored = data.select(np.flatnonzero(held_out))
+    return data.select(np.flatnonzero(~held_out)), replace(scored, weights=np.ones(len(scored)))
 
 
 def hold_out(data: TokenizedData, wanted: int) -> tuple[TokenizedData, TokenizedData]:
@@ -326,13 +251,31 @@ def hold_out(data: TokenizedData, wanted: int) -> tuple[TokenizedData, Tokenized
     return split_held_out(data, min(wanted, max(1, len(data) // 10)), SPLIT_SEED)
 
 
+def repeats(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """How often epoch ``epoch``, counted from 0, takes each sequence: (count,) int64.
+
+    Sequence i comes floor((epoch + 1) w_i + u_i) - floor(epoch w_i + u_i) times, so that the epochs add up to its
+    weight w_i. The phases u_i of n sequences of the same weight are (k + 1/2) / n in an order drawn from ``seed``: each
+    epoch takes as equal a share of them as there is. Weight 1 is once an epoch, whatever the phase; of four sequences
+    of weight 0.5 every epoch takes two, and the next epoch the other two.
+    """
+    phases = np.empty(len(weights))
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+    for weight in np.unique(weights):
+        alike = np.flatnonzero(weights == weight)
+        phases[alike] = (random.permutation(len(alike)) + 0.5) / len(alike)
+    return (np.floor((epoch + 1) * weights + phases) - np.floor(epoch * weights + phases)).astype(np.int64)
+
+
 def batches(
     data: TokenizedData, tokens_per_batch: int, *, max_rows: int | None = None, seed: int = 0, epoch: int = 0
 ) -> list[list[int]]:
-    """Conversation indices in an order drawn from (seed, epoch), filled greedily into batches.
+    """Sequence indices in an order drawn from (seed, epoch), filled greedily into batches.
 
-    A batch is closed when the next conversation would take it past ``tokens_per_batch`` tokens or ``max_rows``
-    conversations. One that is longer by itself is a batch of its own. Every conversation comes once an epoch.
+    A batch is closed when the next sequence would take it past ``tokens_per_batch`` tokens or ``max_rows`` sequences.
+    One that is longer by itself is a batch of its own. A sequence comes as often as its weight says (``repeats``): with
+    weight 1, once an epoch. A pure function of the lengths, the weights and the arguments: a run that is taken up again
+    inside an epoch finds the rest of it by asking for the same epoch.
 
     Lengths 3, 4, 2, 9 drawn in this order with 8 tokens a batch: [3, 4], [2], [9].
     """
@@ -341,7 +284,8 @@ def batches(
     lengths = data.lengths
     result: list[list[int]] = []
     room = 0
-    for index in np.random.default_rng([seed, epoch]).permutation(len(data)).tolist():
+    taken = np.repeat(np.arange(len(data)), repeats(data.weights, seed, epoch))
+    for index in taken[np.random.default_rng([seed, epoch]).permutation(len(taken))].tolist():
         length = int(lengths[index])
         if not result or length > room or len(result[-1]) == max_rows:
             result.append([])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from backbone.tokenizer import load_tokenizer
 from trainer.data import (
@@ -19,6 +21,7 @@ from trainer.data import (
     encode_conversations,
     load_conversations,
     main,
+    repeats,
     split_held_out,
     targets,
     useful_positions,
@@ -175,7 +178,7 @@ def test_long_conversations_are_cut_and_those_left_without_an_answer_dropped(tok
     data = encode_conversations([Conversation(MESSAGES)], tokenizer, first + 1, report)
     assert data.token_ids.tolist() == ids[: first + 1] and data.mask.sum() == 1
     assert (report.truncated, report.too_long, report.tokens, report.loss_tokens) == (1, 0, first + 1, 1)
-    assert report.summary().endswith(f"1 truncated; {first + 1} tokens, 1 of them the assistant's")
+    assert report.summary().endswith(f"1 truncated; {first + 1} tokens, 1 of them in the loss")
     encode_conversations([Conversation(MESSAGES)], tokenizer, len(ids), report)
     assert (report.truncated, report.too_long) == (0, 0)
 
@@ -183,17 +186,16 @@ def test_long_conversations_are_cut_and_those_left_without_an_answer_dropped(tok
     shorter = Conversation((system, *MESSAGES))
     data = encode_conversations([Conversation(MESSAGES), shorter], tokenizer, first, report)
     assert len(data) == 1 and (report.kept, report.too_long) == (1, 1)
-    with pytest.raises(ValueError, match=r"none of 1 conversations from d\.jsonl has an assistant token .* first 3"):
+    with pytest.raises(ValueError, match=r"none of 1 conversations from d\.jsonl has a token in the loss .* first 3"):
         encode_conversations([Conversation(MESSAGES)], tokenizer, 3, report)
     with pytest.raises(ValueError, match="max_length is 0"):
         encode_conversations([Conversation(MESSAGES)], tokenizer, 0)
 
 
-def numbered(lengths, first=0):
+def numbered(lengths, first=0, weights=None):
     """Conversations of these lengths, every token different, all the assistant's."""
     starts = np.cumsum([first, *lengths])
-    pairs = pairwise(starts)
-    return TokenizedData.of((np.arange(a, b), np.ones(b - a, bool)) for a, b in pairs)
+    return TokenizedData.of(((np.arange(a, b), np.ones(b - a, bool)) for a, b in pairwise(starts)), weights)
 
 
 def conversations_of(data):
@@ -204,6 +206,8 @@ def test_select_takes_conversations_in_order():
     data = numbered([2, 1, 3])
     assert conversations_of(data.select([2, 0])) == [(3, 4, 5), (0, 1)]
     assert conversations_of(data.select([])) == [] and data.select([]).offsets.tolist() == [0]
+    assert data.weights.tolist() == [1.0] * 3 and data.weights.dtype == np.float64
+    assert numbered([2, 1, 3], weights=[1, 2, 0.5]).select([2, 0]).weights.tolist() == [0.5, 1.0]
 
 
 def test_held_out_conversations_are_apart_and_the_same_every_time():
@@ -233,6 +237,13 @@ def test_copies_of_a_conversation_stay_on_one_side():
     assert len(held_out) == 6  # two conversations in three copies are the least that hold four
     with pytest.raises(ValueError, match="copies"):
         split_held_out(data.select([0, 1, 2]), 1, seed=0)
+
+
+def test_held_out_conversations_are_scored_once_whatever_their_weight():
+    data = numbered([3] * 20, weights=np.arange(20) / 4)
+    training, held_out = split_held_out(data, 5, seed=0)
+    assert held_out.weights.tolist() == [1.0] * 5
+    assert training.weights.tolist() == [ids[0] / 12 for ids in conversations_of(training)]
 
 
 @pytest.mark.parametrize("amount", [0, 50, 51, -1, 0.0, 1.0, 1.5, 0.999])
@@ -265,6 +276,50 @@ def test_batches_depend_on_seed_and_epoch_only():
     assert max(map(len, capped)) == 2 and sorted(chain(*capped)) == list(range(100))
     with pytest.raises(ValueError, match="tokens_per_batch is 0"):
         batches(data, 0)
+
+
+def test_batches_of_weight_1_are_what_they_were_before_there_were_weights():
+    data = numbered([5, 3, 8, 2, 7, 4, 6, 1], weights=np.ones(8))
+    assert batches(data, 10, seed=1, epoch=2) == [[6], [0, 7, 5], [1, 4], [3, 2]]
+    assert batches(data, 16, max_rows=2) == [[2, 4], [3, 6], [5, 0], [1, 7]]
+
+
+def test_weights_decide_how_often_a_sequence_comes_by_hand():
+    weights = np.array([1.0, 0.5, 0.5, 0.5, 0.5, 2.5, 2.5])
+    first, second, third = (repeats(weights, 0, epoch) for epoch in range(3))
+    assert first[0] == second[0] == 1
+    assert first[1:5].sum() == second[1:5].sum() == 2 and (first + second)[1:5].tolist() == [1] * 4
+    assert sorted(first[5:].tolist()) == sorted(second[5:].tolist()) == [2, 3]
+    assert (first + second)[5:].tolist() == [5, 5] and third.tolist() == first.tolist()
+    other = np.stack([repeats(np.full(8, 0.5), seed, 0) for seed in range(20)])
+    assert len(np.unique(other, axis=0)) > 10 and (other.sum(axis=1) == 4).all()
+    assert repeats(np.zeros(0), 0, 0).shape == (0,)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.sampled_from([0.1, 0.3, 1 / 3, 0.5, 1.0, 2.0, 2.7, 3.25]), min_size=1, max_size=12), st.integers(0, 99)
+)
+def test_epochs_add_up_to_the_weights(weights, seed):
+    weights, epochs = np.array(weights), 40
+    counts = np.stack([repeats(weights, seed, epoch) for epoch in range(epochs)])
+    # Neither over the first epochs nor in any one is a sequence a whole time away from its weight.
+    expected = np.arange(1, epochs + 1)[:, None] * weights
+    assert (np.abs(np.cumsum(counts, axis=0) - expected) < 1).all()
+    assert (np.abs(counts - weights) < 1).all()
+    for weight in np.unique(weights):  # nor are the sequences of one weight together
+        alike = weights == weight
+        assert (np.abs(counts[:, alike].sum(axis=1) - weight * alike.sum()) < 1 + 1e-9).all()
+
+
+def test_a_sequence_that_comes_twice_is_in_the_batches_twice():
+    data = numbered([3, 9, 2], weights=[2.0, 3.0, 1.0])
+    for seed in range(20):
+        drawn = batches(data, 8, seed=seed, epoch=1)
+        assert sorted(chain(*drawn)) == [0, 0, 1, 1, 1, 2]
+        assert all(data.lengths[batch].sum() <= 8 or len(batch) == 1 for batch in drawn)
+        assert [data.select(batch).offsets[-1] for batch in drawn] == [data.lengths[batch].sum() for batch in drawn]
+    assert batches(numbered([3], weights=[0.25]), 8, epoch=0) == []  # an epoch may take nothing
 
 
 def test_targets_of_five_tokens_by_hand():
@@ -325,6 +380,8 @@ def test_the_command_line_answers_mistakes_with_one_line_and_status_2(tmp_path, 
         ["--inspect", "nowhere"],
         ["--inspect", path, "--template", "lama-2"],
         ["--inspect", path, "--count", "0"],
+        ["--inspect", path, "--loss-on", "none"],
+        ["--inspect", str(tmp_path)],
     ]
     for arguments in mistakes:
         assert main(arguments) == 2

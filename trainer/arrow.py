@@ -1,0 +1,132 @@
+"""Rows of Hugging Face ``datasets`` folders and of Parquet files, read with pyarrow and without that library.
+
+``Dataset.save_to_disk`` writes a folder with ``state.json``, which names the ``data-*.arrow`` files in order, each an
+Arrow stream. ``DatasetDict.save_to_disk`` writes ``dataset_dict.json`` and such a folder for every split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+# pyarrow 26 wants NumPy 2, Jittor 1.3.11 the one before; 25.0.1 is the newest that works with both.
+INSTALL = "pip install pyarrow==25.0.1"
+COLUMNS = ("conversations", "messages", "text")  # the first of them that a table has is read
+FURTHER = ("id", "category")
+ROWS = 1024  # of a Parquet file, turned into Python objects at a time
+STATE, SPLITS = "state.json", "dataset_dict.json"
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a path names a folder, a split of one (``FOLDER:split``), a Parquet file or an Arrow stream."""
+    return Path(path).suffix in (".parquet", ".arrow") or _folder_and_split(path)[0].is_dir()
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, record) of a table, rows counted from 0; a record has the column that is read, its id and its category.
+
+    A list of turns that is stored as columns, {"from": [..], "value": [..]}, comes as the list it stands for. Only the
+    batch at hand is in memory. Raises ValueError naming the file that is broken, lacks every column in ``COLUMNS``, or
+    is missing, the splits where the wanted one does not exist, and what to install where pyarrow is not.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError(f"{path} is read with pyarrow, which is not usable here ({error}): {INSTALL}") from error
+    row = 0
+    for file in _files(path):
+        try:
+            for records in _parquet(file) if file.suffix == ".parquet" else _stream(file):
+                yield from enumerate(map(_turn_columns, records), start=row)
+                row += len(records)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text behind row {row}: {error.reason}") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _folder_and_split(path: str | Path) -> tuple[Path, str | None]:
+    """``FOLDER:split`` taken apart; a path that exists as it is has no split."""
+    folder, colon, split = str(path).rpartition(":")
+    return (Path(folder), split) if colon and folder and not Path(path).exists() else (Path(path), None)
+
+
+def _files(path: str | Path) -> list[Path]:
+    """The files that hold a table, in order."""
+    folder, split = _folder_and_split(path)
+    if not folder.is_dir():
+        return [folder]
+    if (folder / SPLITS).exists():
+        splits = _list(folder / SPLITS, "splits", str)
+        if split is None:
+            split = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
+        if split not in splits:
+            found = f"no split {split!r}" if split else f"{len(splits)} splits and none is train"
+            raise ValueError(
+                f"{folder} has {found}; expected {folder}:SPLIT with one of {', '.join(splits) or '(none)'}"
+            )
+        folder = folder / split
+    elif split is not None:
+        raise ValueError(f"{folder} has no splits (no {SPLITS}), got {split!r}; pass {folder} alone")
+    if not (folder / STATE).exists():
+        raise ValueError(
+            f"{folder} is a folder without {STATE} or {SPLITS}; expected one that Dataset.save_to_disk wrote, or name "
+            "the files in it"
+        )
+    names = [entry.get("filename") for entry in _list(folder / STATE, "_data_files", dict)]
+    missing = [str(name) for name in names if not isinstance(name, str) or not (folder / name).is_file()]
+    if missing or not names:
+        raise ValueError(f"{folder} lacks data: {STATE} names {', '.join(missing) or 'no file'}; copy it whole")
+    return [folder / name for name in names]
+
+
+def _list(path: Path, key: str, kind: type) -> list:
+    """A list of a JSON file. Raises ValueError naming the file where it is not there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(isinstance(item, kind) for item in found):
+        raise ValueError(f"{path} has no list {key!r}; expected what datasets' save_to_disk writes")
+    return found
+
+
+def _parquet(file: Path) -> Iterator[list[dict[str, Any]]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        columns = _columns(file, table.schema_arrow.names)
+        yield from (batch.to_pylist() for batch in table.iter_batches(ROWS, columns=columns))
+
+
+def _stream(file: Path) -> Iterator[list[dict[str, Any]]]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+        columns = _columns(file, stream.schema.names)
+        yield from (batch.select(columns).to_pylist() for batch in stream)
+
+
+def _columns(file: Path, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    wanted = next((name for name in COLUMNS if name in names), None)
+    if wanted is None:
+        raise ValueError(f"{file} has the columns {', '.join(names) or 'none'}; expected one of {', '.join(COLUMNS)}")
+    return [wanted, *(name for name in FURTHER if name in names)]
+
+
+def _turn_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its turns as a list of objects, however they were stored."""
+    return {name: _listed(value) if isinstance(value, dict) else value for name, value in record.items()}
+
+
+def _listed(columns: dict[str, Any]) -> Any:
+    """{"from": [a, b], "value": [c, d]} as [{"from": a, "value": c}, {"from": b, "value": d}]; else as it is."""
+    if not all(isinstance(column, list) for column in columns.values()):
+        return columns
+    if len({len(column) for column in columns.values()}) != 1:
+        return columns
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
