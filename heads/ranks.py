@@ -33,3 +33,38 @@ def fitted_paths(counts: Counter, num_nodes: int) -> list[tuple[int, ...]]:
     then to the lower ranks, so the parent of every chosen path is chosen too: the list is a tree."""
     ordered = sorted(counts, key=lambda path: (-counts[path], len(path), path))
     return ordered[: num_nodes - 1]
+
+
+def accepted_depths(ranks: np.ndarray, paths: list[tuple[int, ...]]) -> np.ndarray:
+    """How many drafted tokens a pass from each position accepts: (positions,) int64.
+
+    ranks: (depth, positions), negative where unknown; paths: of a tree, each with its parent.
+
+    Worked example: ranks (0, 1), (0, 0), (2, 0) and the paths [0], [0, 0] give 1, 2, 0.
+    """
+    depths = np.zeros(ranks.shape[1], np.int64)
+    for path in paths:
+        if len(path) <= len(ranks):
+            found = (ranks[: len(path)] == np.array(path)[:, None]).all(0)
+            depths[found] = np.maximum(depths[found], len(path))
+    return depths
+
+
+def walk(depths: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
+    """Decode replies from what their positions would accept: (tokens, passes).
+
+    depths: (positions,), see ``accepted_depths``, replies behind each other; lengths: (replies,), positions of each. A
+    pass from a position that accepts d emits d + 1 tokens, as far as the reply goes, and the next begins behind them.
+
+    Worked example: one reply of 4 positions that accept 2, 0, 0, 1: the first pass emits 3 tokens, the second, from the
+    last position, one, where the reply ends: 4 tokens in 2 passes.
+    """
+    tokens = passes = 0
+    steps, first = (np.asarray(depths) + 1).tolist(), 0
+    for length in np.asarray(lengths).tolist():
+        here, end = first, first + length
+        while here < end:
+            here += steps[here]
+            passes += 1
+        tokens, first = tokens + length, end
+    return tokens, passes

@@ -8,22 +8,25 @@ from __future__ import annotations
 import numpy as np
 
 from heads.ranks import MAX_RANK as MAX_RANK
-from heads.ranks import count_paths, fitted_paths
+from heads.ranks import accepted_depths, count_paths, fitted_paths, walk
 
 
-def expected_accept_length(ranks: np.ndarray, num_nodes: int) -> float:
-    """Tokens per pass with the best tree of num_nodes nodes (root included): 1 + the share of positions each of its
-    paths accepts. ranks: (depth, positions).
+def expected_accept_length(ranks: np.ndarray, lengths: np.ndarray, num_nodes: int) -> float:
+    """Tokens per pass with the fitted tree of num_nodes nodes (root included), the text decoded by it.
 
-    Positions without a label at the first depth are left out. One whose text ends within the tree counts as far as the
-    text goes, as it does in decoding: asking for a label at every depth would leave only the insides of long replies,
-    which are easier, the more so the deeper the head.
+    ranks: (depth, positions), the replies behind each other; lengths: (replies,), positions of each. The passes are
+    those that decoding the text would take: the mean over all positions would be higher, because a pass begins where
+    the one before it failed, and hard places come together. Positions without a label at the first depth are left out;
+    one whose text ends within the tree counts as far as the text goes, as it does in decoding.
     """
-    labelled = ranks[:, ranks[0] >= 0]
-    if labelled.shape[1] == 0:
+    labelled = ranks[0] >= 0
+    owners = np.repeat(np.arange(len(lengths)), lengths)[labelled]
+    ranks = ranks[:, labelled]
+    if ranks.shape[1] == 0:
         raise ValueError("the held-out text is too short: no position has a token to draft")
-    counts = count_paths(labelled)
-    return 1 + sum(counts[path] for path in fitted_paths(counts, num_nodes)) / labelled.shape[1]
+    paths = fitted_paths(count_paths(ranks), num_nodes)
+    tokens, passes = walk(accepted_depths(ranks, paths), np.bincount(owners))
+    return tokens / passes
 
 
 def accuracy(ranks: np.ndarray, top: int) -> list[float]:
