@@ -1,10 +1,11 @@
 """Compare results on one table: who accepts more, who is faster, and whether the comparison is fair.
 
     python bench/compare.py results/*.json --plot comparison.png --frontier frontier.png
+    python bench/compare.py results/*.json runs/*/*/train.json
 
 Differences in device, dtype, backbone, prompts, tree budget or acceptance are warned about on stderr; a result whose
 parity check failed gets no speedup. From two results on, paired bootstrap intervals tell whether a ratio differs
-from 1.
+from 1. Train records, anywhere among the files, put what their training expected beside what was measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
@@ -40,6 +41,7 @@ from bench.summary import (
     sort_summaries,
     summarise,
 )
+from bench.training import Training, join, read_train_records
 from runtime.entry import Parser, run_entry
 
 REFUSED = "parity failed"
@@ -48,7 +50,7 @@ REFUSED = "parity failed"
 def build_parser() -> Parser:
     """The options of this entry."""
     parser = Parser(prog="bench/compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("results", nargs="+", metavar="RESULT", help="result files written by bench/run.py")
+    parser.add_argument("results", nargs="+", metavar="RESULT", help="result files of bench/run.py, and train.json")
     parser.add_argument("--plot", metavar="FILE", help="draw accept length and cost per pass into a .png, .pdf or .svg")
     parser.add_argument(
         "--frontier", metavar="FILE", help="draw accept length against draft time into a .png, .pdf or .svg"
@@ -77,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Read everything, decide everything, then print and write. Raises ValueError or OSError before any output."""
-    results, notes = load_results(options.results)
+    paths, train_records = read_train_records(options.results)
+    results, notes = load_results(paths)
+    trainings, broken_promises = join(results, train_records)
     summaries = [summarise(result) for result in results]
     if options.sort:
         summaries = sort_summaries(summaries, options.sort)
     pairs, skipped = pair_up(results, options.head_to_head)
-    warnings = differences(results) + skipped + _doubts(summaries)
+    warnings = differences(results) + skipped + _doubts(summaries) + broken_promises
     projected = None
     if options.profile_shape and not options.profile:
         raise ValueError("--profile-shape names a shape of a profile; give --profile FILE as well")
@@ -99,12 +103,12 @@ def compare(options: argparse.Namespace) -> None:
     if options.plot is not None or options.frontier is not None:
         draw(results, options.plot, options.frontier)
     if options.json is not None:
-        write_atomically(options.json, comparison_json(summaries, pairs, warnings, projected))
+        write_atomically(options.json, comparison_json(summaries, pairs, warnings, projected, trainings))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    show_table(summary_table(summaries))
+    show_table(summary_table(summaries, trainings))
     if pairs:
         show_table(head_to_head_table(pairs))
     if projected:
@@ -148,12 +152,14 @@ def pair_up(results: Sequence[Result], names: Sequence[str] | None) -> tuple[lis
     return pairs, skipped
 
 
-def summary_table(summaries: Sequence[Summary]) -> Table:
-    """One row per result."""
+def summary_table(summaries: Sequence[Summary], trainings: Mapping[str, Training] | None = None) -> Table:
+    """One row per result. trainings: by the result's path; without any, there are no columns about them."""
     table = Table(title="Results", title_justify="left", title_style="bold")
     for name in ("head", "backbone", "nodes", "dtype", "prompts", "accept length [95%]", "tokens/s", "speedup [95%]"):
         table.add_column(name, justify="left" if name in ("head", "backbone", "dtype") else "right")
     for name in ("overhead", "draft share", "draft ms/pass", "parameters [M]", "train s", "parity"):
+        table.add_column(name, justify="right")
+    for name in ("steps", "expected", "measured / expected") if trainings else ():
         table.add_column(name, justify="right")
     for row in summaries:
         speedup = Text(REFUSED, style="red") if row.parity_failed else format_number(row.speedup, row.speedup_ci)
@@ -174,9 +180,19 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
             format_millions(row.parameters),
             format_number(row.train_s),
             Text(row.parity, style="red" if row.parity_failed else ""),
+            *(_training_cells(trainings.get(row.path)) if trainings else ()),
         ]
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
     return table
+
+
+def _training_cells(training: Training | None) -> list[Text]:
+    """Steps, expected accept length, and the measured one over it, marked when it is off."""
+    if training is None:
+        return [Text("-")] * 3
+    steps = "-" if training.steps is None else f"{training.steps:,}"
+    mark, style = (" !", "yellow") if training.is_off else ("", "")
+    return [Text(steps), Text(format_number(training.expected)), Text(format_number(training.ratio) + mark, style)]
 
 
 def head_to_head_table(pairs: Sequence[HeadToHead]) -> Table:
@@ -202,8 +218,10 @@ def comparison_json(
     pairs: Sequence[HeadToHead],
     warnings: Sequence[str],
     projected: tuple[Profile, Sequence[Projection]] | None = None,
+    trainings: Mapping[str, Training] | None = None,
 ) -> str:
-    """The comparison as JSON text; ratios that are refused are null, and so is the projection where none was made."""
+    """The comparison as JSON text; ratios that are refused are null, and so is the projection where none was made.
+    trainings: by the result's path."""
 
     def ratio(pair: PairedRatio | None) -> dict | None:
         return None if pair is None else {"ratio": pair.ratio, "interval": pair.interval}
@@ -222,6 +240,7 @@ def comparison_json(
             }
             for pair in pairs
         ],
+        "trainings": {path: dataclasses.asdict(training) for path, training in (trainings or {}).items()},
         "projection": None,
         "warnings": list(warnings),
     }

@@ -1,15 +1,26 @@
-"""What a person sees while a head trains: a card before, a progress line during."""
+"""What a person sees while a head trains: a card before; during it a live table on a terminal, else a line now and
+then. All of it goes to stderr, so that stdout stays with results."""
 
 from __future__ import annotations
 
+import math
 import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 import runtime
 
 CONSOLE = Console(stderr=True, highlight=False)
+SMOOTHED = 20  # steps that a training figure is the mean of
+REFRESH_S = 0.25  # seconds between two drawings: one takes 3 ms, which is 1% of a core
 
 
 def card(config, backbone, head, report, num_steps: int, out) -> None:
@@ -27,44 +38,218 @@ def card(config, backbone, head, report, num_steps: int, out) -> None:
         CONSOLE.print(line, markup=False, soft_wrap=True)
 
 
-class Watch:
-    """The progress display. Off a terminal it prints a line now and then instead of redrawing one."""
+class Smoothed:
+    """The mean of each depth's figure over the last steps. One that is not finite is left out as long as others are."""
 
-    def __init__(self, num_steps: int):
-        self.num_steps = num_steps
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=CONSOLE,
-            disable=not sys.stderr.isatty(),
+    def __init__(self, length: int = SMOOTHED):
+        self.rows: deque[list[float]] = deque(maxlen=length)
+
+    def add(self, row: Sequence[float] | None) -> None:
+        """One step's figures by depth; None where it has none. Another number of depths begins anew: a stage may give
+        fewer of them."""
+        if row is None:
+            return
+        if self.rows and len(self.rows[0]) != len(row):
+            self.rows.clear()
+        self.rows.append(list(row))
+
+    def means(self) -> list[float]:
+        """Worked example: [2, 4] and [4, nan] give [3, 4]."""
+        found = []
+        for values in zip(*self.rows, strict=True):
+            finite = [value for value in values if math.isfinite(value)]
+            found.append(sum(finite) / len(finite) if finite else math.nan)
+        return found
+
+
+class Watch:
+    """The display of one training: live on a terminal, lines off it.
+
+    num_steps: of the whole run; first_step: where it goes on, 0 for a fresh one. console: where to; by default stderr,
+    live if that is a terminal that can move its cursor. quiet: show nothing, as all ranks but one do. Drawing happens
+    inside the calls, at most four times a second and without a thread of its own: nothing is written in the middle of
+    somebody else's line.
+    """
+
+    def __init__(self, num_steps: int, first_step: int = 0, console: Console | None = None, quiet: bool = False):
+        self.console = Console(quiet=True) if quiet else console or CONSOLE
+        self.live_wanted = not quiet and self.console.file.isatty() and not self.console.is_dumb_terminal
+        self.num_steps, self.first_step = num_steps, first_step
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[count]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
         )
-        self.training = None
+        # Speed is that of the last two minutes: the first steps compile kernels.
+        self.progress = Progress(
+            *columns, console=self.console, auto_refresh=False, expand=True, speed_estimate_period=120
+        )
+        self.training: Task | None = None
+        self.figures = {name: Smoothed() for name in ("loss", "top1", "top5")}
+        self.record: dict = {}
+        self.last_score: tuple[int, object] | None = None
+        self.best_score: tuple[int, float] | None = None
+        self.live: Live | None = None
+        self.drawn = -math.inf
 
     def __enter__(self):
-        self.progress.start()
+        if self.live_wanted:
+            # What is printed to stdout stays there unless both are the same terminal.
+            self.live = Live(
+                get_renderable=self._view, console=self.console, auto_refresh=False, redirect_stdout=sys.stdout.isatty()
+            )
+            self.live.start()
         return self
 
     def __exit__(self, *error):
-        self.progress.stop()
+        if self.live:
+            self.live.refresh()
+            self.live.stop()
+            self.live = None
 
-    def cache(self, data):
-        """The two callbacks of ``open_cache`` for one part of the data."""
-        total = int(data.offsets[-1])
-        task = self.progress.add_task("features", total=total, note="tokens")
+    def say(self, text: str) -> None:
+        """One line, above the table where there is one."""
+        self.console.print(" ".join(text.splitlines()), markup=False, highlight=False, soft_wrap=True)
+
+    # Features ---------------------------------------------------------------------------------------------------------
+
+    def cache(self, data, name: str = "features"):
+        """The two callbacks of ``open_cache`` for one part of the data: start(path, bytes) and advance(tokens)."""
+        task = self._add_task(name, int(data.offsets[-1]))
 
         def start(path, size: int) -> None:
-            CONSOLE.print(f"features  {size / 1e6:.0f} MB go to {path}, once", markup=False, soft_wrap=True)
+            self.say(f"features  {size / 1e6:.0f} MB go to {path}, once")
+            self._draw()
 
-        return start, lambda count: self.progress.advance(task, count)
+        def advance(count: int) -> None:
+            self._update(task, task.completed + count, "tokens")
+
+        return start, advance
+
+    # Training ---------------------------------------------------------------------------------------------------------
 
     def step(self, step: int, num_steps: int, record: dict) -> None:
-        """Show one training step."""
-        losses = " ".join(f"{x:.2f}" for x in record.get("loss", []))
+        """Show one optimizer step. step: those done so far. Any key of ``record`` may be missing."""
+        self.num_steps = num_steps
         if self.training is None:
-            self.training = self.progress.add_task("training", total=num_steps, note="")
-        self.progress.update(self.training, completed=step, note=f"loss {losses}")
-        if self.progress.disable and (step % max(1, num_steps // 10) == 0):
-            CONSOLE.print(f"step {step}/{num_steps} loss {losses}", markup=False)
+            for task in self.progress.tasks:
+                self.progress.update(task.id, visible=False)
+            self.training = self._add_task("training", num_steps, min(self.first_step, step - 1))
+        self.record.update(record)
+        for name, figure in self.figures.items():
+            figure.add(record.get(name))
+        if "stage" in record:
+            self.progress.update(self.training.id, description=record["stage"])
+        self._update(self.training, step, "")
+        if not self.live and self._is_tenth(step):
+            self.say(self._line(step))
+
+    def score(self, step: int, score, best: bool) -> None:
+        """Show a score on the held-out text (``trainer.fit.Score``). best: it is kept."""
+        self.last_score = step, score
+        if best:
+            self.best_score = step, score.expected_accept_length
+        if self.live:
+            self._draw()
+            return
+        words = f"step {step}/{self.num_steps} held out: expected accept length {score.expected_accept_length:.3f}"
+        words += " (best)" if best else f" (best {self._best_words()})" if self.best_score else ""
+        self.say(f"{words} loss {_losses(score.loss)} top-1 {_shares(score.top1)}% top-5 {_shares(score.top5)}%")
+
+    def _is_tenth(self, step: int) -> bool:
+        """Whether a line is due: at each tenth of the run."""
+        return step >= self.num_steps or 10 * step // self.num_steps > 10 * (step - 1) // self.num_steps
+
+    def _line(self, step: int) -> str:
+        parts = [f"step {step}/{self.num_steps}"]
+        loss, top1 = self.figures["loss"].means(), self.figures["top1"].means()
+        parts += [f"loss {_losses(loss)}"] if loss else []
+        parts += [f"top-1 {_shares(top1)}%"] if top1 else []
+        parts += self._state()
+        parts += [_left(self.training)] if step < self.num_steps else []
+        return " ".join(part for part in parts if part)
+
+    def _state(self) -> list[str]:
+        """What the last record said besides its losses."""
+        record, words = self.record, []
+        if "tokens_per_s" in record:
+            words.append(f"{record['tokens_per_s']:,.0f} tokens/s")
+        if "rate" in record:
+            words.append(f"rate {record['rate']:.2e}")
+        if "memory_bytes" in record:
+            words.append(f"{record['memory_bytes'] / 1e9:.2f} GB")
+        if "skipped" in record:
+            words.append(f"skipped {record['skipped']}")
+        return words
+
+    def _best_words(self) -> str:
+        step, value = self.best_score
+        return f"{value:.3f} at step {step}"
+
+    # Drawing ----------------------------------------------------------------------------------------------------------
+
+    def _add_task(self, name: str, total: int, completed: int = 0) -> Task:
+        number = self.progress.add_task(name, total=total, completed=completed, count="", left="")
+        return self.progress.tasks[self.progress.task_ids.index(number)]
+
+    def _update(self, task: Task, completed: int, unit: str) -> None:
+        self.progress.update(task.id, completed=completed)
+        task.fields.update(count=f"{completed:,}/{task.total:,} {unit}".rstrip(), left=_left(task))
+        if self.live and (time.monotonic() - self.drawn >= REFRESH_S or completed >= task.total):
+            self._draw()
+
+    def _draw(self) -> None:
+        if self.live:
+            self.live.refresh()
+            self.drawn = time.monotonic()
+
+    def _view(self) -> Group:
+        """Everything of the live display: bars, the table, two lines. No line is wider than the terminal."""
+        parts = [self.progress]
+        figures = [self.figures[name].means() for name in ("loss", "top1", "top5")]
+        held_out: list[Sequence[float]] = [[], [], []]
+        if self.last_score:
+            score = self.last_score[1]
+            held_out = [score.loss, score.top1, score.top5]
+        depths = max(map(len, figures + held_out))
+        if depths:
+            parts.append(_table(depths, figures, held_out))
+        if self.last_score:
+            words = f"expected accept length {self.last_score[1].expected_accept_length:.3f}"
+            parts.append(_one_line(words + (f", best {self._best_words()}" if self.best_score else "")))
+        if self._state():
+            parts.append(_one_line("  ".join(self._state())))
+        return Group(*parts)
+
+
+def _table(depths: int, training: list[list[float]], held_out: list[Sequence[float]]) -> Table:
+    """One row per depth: loss, top-1 and top-5 of training, then the same of the held-out text."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("depth", "loss", "top-1", "top-5", "held out: loss", "top-1", "top-5"):
+        table.add_column(name, justify="right", no_wrap=True, overflow="crop")
+    for depth in range(depths):
+        cells = [str(depth + 1)]
+        for loss, *shares in (training, held_out):
+            cells.append(f"{loss[depth]:.3f}" if depth < len(loss) else "-")
+            cells += [f"{100 * share[depth]:.1f}%" if depth < len(share) else "-" for share in shares]
+        table.add_row(*cells)
+    return table
+
+
+def _one_line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="crop")
+
+
+def _left(task: Task) -> str:
+    """``0:12:00 left``, empty while nobody can know."""
+    seconds = task.time_remaining
+    return "" if seconds is None or task.finished else f"{timedelta(seconds=int(seconds))} left"
+
+
+def _losses(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def _shares(values: Sequence[float]) -> str:
+    return " ".join(f"{100 * value:.0f}" for value in values)

@@ -1,0 +1,191 @@
+"""The space of a sweep: which options of a training may take which values, read from YAML.
+
+    learning_rate: {low: 1e-4, high: 1e-2, log: true}
+    tokens_per_step: {low: 1024, high: 4096, step: 1024}
+    optimizer: {choices: [adamw, lion]}
+    head.num_layers: {choices: [1, 2]}
+
+An option that takes a number has bounds, both of which it may take, or choices; any other has choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from heads.registry import head_class
+from runtime.entry import suggest
+from trainer.config import FIELDS, TYPES, TrainConfig
+
+# Options that decide what is trained on which machine, or what is scored: trials that differ in them cannot be compared
+# or would be in each other's way.
+FIXED = frozenset({
+    "head", "backbone", "dtype", "load_in_8bit", "load_in_4bit", "template", "data", "block_size", "loss_on", "out",
+    "overwrite", "resume", "dry_run", "max_length", "held_out", "tree_nodes", "cache_dir", "tensorboard",
+})  # fmt: skip
+HEAD = "head."
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included; whole ones for an option that takes those. log: drawn evenly by
+    their logarithm; step: multiples of it above ``low`` alone."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    @property
+    def edges(self) -> tuple:
+        """Values that stand for all: if these can be trained with, the ones between can."""
+        return self.low, self.high
+
+    def suggest(self, trial, name: str):
+        """What ``trial``, an Optuna trial, gets."""
+        if isinstance(self.low, int):
+            return trial.suggest_int(name, self.low, self.high, log=self.log, step=self.step or 1)
+        return trial.suggest_float(name, self.low, self.high, log=self.log, step=self.step)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of these values."""
+
+    values: tuple
+
+    @property
+    def edges(self) -> tuple:
+        """All of them."""
+        return self.values
+
+    def suggest(self, trial, name: str):
+        """What ``trial``, an Optuna trial, gets."""
+        return trial.suggest_categorical(name, self.values)
+
+
+Space = Mapping[str, Range | Choices]
+
+
+def apply(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
+    """A copy of a training's options with some of them set; keys as in a space."""
+    plain = {name: value for name, value in values.items() if not name.startswith(HEAD)}
+    head = {name.removeprefix(HEAD): value for name, value in values.items() if name.startswith(HEAD)}
+    return dataclasses.replace(config, **plain, head_options={**config.head_options, **head})
+
+
+def check_keys(content: Mapping, source: str) -> dict[str, Mapping]:
+    """The entries of a space by option, ``-`` and ``_`` alike. Needs no head and is quick.
+
+    Raises ValueError for an option that there is not, with a suggestion, and for one that a sweep cannot vary.
+    """
+    entries: dict[str, Mapping] = {}
+    if not content:
+        raise ValueError(f"{source} is empty; expected options with low and high, or with choices")
+    for key, entry in content.items():
+        name = str(key).replace("-", "_")
+        sweepable = [field for field in FIELDS if field not in FIXED and _kinds(TYPES[field])]
+        if not name.startswith(HEAD) and name not in sweepable:
+            if name in FIELDS:
+                raise ValueError(f"{source}: {key} cannot be swept; trials that differ in it cannot be compared")
+            raise suggest(f"key in {source}:", str(key), [*sweepable, "head.<option>"])
+        if name in entries:
+            raise ValueError(f"{source}: {name} is there twice")
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{source}: {key} takes {{low: .., high: ..}} or {{choices: [..]}}, got {entry!r}")
+        if not name.startswith(HEAD):
+            _spec(entry, TYPES[name], f"{source}: {key}")
+        entries[name] = entry
+    return entries
+
+
+def make_space(entries: Mapping[str, Mapping], base: TrainConfig, source: str) -> Space:
+    """The space of these entries for trials that have the other options from ``base``.
+
+    Raises ValueError for an option that the head does not have, with a suggestion, for bounds and choices of another
+    type than the option's, and for those that no training takes.
+    """
+    head_types = {f.name: type(f.default) for f in dataclasses.fields(head_class(base.head).Config)}
+    space: dict[str, Range | Choices] = {}
+    for name, entry in entries.items():
+        option = name.removeprefix(HEAD)
+        if name.startswith(HEAD) and option not in head_types:
+            raise suggest(f"option of head {base.head!r} in {source}:", option, head_types)
+        space[name] = _spec(entry, head_types[option] if name.startswith(HEAD) else TYPES[name], f"{source}: {name}")
+        for value in space[name].edges:
+            try:
+                apply(base, {name: value}).check()
+            except ValueError as error:
+                raise ValueError(f"{source}: {name} cannot be {value}: {error}") from error
+    return space
+
+
+def _kinds(wanted) -> tuple[type, ...]:
+    """The plain types that an option takes; none for one that takes a list."""
+    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    return kinds if set(kinds) <= {int, float, bool, str, type(None)} else ()
+
+
+def _spec(entry: Mapping, wanted, where: str) -> Range | Choices:
+    """One entry of the space. wanted: the option's type; where: what a message begins with."""
+    allowed = ("choices",) if "choices" in entry else ("low", "high", "log", "step")
+    for key in entry:
+        if key not in allowed:
+            raise suggest(f"key under {where}:", str(key), allowed)
+    if "choices" in entry:
+        return _choices(entry["choices"], wanted, where)
+    if wanted not in (int, float):
+        raise ValueError(f"{where} takes no numbers: expected choices: [..]")
+    missing = {"low", "high"} - set(entry)
+    if missing:
+        raise ValueError(f"{where} needs {' and '.join(sorted(missing))}, or choices")
+    low, high = (_number(entry[key], wanted, f"{where}.{key}") for key in ("low", "high"))
+    log = entry.get("log", False)
+    step = _number(entry["step"], wanted, f"{where}.step") if "step" in entry else None
+    if not isinstance(log, bool):
+        raise ValueError(f"{where}.log takes true or false, got {log!r}")
+    if low >= high:
+        raise ValueError(f"{where}: low must lie below high, got {low} and {high}")
+    if log and low <= 0:
+        raise ValueError(f"{where}: log needs low above 0, got {low}")
+    if step is not None and (log or step <= 0 or not math.isclose((high - low) / step, round((high - low) / step))):
+        raise ValueError(f"{where}: step must lie above 0 and divide high - low, and goes without log; got {step}")
+    return Range(low, high, log, step)
+
+
+def _choices(values, wanted, where: str) -> Choices:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}.choices takes a list of values, got {values!r}")
+    kinds, found = _kinds(wanted), []
+    for value in values:
+        if wanted in (int, float):
+            value = _number(value, wanted, f"{where}.choices")
+        elif type(value) not in kinds:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            hint = "; YAML reads on, off, yes and no as true and false: quote them" if str in kinds else ""
+            raise ValueError(f"{where}.choices takes {names}, got {value!r}{hint}")
+        found.append(value)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{where}.choices holds a value twice: {values}")
+    return Choices(tuple(found))
+
+
+def _number(value, wanted: type, where: str):
+    """A finite number of the option's type. ``1e-3`` is text in YAML 1.1, which wants a dot: taken as what it means."""
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise ValueError(f"{where} takes a number, got {value!r}") from error
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"{where} takes a number, got {value!r}")
+    if wanted is int:
+        if number != int(number):
+            raise ValueError(f"{where} takes a whole number, got {value!r}")
+        return int(number)
+    return float(number)
