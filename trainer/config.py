@@ -45,7 +45,9 @@ class TrainConfig:
     load_in_4bit: bool = _option(False, "keep them in 4 bits, a scale per 64 weights")
     template: str | None = _option(None, "chat template by name; default: the tokenizer's own")
     data: list[str] = _option(
-        [], "ShareGPT JSON, JSON lines, .gz or .txt files, or datasets folders; default: the embedded corpus"
+        [],
+        "ShareGPT or text records as JSON, JSON lines or Parquet, plain .txt (.gz too, but for Parquet), datasets "
+        "folders (FOLDER:split); default: the embedded corpus",
     )
     data_weights: list[float] = _option([], "how often an epoch takes each of the files; default: once")
     block_size: int = _option(1024, "tokens that plain text is cut into")
@@ -73,7 +75,7 @@ class TrainConfig:
     decay_share: float = _option(0.2, "share of the steps over which --schedule wsd falls at the end")
     final_rate: float = _option(0.05, "learning rate at the end, as a share of the peak")
     warmup: float = _option(0.05, "share of the steps over which the rate rises")
-    weight_decay: float = _option(0.05, "of AdamW, on matrices alone")
+    weight_decay: float = _option(0.05, "decoupled from the gradient, on matrices alone")
     beta1: float = _option(0.9, "of AdamW and Lion; the momentum of Muon")
     beta2: float = _option(0.95, "of AdamW and Lion")
     ema: float = _option(0.0, "decay of a moving average of the weights, which is then scored and kept; 0: none")

@@ -1,83 +1,51 @@
-"""The one training loop, for every head: features in, losses of all depths down, the best checkpoint kept."""
+"""The one training loop, for every head: features in, losses of all depths down, the best checkpoint kept, and a state
+to go on from."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 import runtime
 from heads.base import Stage
 from heads.checkpoint import save_checkpoint, update_config
-from runtime import jt
 from runtime.interrupt import check_interrupt, deferred_interrupts
+from trainer.average import Average
 from trainer.config import TrainConfig
 from trainer.data import TokenizedData, batches
-from trainer.loss import head_loss, make_batch
-from trainer.optimizer import AdamW, learning_rate
-from trainer.score import accuracy, count_paths, expected_accept_length, fitted_paths
+from trainer.guard import Guard
+from trainer.loss import Objective
+from trainer.optimizer import NonFinite, Optimizer, make_optimizer
+from trainer.schedule import rate
+from trainer.scoring import Score, score_head
+from trainer.state import State, save_state
+from trainer.step import gradients
 
-STORED_NODES = 64  # paths kept with a checkpoint: the largest tree in the literature has 64 nodes
-HELD_OUT_TOKENS = 4096  # tokens of a scoring pass
-
-
-@dataclass
-class Score:
-    """What held-out text says. expected_accept_length: tokens per pass; top1, top5: per depth; loss: nats per depth;
-    tree: the paths that give it; stats: what the head says of itself, see ``Head.describe``."""
-
-    expected_accept_length: float
-    top1: list[float]
-    top5: list[float]
-    loss: list[float]
-    tree: list[list[int]]
-    stats: dict
+LOG, CHECKPOINT = "log.jsonl", "checkpoint"
+LOG_EVERY = 10  # steps between lines of the log
+# What a state keeps of a run beside its best score and its seconds.
+COUNTERS = ("step", "tokens", "skipped", "skipped_in_row", "best_step", "history", "sessions")
 
 
-def score_head(head, data: TokenizedData, source, num_nodes: int) -> Score:
-    """Teacher-forced ranks over all held-out conversations. Leaves the head in training mode."""
-    ranks, losses, counts = [], np.zeros(head.num_depths), np.zeros(head.num_depths)
-    sums, positions = {}, 0
-    head.eval()
-    with jt.no_grad():
-        for indices in batches(data, HELD_OUT_TOKENS):
-            batch = make_batch(data, indices, source, head.num_depths)
-            if len(batch.positions) == 0:
-                continue
-            parts = head_loss(head, batch, 1.0)
-            rank = np.stack([r.numpy() for r in parts.ranks])
-            labelled = (rank >= 0).sum(1)
-            losses += np.array([float(x.item()) for x in parts.depth_losses]) * labelled
-            counts += labelled
-            ranks.append(rank)
-            positions += len(batch.positions)
-            for name, values in parts.stats.items():
-                sums[name] = sums.get(name, 0) + np.asarray(values, np.float64).sum(0)
-    head.train()
-    if not ranks:
-        raise ValueError("the held-out text is too short to score on; hold out more conversations")
-    ranks = np.concatenate(ranks, 1)
-    tree = fitted_paths(count_paths(ranks), STORED_NODES)
-    return Score(
-        expected_accept_length(ranks, num_nodes),
-        accuracy(ranks, 1),
-        accuracy(ranks, 5),
-        (losses / np.maximum(counts, 1)).tolist(),
-        [list(path) for path in tree],
-        head.describe({name: total / positions for name, total in sums.items()}),
-    )
+class Pruned(Exception):
+    """Raised by ``on_score`` to end a run that is not worth its time."""
 
 
 @dataclass
 class FitResult:
-    """What a run came to. ``interrupted``: Ctrl-C ended it; the best checkpoint until then was kept."""
+    """What a run came to. ``interrupted``: Ctrl-C or a pruner ended it; the best checkpoint until then was kept.
+    skipped: updates that were left out; history: {"step", "expected_accept_length", "loss"} of every score; sessions:
+    {"first_step", "last_step", "provenance"} of every start and resumption."""
 
     best: Score
     best_step: int
@@ -85,54 +53,148 @@ class FitResult:
     tokens: int
     train_s: float
     interrupted: bool
+    skipped: int
+    history: list[dict]
+    sessions: list[dict]
 
 
 class Run:
-    """One training run: owns the log, the best score and where checkpoints go."""
+    """One training run: its counters, its log, its best score, and where checkpoints and states go.
 
-    def __init__(self, config: TrainConfig, head, base_config: dict, out: Path):
-        self.config, self.head, self.base_config, self.out = config, head, base_config, out
+    base_config: what a checkpoint says beside the trainer's options and metrics; identity: what a state must have in
+    common with the run that goes on from it, see ``trainer.state.check_identity``; on_score(step, score) is called
+    after every score and may raise ``Pruned``.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        head,
+        base_config: dict,
+        out: Path,
+        identity: dict | None = None,
+        on_score: Callable[[int, Score], None] = lambda step, score: None,
+    ):
+        self.config, self.head, self.base_config, self.out = config, head, base_config, Path(out)
+        self.identity = {} if identity is None else identity
+        self.on_score = on_score
         self.best: Score | None = None
-        self.best_step = self.step = self.tokens = 0
-        self.started = time.perf_counter()
+        self.best_step = self.step = self.tokens = self.skipped = self.skipped_in_row = 0
+        self.history: list[dict] = []
+        self.sessions = [{"first_step": 0, "last_step": 0, "provenance": runtime.provenance(config.seed)}]
+        self.earlier_s, self.started = 0.0, time.perf_counter()
+        self.average = Average(head.trainable(), config.ema, head) if config.ema and head.trained else None
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training, those before a resumption included."""
+        return self.earlier_s + time.perf_counter() - self.started
+
+    def counters(self) -> dict:
+        """What a state keeps of the run itself, JSON-ready."""
+        best = dataclasses.asdict(self.best) if self.best else None
+        self.sessions[-1]["last_step"] = self.step
+        return {name: getattr(self, name) for name in COUNTERS} | {"train_s": self.train_s, "best": best}
+
+    def resume(self, state: State) -> None:
+        """Take over what a state says; what the log tells of later steps is removed."""
+        kept = state.progress
+        state.restore_head(self.head)
+        self.best = Score(**kept["best"]) if kept["best"] else None
+        here = {**self.sessions[0], "first_step": kept["step"], "last_step": kept["step"]}
+        for name in COUNTERS:
+            setattr(self, name, kept[name])
+        self.sessions.append(here)
+        self.earlier_s, self.started = kept["train_s"], time.perf_counter()
+        if self.average:
+            self.average.load_state(state.average())
+        if runtime.is_main():
+            self._forget_log_behind(self.step)
+
+    def _forget_log_behind(self, step: int) -> None:
+        path = self.out / LOG
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if (record := _parsed(line)) and record.get("step", step + 1) <= step]
+        partial = path.with_name(f".{LOG}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
 
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        if runtime.is_main():
+            with open(self.out / LOG, "a") as file:
+                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
-    def keep_if_best(self, score: Score) -> None:
-        """Save a checkpoint when the score beats all before it."""
+    def score(self, data: TokenizedData, source) -> Score:
+        """Score the head, with its averaged weights where they are averaged; save it when it beats all before it."""
+        with self.average.swapped() if self.average else contextlib.nullcontext():
+            score = score_head(self.head, data, source, self.config.tree_nodes)
+            self._keep_if_best(score)
+        short = {"expected_accept_length": score.expected_accept_length, "loss": score.loss}
+        self.history.append({"step": self.step, **short})
+        return score
+
+    def _keep_if_best(self, score: Score) -> None:
         metrics = {**dataclasses.asdict(score), "tree_nodes": self.config.tree_nodes}
         self.log({"step": self.step, "held_out": {k: v for k, v in metrics.items() if k != "tree"}})
         if self.best and score.expected_accept_length <= self.best.expected_accept_length:
             return
         self.best, self.best_step = score, self.step
-        seconds = time.perf_counter() - self.started
+        if not runtime.is_main():
+            return
         config = {
             **self.base_config,
             "trainer": dataclasses.asdict(self.config),
             "metrics": metrics,
-            "progress": {"step": self.step, "tokens": self.tokens, "train_s": seconds},
+            "progress": {"step": self.step, "tokens": self.tokens, "train_s": self.train_s},
         }
-        save_checkpoint(self.out / "checkpoint", self.head, config, runtime.provenance(self.config.seed))
+        save_checkpoint(self.out / CHECKPOINT, self.head, config, runtime.provenance(self.config.seed))
+
+    def save_state(self, optimizer: Optimizer) -> None:
+        """Write a state, if the run keeps any."""
+        if self.config.save_every and runtime.is_main():
+            average = self.average.state() if self.average else None
+            arrays, keep = optimizer.state(), self.config.keep_last
+            save_state(self.out, self.head, arrays, average, self.counters(), self.identity, keep)
 
     def finish(self, interrupted: bool) -> FitResult:
         """Note in the checkpoint and in the log what the whole run took, which may have gone on after its best step."""
-        seconds = time.perf_counter() - self.started
-        totals = {"steps": self.step, "tokens": self.tokens, "train_s": seconds}
-        update_config(self.out / "checkpoint", {"run": {**totals, "interrupted": interrupted}})
+        self.sessions[-1]["last_step"] = self.step
+        totals = {"steps": self.step, "tokens": self.tokens, "train_s": self.train_s}
+        if runtime.is_main():
+            update_config(self.out / CHECKPOINT, {"run": {**totals, "interrupted": interrupted}})
         self.log({"finished": not interrupted, **totals})
-        return FitResult(self.best, self.best_step, interrupted=interrupted, **totals)
+        more = {"interrupted": interrupted, "skipped": self.skipped}
+        more |= {"history": self.history, "sessions": self.sessions}
+        return FitResult(self.best, self.best_step, **totals, **more)
+
+
+def _parsed(line: str) -> dict | None:
+    """A line of the log; None for one that a kill cut off."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _finite(value):
+    """The value with null for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count_steps(config: TrainConfig, data: TokenizedData, head) -> int:
     """Optimizer steps of the run, at least one; none for a head that has nothing to train."""
     if not head.trained:
         return 0
-    per_epoch = len(batches(data, config.tokens_per_step, seed=config.seed))
-    steps = max(1, math.floor(per_epoch * config.epochs))
-    return min(steps, config.max_steps) if config.max_steps else steps
+    steps = 0
+    for epoch in range(math.ceil(config.epochs)):
+        share = min(1.0, config.epochs - epoch)
+        steps += math.floor(share * len(batches(data, config.tokens_per_step, seed=config.seed, epoch=epoch)))
+    return min(max(1, steps), config.max_steps) if config.max_steps else max(1, steps)
 
 
 @dataclass
@@ -156,73 +218,128 @@ def stretches(stages: Sequence[Stage], num_steps: int) -> list[Stretch]:
     return [stretch for stretch in found if stretch.last > stretch.first]
 
 
-def make_optimizer(config: TrainConfig, head, stage: Stage) -> AdamW:
-    """AdamW over the parameters that this stage trains."""
-    rates = {name: stage.rate(name) for name in head.trainable()}
-    chosen = {name: p for name, p in head.trainable().items() if rates[name] is not None}
-    return AdamW(
-        list(chosen.values()),
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        rates=[rates[name] for name in chosen],
-    )
+def stage_optimizer(config: TrainConfig, head, stage: Stage) -> Optimizer:
+    """The optimizer over the parameters that this stage trains."""
+    rates = {name: multiple for name in head.trainable() if (multiple := stage.rate(name)) is not None}
+    chosen = {name: p for name, p in head.trainable().items() if name in rates}
+    return make_optimizer(config, chosen, rates, {head.vocab_size, head.num_draftable})
 
 
-def fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_out_source, progress) -> FitResult:
-    """Train ``run.head`` and keep its best checkpoint in ``run.out / "checkpoint"``.
+def fit(
+    run: Run,
+    data: TokenizedData,
+    held_out: TokenizedData,
+    source,
+    held_out_source,
+    progress,
+    objective: Objective | None = None,
+    state: State | None = None,
+) -> FitResult:
+    """Train ``run.head``, keep its best checkpoint in ``run.out / "checkpoint"`` and states in ``run.out / "states"``.
 
     source(indices), held_out_source(indices) -> Features of those conversations. progress(step, num_steps, record) is
-    called after every step. The stages of the head follow each other, each with an optimizer and a rate schedule of
-    its own. Ctrl-C, looked for after every step, scores what there is, keeps it if best, and returns.
-    Raises FloatingPointError when a gradient is not finite; the best checkpoint until then stays.
+    called after every step. objective: what the depths learn from, default the text's tokens. state: go on from there.
+    The stages of the head follow each other, each with an optimizer and a rate schedule of its own. Ctrl-C, looked for
+    after every step, scores what there is, keeps it if best, writes a state and returns. Raises FloatingPointError when
+    several updates in a row are not finite, see ``trainer.guard``; the best checkpoint until then stays.
     """
     with deferred_interrupts():
-        return _fit(run, data, held_out, source, held_out_source, progress)
+        return _Loop(run, data, held_out, source, held_out_source, progress, objective or Objective()).go(state)
 
 
-def _fit(run: Run, data: TokenizedData, held_out: TokenizedData, source, held_out_source, progress) -> FitResult:
-    config, head = run.config, run.head
-    num_steps = count_steps(config, data, head)
-    interrupted = False
-    head.train()
-    try:
-        order = _batch_order(data, config)
-        for stretch in stretches(head.stages(), num_steps):
-            optimizer = make_optimizer(config, head, stretch.stage)
-            while run.step < stretch.last:
-                batch = make_batch(data, next(order), source, head.num_depths)
-                _train_step(run, optimizer, batch, stretch, num_steps, progress)
-                if run.step % config.score_every == 0 and run.step < num_steps:
-                    run.keep_if_best(score_head(head, held_out, held_out_source, config.tree_nodes))
-    except KeyboardInterrupt:
-        interrupted = True
-    run.keep_if_best(score_head(head, held_out, held_out_source, config.tree_nodes))
-    return run.finish(interrupted)
+class _Loop:
+    def __init__(self, run, data, held_out, source, held_out_source, progress, objective):
+        self.run, self.data, self.source, self.progress, self.objective = run, data, source, progress, objective
+        self.held_out = held_out, held_out_source
+        self.config = run.config
+        self.num_steps = count_steps(self.config, data, run.head)
+        self.guard = Guard(run.out, self.config.skip_limit)
+        self.clock = time.perf_counter(), 0
+        self.process = psutil.Process()
+
+    def go(self, state: State | None) -> FitResult:
+        run, config = self.run, self.config
+        run.head.train()
+        if state:
+            run.resume(state)
+            self.guard.in_row = run.skipped_in_row
+        order = itertools.islice(_batch_order(self.data, config), run.step, None)
+        optimizer, interrupted = None, False
+        try:
+            for stretch in stretches(run.head.stages(), self.num_steps):
+                if run.step >= stretch.last:
+                    continue
+                optimizer = stage_optimizer(config, run.head, stretch.stage)
+                if state and run.step > stretch.first:
+                    optimizer.load_state(state.optimizer())
+                    state = None
+                while run.step < stretch.last:
+                    self.step(optimizer, stretch, next(order))
+                    self.between(optimizer)
+        except (KeyboardInterrupt, Pruned):
+            interrupted = True
+        if not (run.history and run.history[-1]["step"] == run.step):
+            with contextlib.suppress(Pruned):  # it ends here anyway
+                run.on_score(run.step, run.score(*self.held_out))
+        if optimizer is not None:
+            run.save_state(optimizer)
+        return run.finish(interrupted)
+
+    def between(self, optimizer: Optimizer) -> None:
+        """What is due after a step: a score, a state."""
+        run, config = self.run, self.config
+        if run.step == self.num_steps:
+            return  # the end sees to both
+        if run.step % config.score_every == 0:
+            run.on_score(run.step, run.score(*self.held_out))
+        if config.save_every and run.step % config.save_every == 0:
+            run.save_state(optimizer)
+
+    def step(self, optimizer: Optimizer, stretch: Stretch, indices: list[int]) -> None:
+        run, config, length = self.run, self.config, stretch.last - stretch.first
+        done = run.step - stretch.first
+        # What a head draws at random depends on the seed and the step alone, so that a resumed run draws the same.
+        runtime.set_seed(int(np.random.SeedSequence([config.seed, run.step]).generate_state(1)[0]))
+        run.head.enter(stretch.stage.name, done / length)
+        shape = (config.learning_rate, config.warmup, config.final_rate, config.decay_share)
+        planned = rate(config.schedule, done, length, *shape)
+        record = {"step": run.step + 1, "stage": stretch.stage.name, "rate": planned}
+        parameters = list(optimizer.parameters.values())
+        grads, found, batches = gradients(run.head, parameters, self.data, indices, self.source, config, self.objective)
+        if grads is not None:
+            try:
+                record["grad_norm"] = optimizer.update(grads, planned)
+                self.guard.passed()
+            except NonFinite as error:
+                run.skipped += 1
+                self.guard.skipped(error, run.step + 1, batches, self.data, indices)
+            else:
+                if run.average:
+                    run.average.update()
+            record["loss"] = [round(x, 4) for x in found.losses]
+            record |= {"top1": found.top1, "top5": found.top5, "aux": found.aux}
+        run.skipped_in_row = self.guard.in_row
+        run.step += 1
+        run.tokens += int(self.data.lengths[indices].sum())
+        self.report(record)
+        if found.interrupted:
+            raise KeyboardInterrupt
+        if runtime.world_size() == 1:
+            check_interrupt()
+
+    def report(self, record: dict) -> None:
+        run = self.run
+        record |= {"tokens": run.tokens, "skipped": run.skipped}
+        if run.step % LOG_EVERY == 0:
+            now, (then, tokens) = time.perf_counter(), self.clock
+            self.clock = now, run.tokens
+            record["tokens_per_s"] = (run.tokens - tokens) / (now - then)
+            record["memory_bytes"] = self.process.memory_info().rss
+            run.log(record)
+        self.progress(run.step, self.num_steps, record)
 
 
-def _batch_order(data: TokenizedData, config: TrainConfig) -> Iterator[np.ndarray]:
-    """The conversations of one batch after another, epoch after epoch, without end."""
+def _batch_order(data: TokenizedData, config: TrainConfig) -> Iterator[list[int]]:
+    """The conversations of one step after another, epoch after epoch, without end."""
     for epoch in itertools.count():
         yield from batches(data, config.tokens_per_step, seed=config.seed, epoch=epoch)
-
-
-def _train_step(run: Run, optimizer: AdamW, batch, stretch: Stretch, num_steps: int, progress) -> None:
-    config, length = run.config, stretch.last - stretch.first
-    step = run.step - stretch.first
-    run.head.enter(stretch.stage.name, step / length)
-    rate = learning_rate(step, length, config.learning_rate, config.warmup, config.final_rate)
-    record = {"step": run.step + 1, "stage": stretch.stage.name, "rate": rate}
-    if len(batch.positions):
-        parts = head_loss(run.head, batch, config.depth_weight)
-        record["grad_norm"] = optimizer.update(parts.total, rate)
-        record["loss"] = [round(float(x.item()), 4) for x in parts.depth_losses]
-        record["aux"] = {name: float(term.item()) for name, term in parts.aux.items()}
-    run.step += 1
-    run.tokens += batch.token_ids.shape[1] - run.head.num_depths
-    record["tokens"] = run.tokens
-    if run.step % 10 == 0:
-        run.log(record)
-    progress(run.step, num_steps, record)
-    check_interrupt()

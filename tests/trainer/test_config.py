@@ -245,7 +245,7 @@ def test_train_keeps_a_checkpoint_that_is_already_there(failure, tmp_path):
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     (tmp_path / "run" / "log.jsonl").write_text("mine\n")
     line = failure(["--head", "mlp", "--data", data, "--out", tmp_path / "run", "--cache-dir", tmp_path / "cache"])
-    assert "already holds a checkpoint; choose another --out or pass --overwrite" in line
+    assert "already holds a checkpoint; choose another --out, or pass --overwrite or --resume" in line
     assert (tmp_path / "run" / "log.jsonl").read_text() == "mine\n"
 
 
@@ -269,7 +269,9 @@ def test_train_answers_a_run_that_diverges(failure, tmp_path):
     arguments = ["--head", "gated_rnn", "--data", data, "--out", tmp_path / "run", "--features", "online"]
     arguments += ["--learning-rate", 1e30, "--tokens-per-step", 64, "--head.num_depths", 2, "--head.inner_size", 24]
     arguments += ["--max-steps", 5, "--epochs", 9]
-    assert "lower the learning rate" in failure(arguments, started=True)
+    line = failure(arguments, started=True)
+    assert "step 5, the 4th update in a row; the features are finite: lower --learning-rate; see" in line
+    assert (tmp_path / "run" / "bad-step-5.npz").exists()
 
 
 def test_ctrl_c_ends_an_entry_with_its_own_status(capsys):

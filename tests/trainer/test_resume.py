@@ -1,0 +1,266 @@
+"""A run that is killed goes on to the weights of one that was not; what was damaged meanwhile is refused by name."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from heads.checkpoint import load_head
+from runtime import atomic
+from tests.small import small_backbone
+from tests.trainer.runs import NUM_STEPS, OPTIONS, start
+from trainer import state as states
+from trainer.state import check_identity, list_states, newest_state
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Killed(BaseException):
+    """Ends a run in the middle of a step, as nothing in the trainer expects."""
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return small_backbone()
+
+
+def kill_at(wanted):
+    def progress(step, num_steps, record):
+        if step == wanted:
+            raise Killed
+
+    return progress
+
+
+def tensors(out):
+    """The bytes of the kept checkpoint and of the last state."""
+    files = [out / "checkpoint" / "head.safetensors", *sorted(list_states(out)[-1].glob("*.safetensors"))]
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+
+
+def comparable(out):
+    """The log without its clocks."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith("_s") and k != "memory_bytes"} for line in lines]
+
+
+VARIANTS = {
+    "plain": {},
+    "averaged lion": {"optimizer": "lion", "ema": 0.9, "learning_rate": 2e-3, "score_every": 3},
+    "muon in two passes": {"optimizer": "muon", "accumulate": 2, "schedule": "wsd"},
+    "two stages": {"head": "lora", "head_options": {"num_depths": 2, "adapter_rank": 2, "joint_share": 0.5}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(backbone, tmp_path, variant):
+    options = VARIANTS[variant]
+    start(backbone, tmp_path / "whole", **options)
+    for step in (3, 7, 11):  # before the first state, behind it, and behind the second
+        with pytest.raises(Killed):
+            state = newest_state(tmp_path / "broken")
+            start(backbone, tmp_path / "broken", state=state, progress=kill_at(step), **options)
+    state = newest_state(tmp_path / "broken")
+    assert state.step == 8
+    result, _, records, run = start(backbone, tmp_path / "broken", state=state, **options)
+    assert [record["step"] for record in records] == [9, 10, 11, 12] and result.steps == NUM_STEPS
+    assert tensors(tmp_path / "broken") == tensors(tmp_path / "whole")
+    assert comparable(tmp_path / "broken") == comparable(tmp_path / "whole")
+    assert [(s["first_step"], s["last_step"]) for s in run.sessions] == [(0, 4), (4, 8), (8, 12)]
+
+
+def test_a_run_that_forgets_its_moments_ends_elsewhere(backbone, tmp_path, monkeypatch):
+    """The control of the test above: the comparison sees an optimizer that begins anew."""
+    start(backbone, tmp_path / "whole")
+    with pytest.raises(Killed):
+        start(backbone, tmp_path / "broken", progress=kill_at(7))
+    monkeypatch.setattr("trainer.optimizer.Optimizer.load_state", lambda self, state: None)
+    start(backbone, tmp_path / "broken", state=newest_state(tmp_path / "broken"))
+    assert tensors(tmp_path / "broken") != tensors(tmp_path / "whole")
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_too(backbone, tmp_path):
+    def stop(step, num_steps, record):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    start(backbone, tmp_path / "whole")
+    result, *_ = start(backbone, tmp_path / "broken", progress=stop)
+    assert result.interrupted and result.steps == 6
+    state = newest_state(tmp_path / "broken")
+    assert state.step == 6
+    result, _, _, _ = start(backbone, tmp_path / "broken", state=state)
+    assert result.steps == NUM_STEPS and not result.interrupted
+    whole, broken = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
+    name = f"step-{NUM_STEPS:08d}/head.safetensors"
+    assert whole[name] == broken[name]
+
+
+def test_only_the_newest_states_are_kept(backbone, tmp_path):
+    start(backbone, tmp_path / "run", keep_last=2, save_every=3)
+    assert [path.name for path in list_states(tmp_path / "run")] == ["step-00000009", "step-00000012"]
+    start(backbone, tmp_path / "none", save_every=0)
+    assert list_states(tmp_path / "none") == [] and newest_state(tmp_path / "none") is None
+
+
+@pytest.fixture(scope="module")
+def finished(backbone, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    start(backbone, out, ema=0.5)
+    return out
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone"])
+def test_a_damaged_state_is_refused_by_name(finished, tmp_path, file, harm):
+    shutil.copytree(finished, tmp_path / "run")
+    path = list_states(tmp_path / "run")[-1] / file
+    damage(path, harm)
+    with pytest.raises(ValueError, match=rf"{file}.*(is missing|is damaged|cannot be read).*delete .*begin anew"):
+        newest_state(tmp_path / "run")
+    assert newest_state(finished).step == NUM_STEPS  # the control
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "config.json"])
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone"])
+def test_a_damaged_checkpoint_is_refused_by_name(backbone, finished, tmp_path, file, harm):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoint" / file, harm)
+    with pytest.raises(ValueError, match=rf"{file}"):
+        load_head(tmp_path / "run", backbone)
+    load_head(finished, backbone)
+
+
+def damage(path, harm):
+    content = bytearray(path.read_bytes())
+    if harm == "gone":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:  # one digit or one bit, so that JSON and safetensors can still be read
+        place = next(
+            i for i in range(len(content) // 2, len(content)) if path.suffix != ".json" or 48 <= content[i] < 58
+        )
+        content[place] ^= 1
+        path.write_bytes(content)
+
+
+def test_a_run_with_other_options_does_not_go_on_from_a_state(finished):
+    state = newest_state(finished)
+    state.meta["identity"] = {"options": {"epochs": 1.0, "out": "a"}, "data": "abc", "head": "mlp"}
+    check_identity(state, {"options": {"epochs": 1.0, "out": "b"}, "data": "abc", "head": "mlp"})
+    with pytest.raises(ValueError, match=r"another run: data was 'abc', is 'xyz'; epochs was 1\.0, is 2\.0"):
+        check_identity(state, {"options": {"epochs": 2.0, "out": "a"}, "data": "xyz", "head": "mlp"})
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_earlier_state(backbone, tmp_path, monkeypatch):
+    real = states.save_file
+
+    def full(arrays, path):
+        if "step-00000008" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(arrays, path)
+
+    monkeypatch.setattr(states, "save_file", full)
+    with pytest.raises(
+        OSError, match=r"step-00000008 cannot be written: .*No space left.*the state of step 4 is whole"
+    ):
+        start(backbone, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    start(backbone, tmp_path / "run", state=newest_state(tmp_path / "run"))
+    start(backbone, tmp_path / "whole")
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")
+
+
+def test_a_folder_is_replaced_whole_and_what_a_killed_writer_left_is_removed(tmp_path):
+    target = tmp_path / "folder"
+    for content in ("one", "two"):
+        with atomic.atomic_directory(target) as partial:
+            (partial / "file").write_text(content)
+            assert not target.exists() or (target / "file").read_text() == "one"
+        assert (target / "file").read_text() == content
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):  # nobody's, and that of someone who lives
+        (tmp_path / f".folder.{pid}.partial").mkdir()
+    with pytest.raises(RuntimeError), atomic.atomic_directory(target):
+        raise RuntimeError
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".folder.{os.getppid()}.partial", "folder"]
+    assert (target / "file").read_text() == "two"
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.small import small_backbone
+from tests.trainer.runs import start
+from trainer.state import newest_state
+out = Path(sys.argv[1])
+out.mkdir(exist_ok=True)
+backbone = small_backbone()
+print("ready", flush=True)
+start(backbone, out, state=newest_state(out), max_steps=60, save_every=2, score_every=3, epochs=30.0, ema=0.9)
+"""
+assert OPTIONS["head"] == "gated_rnn"
+
+
+def child(out):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(out)], env=environment, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def kill_while_writing(process, out):
+    """SIGKILL at a moment when a checkpoint or a state is half written. False if none came."""
+    while process.poll() is None:
+        if any(out.glob(".checkpoint.*.partial")) or any((out / "states").glob(".*.partial")):
+            process.kill()
+            process.wait()
+            return True
+    return False
+
+
+def check_kills(tmp_path, moments):
+    """Kill a training at these moments, None: while it writes, else seconds; and let it end after the last."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = child(whole)
+    assert process.wait() == 0
+    killed = half_written = 0
+    for moment in moments:
+        process = child(broken)
+        if moment is None:
+            half_written += kill_while_writing(process, broken)
+        else:
+            time.sleep(moment)
+        killed += process.poll() is None or process.returncode == -signal.SIGKILL
+        process.kill()
+        process.wait()
+    assert child(broken).wait() == 0
+    assert tensors(broken) == tensors(whole) and comparable(broken) == comparable(whole)
+    return killed, half_written
+
+
+def test_sigkill_at_some_moments_changes_nothing(tmp_path):
+    killed, half_written = check_kills(tmp_path, [0.3, None, 0.2])
+    assert killed == 3 and half_written == 1
+
+
+@pytest.mark.slow
+def test_sigkill_at_ten_random_moments_changes_nothing(tmp_path):
+    random = np.random.default_rng()
+    moments = [None if i % 3 == 0 else float(random.uniform(0.05, 0.8)) for i in range(10)]
+    killed, half_written = check_kills(tmp_path, moments)
+    print(f"killed {killed} times at {moments}, {half_written} times while writing")
+    assert killed >= 8 and half_written >= 2

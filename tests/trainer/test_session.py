@@ -1,0 +1,150 @@
+"""A training through its command line: what goes on, what only looks, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from runtime.entry import USER_MISTAKE, run_entry
+from trainer.config import TrainConfig
+from trainer.record import read_train_record
+from trainer.session import run_directory
+from trainer.splits import held_out_conversations, load_splits
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_talks(path, count):
+    """Conversations that differ in a word each."""
+    with open(path, "w") as file:
+        for index in range(count):
+            turns = [("human", f"What follows {index}?"), ("gpt", f"That is {index + 1}, and then {index + 2}.")] * 2
+            record = {"id": f"talk-{index}", "conversations": [{"from": a, "value": b} for a, b in turns]}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """command(*options): one train.py on small data; returns (status, the last line of stdout or stderr)."""
+    data = write_talks(tmp_path / "talks.jsonl", 30)
+    fixed = ["--head", "gated_rnn", "--head.num_depths", "2", "--head.inner_size", "24", "--data", str(data)]
+    fixed += ["--out", str(tmp_path / "run"), "--features", "online", "--tokens-per-step", "128", "--max-steps", "6"]
+    fixed += ["--save-every", "2", "--epochs", "9"]
+
+    def run(*options):
+        status = run_entry(train.main, [*fixed, *map(str, options)])
+        printed = capsys.readouterr()
+        return status, (printed.out or printed.err).splitlines()[-1]
+
+    return run
+
+
+def test_a_run_writes_its_record_and_resuming_a_finished_one_changes_nothing(command, tmp_path):
+    assert command("--score-every", 3)[0] == 0
+    record = read_train_record(tmp_path / "run" / "train.json")
+    assert (record.steps, record.head, record.interrupted, record.skipped_updates) == (6, "gated_rnn", False, 0)
+    assert [point.step for point in record.history] == [3, 6] and record.best.step in (3, 6)
+    assert record.data["report"]["read"] == 30 and record.data["conversations"] == 27
+    assert [(s.first_step, s.last_step) for s in record.sessions] == [(0, 6)]
+    weights = (tmp_path / "run" / "checkpoint" / "head.safetensors").read_bytes()
+    status, line = command("--score-every", 3, "--resume")
+    assert status == 0 and json.loads(line)["steps"] == 6
+    assert (tmp_path / "run" / "checkpoint" / "head.safetensors").read_bytes() == weights
+    assert [(s.first_step, s.last_step) for s in read_train_record(tmp_path / "run" / "train.json").sessions][-1] == (
+        6,
+        6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--max-steps", 8], "max_steps was 6, is 8"),
+        (["--learning-rate", 0.5], "learning_rate was 0.004, is 0.5"),
+        (["--head.num_depths", 3], "num_depths was 2, is 3"),
+        (["--seed", 4], "seed was 0, is 4"),
+        (["--loss-on", "all"], "loss_on was 'assistant', is 'all'"),
+    ],
+)
+def test_resuming_with_other_options_is_refused_by_name(command, changed, message):
+    assert command()[0] == 0
+    status, line = command("--resume", *changed)
+    assert status == USER_MISTAKE and "belongs to another run" in line and message in line
+
+
+def test_resuming_on_other_text_or_without_a_run_is_told(command, tmp_path, capsys):
+    assert command()[0] == 0
+    other = write_talks(tmp_path / "other.jsonl", 29)
+    status, line = command("--resume", "--data", other)
+    assert status == USER_MISTAKE and "data was" in line
+    assert command("--resume", "--out", tmp_path / "fresh")[0] == 0  # nothing there yet: it begins
+    with pytest.raises(ValueError, match=r"there is no run with a state under .*to resume; pass --out"):
+        os.chdir(tmp_path), run_directory(TrainConfig(head="gated_rnn", resume=True))
+
+
+@pytest.fixture(autouse=True)
+def stay_here(monkeypatch):
+    monkeypatch.chdir(ROOT)  # undone after a test that goes elsewhere
+
+
+def test_resume_without_a_place_takes_the_newest_run_of_the_head(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for index, name in enumerate(("older", "newer", "none")):
+        folder = tmp_path / "runs" / "mlp" / name
+        folder.mkdir(parents=True)
+        if name != "none":
+            (folder / "states").mkdir()
+            os.utime(folder / "states", (index, index))
+    assert run_directory(TrainConfig(head="mlp", resume=True)) == Path("runs/mlp/newer")
+
+
+def test_a_new_run_in_the_place_of_an_old_one_forgets_its_states(command, tmp_path):
+    assert command()[0] == 0
+    assert command("--overwrite", "--save-every", 0, "--max-steps", 2)[0] == 0
+    assert not (tmp_path / "run" / "states").exists()
+    status, line = command("--resume", "--overwrite", "--save-every", 0, "--max-steps", 2)
+    assert status == 0 and json.loads(line)["steps"] == 2
+
+
+def test_a_dry_run_tells_what_the_run_needs_and_leaves_nothing(command, tmp_path):
+    status, line = command("--dry-run")
+    told = json.loads(line)
+    assert status == 0 and told["can_finish"] and told["plan"]["num_steps"] == 6
+    assert told["measured"]["forward_s"] > 0 and told["train_s"] > 0 and not (tmp_path / "run").exists()
+    status, line = command("--dry-run", "--max-length", 100000)
+    told = json.loads(line)
+    assert status == USER_MISTAKE and not told["can_finish"] and "beyond the 512 positions" in told["reasons"][0]
+
+
+def test_averaged_weights_and_every_loss_train_through_the_command(command, tmp_path):
+    for more in (["--loss", "kl"], ["--loss", "mix", "--kl-share", 0.3, "--ema", 0.9], ["--optimizer", "muon"]):
+        status, line = command("--overwrite", *more)
+        assert status == 0 and np.isfinite(json.loads(line)["expected_accept_length"]), more
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+def test_more_ranks_than_sequences_are_refused(tmp_path):
+    data = write_talks(tmp_path / "talks.jsonl", 2)
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    words = ["mpirun", *root, "--oversubscribe", "-np", "2", sys.executable, "train.py", "--head", "gated_rnn"]
+    words += ["--data", str(data), "--out", str(tmp_path / "run"), "--features", "online"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "2 ranks share 1 training sequences: each needs one" in done.stderr
+
+
+def test_the_held_out_conversations_can_be_written_as_prompts(tmp_path):
+    data = write_talks(tmp_path / "talks.jsonl", 30)
+    config = TrainConfig(head="mlp", data=[str(data)])
+    talks = held_out_conversations(config)
+    splits = load_splits(config)
+    assert len(talks) == len(splits.held_out) == 3 and len({talk.id for talk in talks}) == 3
+    lengths = [len(splits.tokenizer.encode_with_mask(list(talk.messages))[0]) for talk in talks]
+    assert lengths == splits.held_out.lengths.tolist()

@@ -1,0 +1,233 @@
+"""A training from its options to its record: what the command line, a sweep and a dry run all go through."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import runtime
+from backbone.model import load_backbone
+from heads.checkpoint import weights_sha256
+from heads.registry import build
+from runtime.ranks import barrier, share_from_main, text_from_main
+from trainer.config import TrainConfig
+from trainer.events import Events
+from trainer.features import OnlineFeatures, open_cache
+from trainer.fit import CHECKPOINT, LOG, FitResult, Run, count_steps, fit
+from trainer.loss import Objective
+from trainer.record import make_record, write_train_record
+from trainer.scoring import Score
+from trainer.splits import Splits, data_files, load_splits
+from trainer.state import FREE, STATES, State, check_identity, newest_state
+from trainer.teacher import open_teacher
+from trainer.watch import Watch, card
+
+# Options that a state compares by what they lead to (fingerprints, hashes) rather than by their words.
+BY_CONTENT = frozenset({"backbone", "data", "template", "head_options"})
+
+
+@dataclass
+class Setting:
+    """All that a run works on. base: what its checkpoints say of it."""
+
+    config: TrainConfig
+    backbone: object
+    splits: Splits
+    head: object
+    base: dict
+
+    @property
+    def identity(self) -> dict:
+        """What a run that goes on must have in common with the one before."""
+        options = {k: v for k, v in asdict(self.config).items() if k not in FREE | BY_CONTENT}
+        told = {key: self.base[key] for key in ("head", "head_config", "tokenizer")}
+        backbone = {key: self.base["backbone"][key] for key in ("fingerprint", "storage")}
+        return {"options": options, **told, "backbone": backbone, "data": self.base["data"]["sha256"]}
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return count_steps(self.config, self.splits.training, self.head)
+
+
+def prepare(config: TrainConfig, splits: Splits | None = None) -> Setting:
+    """Load text, backbone and a fresh head. splits: the text, if it is there already.
+
+    Raises ValueError for what does not fit together.
+    """
+    splits = splits or load_splits(config)
+    if len(splits.training) < runtime.world_size():
+        raise ValueError(
+            f"{runtime.world_size()} ranks share {len(splits.training)} training sequences: each needs one; "
+            "start fewer ranks or give more text"
+        )
+    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit)
+    runtime.set_seed(config.seed)
+    head = build(config.head, config.head_options, backbone)
+    replies = splits.training.token_ids[splits.training.mask]
+    head.prepare(np.bincount(replies, minlength=backbone.config.vocab_size))
+    share_from_main([p for _, p in head.named_parameters()])
+    base = {
+        "head": config.head,
+        "head_config": vars(head.config),
+        "backbone": {
+            "fingerprint": backbone.fingerprint,
+            "path": config.backbone,
+            "hidden_size": backbone.config.hidden_size,
+            "vocab_size": backbone.config.vocab_size,
+            "dtype": config.dtype,
+            "storage": backbone.storage,
+        },
+        "tokenizer": {"fingerprint": splits.tokenizer.fingerprint, "template": config.template},
+        "num_parameters": head.num_parameters,
+        "data": {
+            "files": [Path(f).name for f in data_files(config)],
+            "sha256": splits.sha256,
+            "conversations": len(splits.training),
+            "held_out": len(splits.held_out),
+            "tokens": int(splits.training.offsets[-1]),
+        },
+    }
+    return Setting(config, backbone, splits, head, base)
+
+
+def run_directory(config: TrainConfig) -> Path:
+    """Where a run's files go, the same on every rank: --out, else a new one, with --resume the head's newest."""
+    if config.out:
+        return Path(config.out)
+    root = Path("runs") / config.head
+    if config.resume:
+        states = sorted(root.glob(f"*/{STATES}"), key=lambda path: path.stat().st_mtime)
+        if not states:
+            raise ValueError(f"there is no run with a state under {root} to resume; pass --out")
+        return Path(text_from_main(str(states[-1].parent)))
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return Path(text_from_main(str(root / stamp)))
+
+
+def enter_directory(config: TrainConfig, out: Path) -> State | None:
+    """Make the run's directory ready; with --resume, the state to go on from, if the run got as far as one.
+
+    Raises ValueError when it already holds a checkpoint and neither --overwrite nor --resume was given.
+    """
+    if config.resume:
+        state = newest_state(out)
+        if state is not None:
+            return state
+    elif (out / CHECKPOINT).exists() and not config.overwrite:
+        raise ValueError(f"{out} already holds a checkpoint; choose another --out, or pass --overwrite or --resume")
+    barrier()  # every rank has looked before rank 0 changes anything
+    if runtime.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / LOG).write_text("")  # every run begins its own log
+        remove_states(out)
+    return None
+
+
+def remove_states(out: Path) -> None:
+    """Forget the states of an earlier run in the same place."""
+    if (out / STATES).exists():
+        shutil.rmtree(out / STATES)
+
+
+def open_sources(setting: Setting, watch: Watch) -> list:
+    """Where the features of the training and of the held-out text come from."""
+    config, layers = setting.config, tuple(setting.head.layers)
+    parts = (setting.splits.training, setting.splits.held_out)
+    if config.features == "online" or not setting.head.trained:
+        return [OnlineFeatures(setting.backbone, part, layers) for part in parts]
+    ranks = {"rank": runtime.rank(), "world_size": runtime.world_size(), "barrier": barrier}
+    fingerprint, root = setting.splits.tokenizer.fingerprint, Path(config.cache_dir)
+    return [
+        open_cache(setting.backbone, fingerprint, part, layers, root, *watch.cache(part, name), **ranks)
+        for part, name in zip(parts, ("features", "held out"), strict=True)
+    ]
+
+
+def make_objective(setting: Setting) -> Objective:
+    """What the depths learn from."""
+    config = setting.config
+    if config.loss == "ce":
+        return Objective()
+    share = 1.0 if config.loss == "kl" else config.kl_share
+    return Objective(config.loss, share, open_teacher(setting.backbone, config.kl_top, config.teacher))
+
+
+@dataclass
+class Outcome:
+    """What a training came to, and where it lies."""
+
+    result: FitResult
+    out: Path
+
+
+def train(
+    config: TrainConfig, on_score: Callable[[int, Score], None] | None = None, setting: Setting | None = None
+) -> Outcome:
+    """Train one head in this process, all ranks together.
+
+    on_score(step, score) is called after every score and may raise ``trainer.fit.Pruned``; setting: what
+    ``prepare(config)`` gave, if it is there already. Raises ValueError for options that make no run.
+    """
+    setting = setting or prepare(config)
+    out = run_directory(config)
+    state = enter_directory(config, out)
+    if state is not None:
+        check_identity(state, setting.identity)
+    first, num_steps = state.step if state else 0, setting.num_steps
+    main = runtime.is_main()
+    if main:
+        card(config, setting.backbone, setting.head, setting.splits.report, num_steps, out)
+    with contextlib.ExitStack() as stack:
+        events = stack.enter_context(Events(out, first)) if config.tensorboard and main else None
+        watch = stack.enter_context(Watch(num_steps, first, quiet=not main))
+        if state is not None:
+            watch.say(f"resumed   from step {first} of {num_steps}")
+        sources = open_sources(setting, watch)
+
+        def scored(step: int, score: Score) -> None:
+            watch.score(step, score, best=run.best_step == step)
+            if events:
+                events.score(step, score)
+            if on_score:
+                on_score(step, score)
+
+        def stepped(step: int, total: int, record: dict) -> None:
+            watch.step(step, total, record)
+            if events:
+                events.step(step, record)
+
+        run = Run(config, setting.head, setting.base, out, setting.identity, scored)
+        objective = make_objective(setting)
+        result = fit(run, setting.splits.training, setting.splits.held_out, *sources, stepped, objective, state)
+    if main:
+        _write_record(setting, result, out)
+    return Outcome(result, out)
+
+
+def _write_record(setting: Setting, result: FitResult, out: Path) -> None:
+    config = setting.config
+    record = make_record(
+        config,
+        data={**setting.base["data"], "report": setting.splits.report.as_dict()},
+        provenance=runtime.provenance(config.seed),
+        parameters=setting.head.num_parameters,
+        steps=result.steps,
+        tokens=result.tokens,
+        train_s=result.train_s,
+        skipped_updates=result.skipped,
+        best=result.best,
+        best_step=result.best_step,
+        checkpoint=out / CHECKPOINT,
+        weights_sha256=weights_sha256(out / CHECKPOINT),
+        history=result.history,
+        interrupted=result.interrupted,
+        sessions=result.sessions,
+    )
+    write_train_record(record, out)

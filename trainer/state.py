@@ -1,0 +1,148 @@
+"""States of a run: all it takes to go on bit for bit, written whole or not at all, believed only if unharmed.
+
+A state is a directory ``states/step-00000250`` with ``head.safetensors`` (parameters and buffers as trained, before any
+averaging), ``optimizer.safetensors``, ``average.safetensors`` where the weights are averaged, and ``state.json``, which
+holds the counters, the best score so far, what the run was made of, and the hash of every other file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters
+from runtime.atomic import atomic_directory, sha256_of
+
+FORMAT = 1
+STATES, HEAD, OPTIMIZER, AVERAGE, META = (
+    *("states", "head.safetensors", "optimizer.safetensors"),
+    *("average.safetensors", "state.json"),
+)
+# Options that may differ when a run goes on: they change where things lie, not what comes out.
+FREE = frozenset({"out", "overwrite", "resume", "dry_run", "cache_dir", "tensorboard", "keep_last", "save_every"})
+
+
+@dataclass
+class State:
+    """A state on disk. meta: the content of state.json; progress: its counters."""
+
+    directory: Path
+    meta: dict
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were done."""
+        return int(self.meta["progress"]["step"])
+
+    @property
+    def progress(self) -> dict:
+        """The counters of the run, see ``trainer.fit.Run.counters``."""
+        return self.meta["progress"]
+
+    def restore_head(self, head) -> None:
+        """Give the head the weights it had."""
+        load_parameters(head, self.directory / HEAD)
+
+    def optimizer(self) -> dict[str, np.ndarray]:
+        """What ``Optimizer.state`` gave."""
+        return _load(self.directory / OPTIMIZER)
+
+    def average(self) -> dict[str, np.ndarray]:
+        """What ``Average.state`` gave. Raises ValueError when the run did not average."""
+        return _load(self.directory / AVERAGE)
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def save_state(
+    out: Path, head, optimizer: dict, average: dict | None, progress: dict, identity: dict, keep: int
+) -> Path:
+    """Write the state of a step under ``out / "states"`` and remove all but the ``keep`` newest ones.
+
+    optimizer, average: arrays by name; progress: counters, JSON-ready; identity: what ``check_identity`` compares.
+    Raises OSError naming the place when the disk is full; the earlier states are whole then.
+    """
+    directory = Path(out) / STATES / f"step-{progress['step']:08d}"
+    try:
+        with atomic_directory(directory) as partial:
+            save_parameters(head, partial / HEAD)
+            save_file(optimizer, str(partial / OPTIMIZER))
+            if average is not None:
+                save_file(average, str(partial / AVERAGE))
+            hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+            meta = {"format": FORMAT, "progress": progress, "identity": identity, "files": hashes}
+            meta = json.loads(json.dumps(meta))
+            (partial / META).write_text(json.dumps({**meta, "digest": config_digest(meta)}, indent=1) + "\n")
+    except (OSError, SafetensorError) as error:
+        kept = list_states(out)
+        earlier = f"the state of step {_step_of(kept[-1])} is whole" if kept else "there is no earlier state"
+        raise OSError(f"{directory} cannot be written: {error}; {earlier}, --resume goes on from there") from error
+    for old in list_states(out)[:-keep]:
+        shutil.rmtree(old)
+    return directory
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def list_states(out: Path) -> list[Path]:
+    """The directories of the states of a run, oldest first."""
+    return sorted((p for p in (Path(out) / STATES).glob("step-*") if p.name[5:].isdigit()), key=_step_of)
+
+
+def newest_state(out: Path) -> State | None:
+    """The newest state of a run, None when it has none. Raises ValueError naming the file of a state that is damaged,
+    with what to do."""
+    found = list_states(out)
+    if not found:
+        return None
+    directory = found[-1]
+    earlier = f"resume from step {_step_of(found[-2])}" if len(found) > 1 else "begin anew"
+    try:
+        return State(directory, _read_meta(directory))
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {directory} to {earlier}") from error
+
+
+def _read_meta(directory: Path) -> dict:
+    path = directory / META
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(meta, dict) or meta.get("digest") != config_digest(meta):
+        raise ValueError(f"{path} is damaged: its digest does not fit")
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{path} has format {meta['format']}, this version reads {FORMAT}")
+    check_files(directory, meta["files"])
+    return meta
+
+
+def check_identity(state: State, identity: dict) -> None:
+    """Raises ValueError naming everything in which the run of a state differs from this one."""
+    then, now = state.meta["identity"], json.loads(json.dumps(identity))
+    told = []
+    for part in sorted(set(then) | set(now)):
+        before, after = then.get(part), now.get(part)
+        if isinstance(before, dict) and isinstance(after, dict):
+            told += [
+                f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+                for key in sorted(set(before) | set(after))
+                if key not in FREE and before.get(key) != after.get(key)
+            ]
+        elif before != after:
+            told.append(f"{part} was {before!r}, is {after!r}")
+    if told:
+        raise ValueError(f"{state.directory} belongs to another run: {'; '.join(told[:6])}; give the same options")

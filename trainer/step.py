@@ -1,0 +1,129 @@
+"""One optimizer step: its sequences dealt out to passes and ranks, gradients summed, one reduction, one update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import runtime
+from runtime import jt
+from runtime.interrupt import interrupt_requested
+from runtime.ranks import all_reduce_sum
+from trainer.data import TokenizedData
+from trainer.loss import Batch, head_loss, make_batch
+
+AUX_SLOTS = 8  # extra losses of a head that are reported; the heads here have at most one
+
+
+def split(indices: Sequence[int], lengths: np.ndarray, num_parts: int) -> list[list[int]]:
+    """The sequences of a step in ``num_parts`` parts of about equally many tokens; each comes exactly once.
+
+    The longest goes first, always to the part that has least (the earlier of two). Within a part they keep their order.
+    With fewer sequences than parts the last parts are empty. lengths: tokens of every sequence of the data.
+
+    Worked example: sequences 5, 7, 8 of 4, 9 and 6 tokens in two parts: [7], [5, 8].
+    """
+    if num_parts == 1:
+        return [list(indices)]
+    loads, parts = [0] * num_parts, [[] for _ in range(num_parts)]
+    for place in sorted(range(len(indices)), key=lambda p: (-int(lengths[indices[p]]), p)):
+        least = loads.index(min(loads))
+        loads[least] += int(lengths[indices[place]])
+        parts[least].append(place)
+    return [[indices[place] for place in sorted(part)] for part in parts]
+
+
+@dataclass
+class Metrics:
+    """What the passes of a step said, summed over them and over the ranks.
+
+    losses, top1, top5: per depth that has a loss, nats and shares of the labelled positions; aux: extra losses;
+    interrupted: someone pressed Ctrl-C on one of the ranks.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    top5: list[float] = field(default_factory=list)
+    aux: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+class _Sums:
+    """The figures of this rank's passes as one array, so that they travel with the gradients."""
+
+    def __init__(self, num_depths: int):
+        self.depths = np.zeros((3, num_depths))  # loss, first, among the first five: shares of the step's labels
+        self.aux, self.names = np.zeros(AUX_SLOTS), []
+        self.used = 0
+
+    def add(self, batch: Batch, parts) -> None:
+        counted = batch.label_counts[: len(parts.ranks)]
+        for depth, (loss, rank) in enumerate(zip(parts.depth_losses, parts.ranks, strict=True)):
+            found, total = rank.numpy(), max(1, int(counted[depth]))
+            hits = [((found >= 0) & (found < top)).sum() / total for top in (1, 5)]
+            self.depths[:, depth] += [float(loss.item()), *hits]
+        self.used, self.names = len(parts.ranks), list(parts.aux)
+        assert len(self.names) <= AUX_SLOTS, self.names
+        self.aux[: len(self.names)] += [batch.share * float(term.item()) for term in parts.aux.values()]
+
+    def flat(self) -> np.ndarray:
+        return np.concatenate([self.depths.reshape(-1), self.aux, [interrupt_requested()]]).astype(np.float32)
+
+    def metrics(self, flat: np.ndarray) -> Metrics:
+        num_depths = self.depths.shape[1]
+        losses, top1, top5 = flat[: 3 * num_depths].reshape(3, num_depths)[:, : self.used].tolist()
+        aux = flat[3 * num_depths : 3 * num_depths + len(self.names)]
+        return Metrics(losses, top1, top5, dict(zip(self.names, aux.tolist(), strict=True)), bool(flat[-1]))
+
+
+def gradients(
+    head, parameters: list, data: TokenizedData, indices: Sequence[int], source, config, objective
+) -> tuple[list | None, Metrics, list[Batch]]:
+    """The gradients of one step's loss, the same on every rank, whatever the number of passes and ranks.
+
+    parameters: the Vars that this step trains; indices: the sequences of the whole step; source(indices) -> Features.
+    Returns (gradients in the order of the parameters, figures, this rank's batches); the gradients are None when no
+    position of the step carries loss.
+    """
+    world = runtime.world_size()
+    parts = split(indices, data.lengths, config.accumulate * world)
+    sums, total, batches = _Sums(head.num_depths), None, []
+    for part in parts[runtime.rank() :: world]:
+        if not part:
+            continue
+        batch = make_batch(data, part, source, head.num_depths, indices)
+        if not len(batch.positions):
+            continue
+        said = head_loss(head, batch, config.depth_weight, objective)
+        grads = jt.grad(said.total, parameters)
+        total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
+        jt.sync(total)
+        sums.add(batch, said)
+        batches.append(batch)
+    if world == 1:
+        return total, sums.metrics(sums.flat()), batches
+    return *_reduce(total, parameters, sums), batches
+
+
+def _reduce(grads: list | None, parameters: list, sums: _Sums) -> tuple[list | None, Metrics]:
+    """Gradients and figures summed over the ranks, in one reduction."""
+    if grads is None:
+        pieces = [jt.zeros((int(p.numel()),)) for p in parameters]
+    else:
+        pieces = [g.reshape(-1) for g in grads]
+    active = jt.array(np.array([grads is not None], np.float32))
+    figures = sums.flat()
+    whole = all_reduce_sum(jt.concat([*pieces, jt.array(figures), active]))
+    whole.sync()
+    tail = whole[int(whole.numel()) - len(figures) - 1 :].numpy()
+    if not tail[-1]:
+        return None, sums.metrics(tail[:-1])
+    found, first = [], 0
+    for parameter in parameters:
+        last = first + int(parameter.numel())
+        found.append(whole[first:last].reshape(tuple(parameter.shape)))
+        first = last
+    jt.sync(found)
+    return found, sums.metrics(tail[:-1])
