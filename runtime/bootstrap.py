@@ -7,6 +7,7 @@ with no network, with or without a GPU, and with or without ``nvcc`` on the PATH
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -171,7 +172,19 @@ def import_jittor():
             raise RuntimeError("Jittor rebuilt itself twice and left; remove its cache and try again") from error
         os.environ["GORGON_RESTARTED"] = "1"
         os.execv(sys.executable, sys.orig_argv)
+    _end_compilers()
     return jittor
+
+
+def _end_compilers() -> None:
+    """End the processes that the import compiled with: Ctrl-C reaches them too, and their pool, which looks for them
+    when Python exits, would then wait for ever. The next compilation makes new ones."""
+    import jittor_utils
+
+    if jittor_utils.pool_size:
+        atexit.unregister(jittor_utils.pool_cleanup)
+        jittor_utils.pool_cleanup()
+        jittor_utils.pool_size = 0
 
 
 def start():
