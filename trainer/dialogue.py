@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.conversations import HALF_CHARACTER
+
 if TYPE_CHECKING:
     from backbone.tokenizer import ChatTokenizer
     from trainer.distill import Options
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 LOOP_TOKENS, LOOP_PERIOD = 64, 21
 # Room a further turn needs to be worth starting, in tokens.
 TURN_ROOM = 48
+# Most turns of a conversation whose user's turns are sampled.
+MAX_TURNS = 4
 
 # How a conversation may open: kind -> (weight, first words). The model goes on from there; "free" leaves the first
 # word to it too. The weights are chosen so that every kind has at least an eighth of the tokens.
@@ -141,7 +145,7 @@ class Writer:
     def start(self, talk: Talk, first_words: str) -> None:
         """Put the template's opening and the first words, or the first given question, before the backbone."""
         if talk.questions is not None:
-            self._ask(talk, talk.questions[0])
+            self._ask_next(talk)
         else:
             self._open_turn(talk, first_words)
 
@@ -199,6 +203,13 @@ class Writer:
             return self._break_off(talk, "user turn garbled")
         return self._ask(talk, text)
 
+    def _ask_next(self, talk: Talk) -> bool:
+        """The next of the given questions. One with half a character, cut in two with its text, is of no use."""
+        text = talk.questions[talk.num_turns]
+        if HALF_CHARACTER.search(text):
+            return self._break_off(talk, "prompt garbled")
+        return self._ask(talk, text)
+
     def _ask(self, talk: Talk, text: str) -> bool:
         """The user says this; the tokens are those of the rendered text, however they were come by."""
         talk.messages.append({"role": "user", "content": text})
@@ -230,12 +241,12 @@ class Writer:
         if not self._clean(text):
             return self._break_off(talk, "reply garbled")
         talk.messages.append({"role": "assistant", "content": text})
-        if over or talk.num_turns >= self.options.max_turns:
+        given = MAX_TURNS if talk.questions is None else len(talk.questions)
+        most = given if self.options.max_turns is None else self.options.max_turns
+        if over or talk.num_turns >= most:
             return self._finish(talk)
         if talk.questions is not None:
-            if talk.num_turns == len(talk.questions):
-                return self._finish(talk)
-            return self._ask(talk, talk.questions[talk.num_turns])
+            return self._finish(talk) if talk.num_turns == given else self._ask_next(talk)
         opening = self._opening_ids(talk.messages, "")[0]
         if len(opening) + TURN_ROOM > self.options.max_length:
             return self._finish(talk)
@@ -271,19 +282,22 @@ class Writer:
         return True
 
 
-def new_talks(writer: Writer, prompts: list[Prompt] | None) -> Iterator[Talk]:
-    """The conversations to be written, opened: one for each prompt, or without end."""
+def new_talks(writer: Writer, prompts: list[Prompt] | None, first: int = 0) -> Iterator[Talk]:
+    """The conversations to be written, opened: one for each prompt, or without end; from index ``first`` on.
+
+    Each depends on the options' seed and its index alone.
+    """
     options = writer.options
     kinds = list(OPENINGS)
     weights = np.array([OPENINGS[kind][0] for kind in kinds])
-    index = 0
+    index = first
     while prompts is None or index < len(prompts):
         random = np.random.default_rng([options.seed, index])
         greedy = bool(random.random() < options.greedy_share)
         kind = kinds[int(random.choice(len(kinds), p=weights / weights.sum()))]
         words = OPENINGS[kind][1]
         first_words = words[int(random.integers(len(words)))]
-        talk = Talk(index, kind, greedy, random.random(2 * options.max_length))
+        talk = Talk(index, kind, greedy or options.temperature == 0, random.random(2 * options.max_length))
         if prompts is not None:
             talk.category, talk.questions = prompts[index].category, prompts[index].turns
         writer.start(talk, first_words)

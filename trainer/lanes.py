@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime.interrupt import check_interrupt
 from trainer.dialogue import DECIDE, Talk, Writer
 
 # Jittor is loaded where it is used: a mistyped option is answered at once.
@@ -55,10 +56,11 @@ def sample(values: np.ndarray, temperatures: np.ndarray, top_p: float, uniforms:
 class Batch:
     """The lanes: each carries a conversation until it is over, then the next one. ``generated`` counts new tokens."""
 
-    def __init__(self, backbone: Backbone, writer: Writer):
+    def __init__(self, backbone: Backbone, writer: Writer, num_lanes: int):
+        """Raises ValueError for conversations longer than the backbone's positions."""
         from backbone.cache import KVCache
 
-        self.backbone, self.writer, self.generated = backbone, writer, 0
+        self.backbone, self.writer, self.num_lanes, self.generated = backbone, writer, num_lanes, 0
         options = writer.options
         if options.max_length > backbone.config.max_positions:
             raise ValueError(
@@ -66,14 +68,17 @@ class Batch:
             )
         self.capacity = options.max_length
         # One stretch of slots per lane: more slots than positions, which is why new_cache does not serve here.
-        self.cache = KVCache(backbone.config, options.batch_size * self.capacity, backbone.dtype)
+        self.cache = KVCache(backbone.config, num_lanes * self.capacity, backbone.dtype)
 
-    def run(self, talks: Iterator[Talk]) -> Iterator[Talk]:
-        """Each conversation once it is over, in the order of their indices."""
-        free = list(range(self.writer.options.batch_size))[::-1]
+    def run(self, talks: Iterator[Talk], first: int = 0) -> Iterator[Talk]:
+        """Each conversation once it is over, in the order of their indices, which count up from ``first``.
+
+        Ctrl-C takes effect between two passes.
+        """
+        free = list(range(self.num_lanes))[::-1]
         active: dict[int, Talk] = {}
         finished: dict[int, Talk] = {}
-        awaited = next_index = 0
+        awaited = next_index = first
         while True:
             while free and (talk := next(talks, None)) is not None:
                 assert talk.index == next_index, (talk.index, next_index)
@@ -91,6 +96,7 @@ class Batch:
                 talk = active.pop(lane)
                 finished[talk.index] = talk
                 free.append(lane)
+            check_interrupt()
 
     def _step(self, active: dict[int, Talk]) -> list[int]:
         """One pass over what is new in every lane, one token more for each. Returns the lanes that are done."""

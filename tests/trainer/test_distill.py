@@ -10,10 +10,12 @@ from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
 from ops.select import argmax
 from runtime.entry import run_entry
-from trainer.data import load_conversations
+from trainer.data import encode_conversations, load_conversations
 from trainer.dialogue import OPENINGS, Prompt, Talk, Writer, in_loop
-from trainer.distill import Corpus, Options, main, read_prompts, write_corpus
+from trainer.distill import Options, main, write_corpus
 from trainer.lanes import lane_plan, sample
+from trainer.teacher import open_teacher
+from trainer.top_k import top_k_folder
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +87,20 @@ def test_the_trainer_reads_the_file_without_losing_a_turn(tokenizer, corpus):
     assert tokens == counts.tokens
 
 
-def test_a_run_that_fails_leaves_no_file(backbone, tokenizer, tmp_path, monkeypatch, capsys):
-    def interrupt(self, talk):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Corpus, "keep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_corpus(backbone, tokenizer, options(max_turns=1), tmp_path / "half.jsonl.gz")
-    assert list(tmp_path.iterdir()) == []
-    assert "interrupted at 0 conversations" in capsys.readouterr().err
+@pytest.mark.parametrize("max_length", [512, 90])
+def test_the_trainer_finds_its_tokens_in_the_top_k_files(backbone, tokenizer, tmp_path, max_length):
+    path = tmp_path / "corpus.jsonl.gz"
+    write_corpus(backbone, tokenizer, options(top_k_probabilities=4), path)
+    data = encode_conversations(load_conversations(path)[0], tokenizer, max_length)
+    assert data.lengths.max() > 90 or max_length == 90
+    teacher = open_teacher(backbone, 4, str(top_k_folder(path)))
+    ids, probabilities = (v.numpy() for v in teacher(None, data.token_ids, data.offsets))
+    output = backbone.forward(data.conversation(1)[0][None])
+    rows = slice(data.offsets[1], data.offsets[2])
+    assert (ids[rows, 0] == output.chosen.numpy()[0]).all()
+    assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
+    with pytest.raises(ValueError, match="does not hold"):
+        teacher(None, data.token_ids[1:], np.maximum(data.offsets - 1, 0))
 
 
 # What is said --------------------------------------------------------------------------------------------------------
@@ -213,18 +220,6 @@ def test_a_loop_is_a_loop():
     assert not in_loop(list(range(30)) * 5)
 
 
-def test_loops_and_repeated_openings_are_kept_to_their_share():
-    corpus = Corpus(options(max_loops=0.5))
-
-    def talk(question, loops=False):
-        said = [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
-        return Talk(0, "", True, np.zeros(1), messages=said, loops=loops)
-
-    kept = [corpus.keep(t) for t in (talk("a"), talk("A"), talk("b", True), talk("c", True), talk("d"))]
-    assert kept == [True, False, True, False, True]
-    assert corpus.dropped == {"same opening as an earlier one": 1, "reply in a loop": 1}
-
-
 # The command line ----------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +237,11 @@ def test_loops_and_repeated_openings_are_kept_to_their_share():
         "--max-length 40",
         "--max-length 4096",
         "--seed -1",
+        "--temperature inf",
+        "--max-turns 0",
+        "--max-loops 2",
+        "--top-k-probabilities -1",
+        "--top-k-probabilities 99999",
     ],
 )
 def test_a_bad_option_is_answered_in_one_line(wrong, tmp_path, capsys):
@@ -252,7 +252,7 @@ def test_a_bad_option_is_answered_in_one_line(wrong, tmp_path, capsys):
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("backbone.model.load_backbone", lambda *_: pytest.fail("read the model"))
+    monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: pytest.fail("read the model"))
     for out in (tmp_path / "nowhere" / "x.jsonl.gz", tmp_path):
         assert run_entry(main, ["--num-tokens", "9", "--out", str(out)]) == 2
         assert str(out) in capsys.readouterr().err
@@ -260,25 +260,69 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_p
     assert "--num-tokens" in capsys.readouterr().err
 
 
-def test_prompts_are_read_from_either_shape(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    said = [{"from": "human", "value": "Hi "}, {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Bye"}]
-    records = [{"turns": ["One", " "], "category": "math"}, {"conversations": said}, {"turns": []}]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert read_prompts(path) == [Prompt(("One",), "math"), Prompt(("Hi", "Bye"))]
-    path.write_text('{"turns": [1]}\n')
-    with pytest.raises(ValueError, match="line 1"):
-        read_prompts(path)
-    path.write_text('{"turns": []}\n')
-    with pytest.raises(ValueError, match="no user's turn"):
-        read_prompts(path)
+def test_the_command_line_answers_prompts_in_order_each_as_often_as_it_is_given(
+    tmp_path, capsys, backbone, tokenizer, monkeypatch
+):
+    monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: backbone)
+    turns = [
+        ["Hi"],
+        ["How are you?"] * 6,
+        ["Hi"],
+        ["half of \ud83d"],
+        ["word " * 600],
+        ["I need a hotel.", "In Paris."],
+    ]
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    assert run_entry(main, ["--prompts", str(path), "--temperature", "0", "--out", str(out)]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["id"] for r in records] == ["talk-0", "talk-1", "talk-2", "talk-5"]
+    for record in records:
+        index = int(record["id"].split("-")[1])
+        said = [turn["value"] for turn in record["conversations"]]
+        assert said[::2] == turns[index]
+        messages = [{"role": "user", "content": said[0]}]
+        assert said[1] == greedy_reply(backbone, tokenizer, messages, 192)
+    report = capsys.readouterr().out
+    assert "4 conversations, 10 turns" in report and "4 with greedy replies" in report
+    assert "dropped 2 of 6: " in report and "1 prompt garbled" in report and "1 prompt too long" in report
+
+
+def test_a_temperature_samples_every_reply_unless_a_greedy_share_is_given():
+    shares = [
+        (Options(**given).temperature, Options(**given).greedy_share)
+        for given in ({}, {"temperature": 0.9}, {"temperature": 0.9, "greedy_share": 0.5}, {"greedy_share": 0.1})
+    ]
+    assert shares == [(0.7, 0.8), (0.9, 0.0), (0.9, 0.5), (0.7, 0.1)]
+
+
+def test_the_seed_decides_what_is_sampled_for_prompts(backbone, tokenizer, tmp_path):
+    prompts = [Prompt((f"Tell me a story about {n} cats.",)) for n in range(4)]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_corpus(backbone, tokenizer, Options(temperature=1.0, seed=seed), tmp_path / f"{name}.gz", prompts)
+    a, b, c = (records_of(tmp_path / f"{name}.gz") for name in "abc")
+    assert a == b != c
 
 
 def test_the_command_line_writes_what_it_reports(tmp_path, capsys, backbone, monkeypatch):
-    monkeypatch.setattr("backbone.model.load_backbone", lambda *_: backbone)
+    monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: backbone)
     path = tmp_path / "x.jsonl"
     assert run_entry(main, ["--num-conversations", "2", "--max-turns", "1", "--out", str(path)]) == 0
     assert len(path.read_text().splitlines()) == 2
     out = capsys.readouterr().out
     assert out.startswith("2 conversations, 2 turns") and f"{path.stat().st_size:,} bytes" in out
     assert set(OPENINGS) >= {"booking", "openchat", "story", "math", "chitchat"}
+
+
+def test_the_command_line_says_how_the_backbone_is_kept(tmp_path, backbone, monkeypatch):
+    asked = []
+
+    def load(path, dtype, **more):
+        asked.append((path, dtype, more))
+        return backbone
+
+    monkeypatch.setattr("backbone.model.load_backbone", load)
+    arguments = ["--num-conversations", "1", "--max-turns", "1", "--batch-size", "2"]
+    for name, flags in (("a", []), ("b", ["--load-in-8bit", "--dtype", "float32"])):
+        assert run_entry(main, [*arguments, *flags, "--out", str(tmp_path / name)]) == 0
+    assert asked == [(None, "float16", {"load_in_8bit": False}), (None, "float32", {"load_in_8bit": True})]
