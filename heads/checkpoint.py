@@ -104,9 +104,9 @@ def load_head(directory, backbone):
             f"{directory} was trained on backbone {trained_on.get('fingerprint')} ({trained_on.get('path')}), "
             f"this is {backbone.fingerprint} ({backbone.path or 'embedded'}); pass --backbone with the one it knows"
         )
-    check_files(directory, config.get("files", {}))
     head = build(config["head"], config["head_config"], backbone)
-    load_parameters(head, directory / WEIGHTS)
+    load_parameters(head, directory / WEIGHTS)  # first: what does not fit is named
+    check_files(directory, config.get("files", {}))
     head.eval()
     return head, config
 
