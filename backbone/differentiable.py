@@ -9,25 +9,27 @@ import numpy as np
 from backbone.model import Backbone
 from ops.attention import attention, rotary
 from ops.decoder_layer import reference_rms_norm
+from ops.layer_weights import FrozenMatrix
 from runtime import jt
 
-Linear = Callable[[int, str, object, object], object]
+Linear = Callable[[int, str, object, FrozenMatrix], object]
 
 
-def frozen_linear(layer: int, name: str, x, weight):
+def frozen_linear(layer: int, name: str, x, weight: FrozenMatrix):
     """y = x W^T; the gradient reaches x alone. x: (rows, in), weight: (out, in) -> (rows, out)."""
-    return jt.nn.matmul_transpose(x, weight.float32())
+    return weight(x)
 
 
 class DifferentiableBackbone:
-    """The same equations as ``Backbone.forward`` over matrices in their plain layout, a second copy of them."""
+    """The same equations as ``Backbone.forward``, with gradients, over the same weights in 16, 8 or 4 bits.
+
+    It holds no copy of them: every product unpacks the matrix it needs, in the pass and again for the gradient (QLoRA,
+    arXiv 2305.14314, section 3).
+    """
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
-        self.matrices = [
-            {name: jt.array(matrix).stop_grad() for name, matrix in block.matrices().items()}
-            for block in backbone.blocks
-        ]
+        self.matrices = [block.frozen() for block in backbone.blocks]
 
     def hidden(self, token_ids: np.ndarray, lengths: np.ndarray, linear: Linear = frozen_linear):
         """Last hidden states after the final norm, (tokens, dim) float32.

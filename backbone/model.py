@@ -12,9 +12,11 @@ import numpy as np
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig, read_config, rope_inverse_frequencies
 from backbone.weights import Fingerprint, check_names, expected_shapes, read_backbone
-from ops.decoder_layer import LayerShape, LayerWeights, RowPlan
+from ops.decoder_layer import RowPlan
 from ops.decoder_pass import Decoder, decoder_pass
+from ops.layer_weights import LayerShape, LayerWeights
 from ops.linear import PackedLinear
+from ops.quantize import QUANTIZERS
 from ops.select import argmax
 from runtime import jt
 from runtime.memory import given_back_at_once
@@ -39,22 +41,29 @@ class BackboneOutput:
 class Backbone:
     """A frozen Llama with weights in float16 or float32; arithmetic is float32 on the CPU.
 
-    int8: the layers' matrices are kept in 8 bits with a scale per output (``ops.linear.quantize_rows``); embedding,
-    language-model head, norms and cache stay as they are. It is another model then, with the same ``fingerprint``,
-    which names the weights as they were read.
+    storage: how the layers' matrices are kept, and so what a pass computes: in the dtype, as ``int8`` with a scale per
+    output, or as ``nf4``, 4 bits with a scale per 64 inputs of an output (``ops.quantize``). Embedding, language-model
+    head, norms and cache are in the dtype always. Rounded it is another model, with the same ``fingerprint``, which
+    names the weights as they were read.
 
     On the CPU a row's hidden state and logits are bitwise the same whatever rows run beside it, and whether its
     ancestors came in this pass or lie in the cache.
     """
 
     def __init__(
-        self, config: BackboneConfig, tensors: dict[str, np.ndarray], dtype="float16", path=None, int8: bool = False
+        self, config: BackboneConfig, tensors: dict[str, np.ndarray], dtype="float16", path=None, storage=None
     ):
-        """tensors: Hugging Face names, consumed one by one. Raises ValueError for weights that do not fit."""
+        """tensors: Hugging Face names, consumed one by one. storage: the dtype, int8 or nf4; None for the dtype.
+
+        Raises ValueError for weights that do not fit.
+        """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if storage not in (None, dtype, *QUANTIZERS):
+            raise ValueError(f"storage must be one of {', '.join([dtype, *QUANTIZERS])}, got {storage!r}")
         check_names({name: t.shape for name, t in tensors.items()}, expected_shapes(config))
-        self.config, self.dtype, self.path, self.int8 = config, dtype, str(path) if path else None, int8
+        self.config, self.dtype, self.path = config, dtype, str(path) if path else None
+        self.storage = storage or dtype
         fingerprint = Fingerprint(config)
         for name in sorted(tensors):
             fingerprint.add(name, tensors[name])
@@ -89,7 +98,7 @@ class Backbone:
                 **{n: f"mlp.{n}_proj" for n in ("gate", "up", "down")},
             }
             weights = {k: take(f"{prefix}{v}.weight") for k, v in parts.items()}
-            self.blocks.append(LayerWeights(shape, **weights, int8=self.int8))
+            self.blocks.append(LayerWeights(shape, **weights, storage=self.storage))
 
     @functools.cached_property
     def lm_head_weight(self):
@@ -104,9 +113,9 @@ class Backbone:
         return weight
 
     @property
-    def storage(self) -> str:
-        """How the layers' matrices are kept: float16, float32 or int8. What a pass computes depends on it."""
-        return "int8" if self.int8 else self.dtype
+    def quantized(self) -> bool:
+        """Whether the layers' matrices are kept in fewer bits than the dtype's."""
+        return self.storage in QUANTIZERS
 
     @property
     def decoder(self) -> Decoder:
@@ -122,24 +131,24 @@ class Backbone:
         return KVCache(self.config, max_length, self.dtype)
 
     def adapted(self, changes: dict[tuple[int, str], np.ndarray], name: str) -> Backbone:
-        """This backbone with changes added to some of its matrices, in its dtype; everything else is shared. Of one in
-        8 bits, all layers of the result are in its dtype: what was added would not survive being rounded again.
+        """This backbone with changes added to some of its matrices, in its dtype; everything else is shared. Of a
+        quantized one, all layers of the result are in its dtype: what was added would not survive being rounded again.
 
         changes: (layer, "q" | "k" | "v" | "o" | "gate" | "up" | "down") -> (out, in) float32. name: tells the result
         apart in fingerprints. Raises ValueError for a sum that the dtype cannot hold.
         """
         other = copy.copy(self)
-        other.fingerprint, other.blocks, other.int8 = f"{self.fingerprint}+{name}", list(self.blocks), False
-        touched = range(len(self.blocks)) if self.int8 else sorted({layer for layer, _ in changes})
+        other.fingerprint, other.blocks, other.storage = f"{self.fingerprint}+{name}", list(self.blocks), self.dtype
+        touched = range(len(self.blocks)) if self.quantized else sorted({layer for layer, _ in changes})
         for layer in touched:
-            block, matrices = self.blocks[layer], self.blocks[layer].matrices()
-            for part in matrices:
+            block, matrices = self.blocks[layer], {}
+            for part, matrix in block.frozen().items():
+                total = matrix.float32().numpy()
                 if (layer, part) in changes:
-                    total = (matrices[part].astype(np.float32) + changes[layer, part]).astype(self.dtype)
-                    if not np.isfinite(total).all():
-                        raise ValueError(f"{part} of layer {layer} with its change is not finite in {self.dtype}")
-                    matrices[part] = total
-                matrices[part] = matrices[part].astype(self.dtype, copy=False)
+                    total = total + changes[layer, part]
+                matrices[part] = total.astype(self.dtype)
+                if not np.isfinite(matrices[part]).all():
+                    raise ValueError(f"{part} of layer {layer} with its change is not finite in {self.dtype}")
             norms = {"norm1": block.norm1.numpy(), "norm2": block.norm2.numpy()}
             other.blocks[layer] = LayerWeights(block.shape, **norms, **matrices)
         return other
@@ -224,14 +233,19 @@ class Backbone:
         return BackboneOutput(hidden, scores, taken, chosen)
 
 
-def load_backbone(path=None, dtype: str = "float16", load_in_8bit: bool = False) -> Backbone:
+def load_backbone(
+    path=None, dtype: str = "float16", load_in_8bit: bool = False, load_in_4bit: bool = False
+) -> Backbone:
     """Read a Hugging Face directory (config.json with *.safetensors or *.bin); None: the embedded tiny-vicuna.
-    load_in_8bit: keep the layers' matrices in int8.
+    load_in_8bit, load_in_4bit: keep the layers' matrices as int8 or nf4.
 
-    Raises ValueError for a directory without a model, for missing, extra or misshapen weights (each named), and for
-    an architecture this model does not compute.
+    Raises ValueError for a directory without a model, for missing, extra or misshapen weights (each named), for an
+    architecture this model does not compute, and for 8 and 4 bits at once.
     """
+    if load_in_8bit and load_in_4bit:
+        raise ValueError("load_in_8bit and load_in_4bit are both set; choose one of them")
+    storage = "int8" if load_in_8bit else "nf4" if load_in_4bit else None
     directory = Path(path) if path else EMBEDDED
     config = read_config(directory)
     with given_back_at_once():
-        return Backbone(config, dict(read_backbone(directory, config)), dtype, path, load_in_8bit)
+        return Backbone(config, dict(read_backbone(directory, config)), dtype, path, storage)

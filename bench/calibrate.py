@@ -63,6 +63,7 @@ def build_parser() -> Parser:
     add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")
     add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
     add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
+    add("--load-in-4bit", "keep them in nf4, a scale per 64 weights of a row", action="store_true")
     add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
     add("--prompts", "prompt file instead of held-out text; may be repeated", metavar="FILE", action="append")
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
@@ -185,7 +186,7 @@ def calibrate(options: argparse.Namespace) -> tuple[Calibration, Path]:
     from heads.registry import build
     from runtime.interrupt import deferred_interrupts
 
-    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit)
+    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit, options.load_in_4bit)
     if directory:
         head = load_head(directory, backbone)[0]
     else:

@@ -1,4 +1,4 @@
-"""What keeping the backbone in 8 bits does to it: perplexity on held-out replies, and how far its greedy text stays."""
+"""What 8 or 4 bits do to a backbone: perplexity on held-out replies, and how far its greedy text stays."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench.record import Quantization
 from decoding.generate import first_difference
 from decoding.tree import Tree
 from ops.decoder_layer import RowPlan
+from ops.quantize import BITS
 from ops.training import cross_entropy
 from runtime import jt
 from runtime.interrupt import check_interrupt
@@ -83,7 +84,7 @@ def compare_backbones(original: Setup, quantized: Setup, prompts: Sequence[Promp
     data = held_out_text(original.tokenizer, original.backbone.config.max_positions)
     greedy, tokens = agreement(greedy_texts(original, prompts), greedy_texts(quantized, prompts))
     return Quantization(
-        bits=8,
+        bits=BITS[quantized.backbone.storage],
         layer_bytes_before=layer_bytes(original.backbone),
         layer_bytes_after=layer_bytes(quantized.backbone),
         perplexity_before=perplexity(original.backbone, data),

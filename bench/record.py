@@ -46,7 +46,7 @@ class BackboneInfo(_Model):
     num_layers: Count
     vocab_size: Count
     engine: Literal["jittor", "torch"]
-    storage: Literal["float16", "float32", "int8"] | None = None
+    storage: Literal["float16", "float32", "int8", "nf4"] | None = None
 
 
 class Decoding(_Model):

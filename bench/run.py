@@ -170,16 +170,17 @@ def card(options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], 
 
 
 def quantize_report(options: argparse.Namespace, setup: Setup, prompts: PromptSet) -> Quantization:
-    """What 8 bits did to the backbone, measured before anything is timed."""
+    """What 8 or 4 bits did to the backbone, measured before anything is timed."""
     from backbone.model import load_backbone
     from bench.quantization import compare_backbones
 
     original = load_backbone(options.backbone, options.dtype)
     found = compare_backbones(dataclasses.replace(setup, backbone=original), setup, prompts.prompts)
     note(
-        f"8 bits    layers take {found.layer_bytes_after / found.layer_bytes_before:.2f} of their bytes; perplexity "
-        f"{found.perplexity_before:.4f} to {found.perplexity_after:.4f}; {found.greedy_agreement or 0:.0%} of the "
-        f"first replies are the original's, {found.token_agreement or 0:.0%} of their tokens up to the first difference"
+        f"{found.bits} bits    layers take {found.layer_bytes_after / found.layer_bytes_before:.2f} of their bytes; "
+        f"perplexity {found.perplexity_before:.4f} to {found.perplexity_after:.4f}; "
+        f"{found.greedy_agreement or 0:.0%} of the first replies are the original's, "
+        f"{found.token_agreement or 0:.0%} of their tokens up to the first difference"
     )
     return found
 
@@ -286,14 +287,14 @@ def main(arguments: Sequence[str]) -> int:
     from bench.compare import show_table, summary_table
 
     found = find_trained(options)
-    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit)
+    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit, options.load_in_4bit)
     runtime.set_seed(options.seed)
     trained = load_trained(options, found, backbone, tokenizer, tree)
     check_room(max((each.tree.num_nodes for each in trained), default=1), cache_length)
     cache = backbone.new_cache(cache_length)
     setup = Setup(backbone, tokenizer, cache, options.max_new_tokens, options.repeats, acceptance, options.batch_size)
     card(options, setup, trained, prompts)
-    quantization = quantize_report(options, setup, prompts) if options.load_in_8bit else None
+    quantization = quantize_report(options, setup, prompts) if backbone.quantized else None
     written, interrupted = measure_all(options, setup, trained, prompts, quantization)
     if written:
         results, _ = load_results([str(path) for path in written])

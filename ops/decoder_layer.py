@@ -11,122 +11,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ops.kernel import cpu_header, on_cpu
-from ops.linear import (
-    LANES,
-    pack,
-    pack_gated,
-    pack_gated_scales,
-    pack_scales,
-    quantize_rows,
-    unpack,
-    unpack_gated,
-)
+from ops.layer_weights import HEADER, LAYER, LayerWeights
 from runtime import jt
 
-HEADER = "pass.h"
 # C++ text shared by the kernels over layers.
 SHAPE = """
         gorgon::Shape s{{{rows}, {hidden}, (int64_t)data["heads"], in{cache}_shape2, (int64_t)data["head_dim"],
                         (int64_t)data["inner"], in{cache}_shape3}};
 """
-LAYER = "gorgon::Layer<std::remove_const_t<std::remove_reference_t<decltype(*gorgon::raw(in{packed}_p))>>>"
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The sizes a layer needs. Widths in elements."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    eps: float
-
-    def data(self) -> dict:
-        """What the kernels are told of it beyond the shapes of their inputs."""
-        return {"heads": self.num_heads, "head_dim": self.head_dim, "inner": self.intermediate_size, "eps": self.eps}
-
-
-class LayerWeights:
-    """The frozen weights of one layer. Matrices are (out, in), float16 or float32; norms are float32.
-
-    int8: keep the matrices in 8 bits with a scale per output. On the CPU the packed matrices lie behind each other in
-    one Var, ``packed``, their scales in ``scales`` and both norms in ``norms`` (2, dim); elsewhere each has its own.
-    """
-
-    def __init__(self, shape: LayerShape, norm1, q, k, v, o, norm2, gate, up, down, int8: bool = False):
-        self.shape, self.int8 = shape, int8
-        self.norm1, self.norm2 = (jt.array(n.astype(np.float32)).stop_grad() for n in (norm1, norm2))
-        self.norms = jt.array(np.stack([norm1, norm2]).astype(np.float32)).stop_grad()
-        parts, scales = {"qkv": np.concatenate([q, k, v]), "o": o, "gate": gate, "up": up, "down": down}, {}
-        if int8:
-            for name, weight in parts.items():
-                parts[name], scales[name] = quantize_rows(weight)
-        if not on_cpu():
-            if int8:
-                parts = {name: (w * scales[name][:, None]).astype(q.dtype) for name, w in parts.items()}
-            parts["gate_up"] = np.concatenate([parts.pop("gate"), parts.pop("up")])
-            self.qkv, self.o, self.gate_up, self.down = (
-                jt.array(parts[name]).stop_grad() for name in ("qkv", "o", "gate_up", "down")
-            )
-            return
-        gate_up = pack_gated(parts["gate"], parts["up"])
-        blocks = [pack(parts["qkv"]), pack(parts["o"]), gate_up, pack(parts["down"])]
-        self.packed = jt.array(np.concatenate([each.reshape(-1) for each in blocks])).stop_grad()
-        self.scales = None
-        if int8:
-            gate_up = pack_gated_scales(scales["gate"], scales["up"])
-            each = [pack_scales(scales["qkv"]), pack_scales(scales["o"]), gate_up, pack_scales(scales["down"])]
-            self.scales = jt.array(np.concatenate(each)).stop_grad()
-
-    @property
-    def inputs(self) -> list:
-        """What a CPU kernel is given of them."""
-        return [self.norms, self.packed, *([self.scales] if self.int8 else [])]
-
-    def source(self, first: int) -> str:
-        """C++ text of the ``gorgon::Layer`` whose ``inputs`` a kernel gets from number ``first`` on."""
-        scales = f"in{first + 2}_p" if self.int8 else "nullptr"
-        return f"{{in{first}_p, gorgon::raw(in{first + 1}_p), {scales}}}"
-
-    def matrices(self) -> dict[str, np.ndarray]:
-        """The seven matrices, (out, in), by the names of the constructor: as they came, or what 8 bits keep of them."""
-        s = self.shape
-        q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-        if on_cpu():
-            qkv, o, gate, up, down = self._unpacked()
-        else:
-            qkv, o, down = (w.numpy() for w in (self.qkv, self.o, self.down))
-            gate, up = np.split(self.gate_up.numpy(), 2)
-        return {"q": qkv[:q], "k": qkv[q : q + kv], "v": qkv[q + kv :], "o": o, "gate": gate, "up": up, "down": down}
-
-    def _unpacked(self) -> list[np.ndarray]:
-        s, packed = self.shape, self.packed.numpy()
-        scales = self.scales.numpy() if self.int8 else None
-        q = s.num_heads * s.head_dim
-        at, block, found = 0, 0, []
-
-        def take(num_out: int, num_in: int, twice: int = 1):
-            nonlocal at, block
-            blocks = -(-num_out // LANES) * twice
-            part = packed[at : at + blocks * num_in * LANES].reshape(blocks, num_in, LANES)
-            if scales is not None:
-                part = part * scales[block * LANES : (block + blocks) * LANES].reshape(blocks, 1, LANES)
-            at, block = at + part.size, block + blocks
-            return part
-
-        kv = s.num_kv_heads * s.head_dim
-        found.append(unpack(take(q + 2 * kv, s.hidden_size), q + 2 * kv))
-        found.append(unpack(take(s.hidden_size, q), s.hidden_size))
-        found.extend(unpack_gated(take(s.intermediate_size, s.hidden_size, 2), s.intermediate_size))
-        found.append(unpack(take(s.hidden_size, s.intermediate_size), s.hidden_size))
-        return found
 
 
 class RowPlan:

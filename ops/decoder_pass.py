@@ -11,16 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ops.decoder_layer import (
-    HEADER,
-    LAYER,
-    SHAPE,
-    LayerWeights,
-    RowPlan,
-    reference_decoder_layer,
-    reference_rms_norm,
-)
+from ops.decoder_layer import SHAPE, RowPlan, reference_decoder_layer, reference_rms_norm
 from ops.kernel import cpu_header, on_cpu
+from ops.layer_weights import HEADER, LAYER, LayerWeights
 from ops.linear import PackedLinear, reference_linear
 from ops.select import argmax
 from runtime import jt

@@ -221,6 +221,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backbone", metavar="DIR", help="who writes (default: the embedded one)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="default: %(default)s")
     parser.add_argument("--load-in-8bit", action="store_true", help="keep the matrices of its layers in int8")
+    parser.add_argument("--load-in-4bit", action="store_true", help="keep them in nf4")
     parser.add_argument("--template", metavar="NAME", help="chat template by name instead of the backbone's own")
     parser.add_argument(
         "--prompts",
@@ -244,7 +245,7 @@ def main(arguments: list[str]) -> int:
     from backbone.model import load_backbone
     from backbone.tokenizer import load_tokenizer
 
-    backbone = load_backbone(given.backbone, given.dtype, load_in_8bit=given.load_in_8bit)
+    backbone = load_backbone(given.backbone, given.dtype, given.load_in_8bit, given.load_in_4bit)
     tokenizer = load_tokenizer(given.backbone, given.template)
     tokenizer.check_fits(backbone.config)
     corpus = write_corpus(backbone, tokenizer, options, out, prompts)

@@ -202,8 +202,8 @@ def _check_room(root: Path, num_bytes: int) -> None:
 
 # The options of a training run that decide what its features are and where they lie.
 OPTIONS = (
-    *("backbone", "dtype", "load_in_8bit", "template", "data", "data_weights", "block_size", "loss_on", "max_length"),
-    *("held_out", "cache_dir"),
+    *("backbone", "dtype", "load_in_8bit", "load_in_4bit", "template", "data", "data_weights", "block_size"),
+    *("loss_on", "max_length", "held_out", "cache_dir"),
 )
 
 
@@ -264,7 +264,7 @@ def _run(arguments: Sequence[str]) -> None:
     for name in heads or ():
         head_class(name)  # an unknown head is answered before anything is loaded
     splits = load_splits(config)
-    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit)
+    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit, config.load_in_4bit)
     layers = layers_of(heads, backbone)
     names, parts = array_names(layers), []
     with Watch(0) as watch:

@@ -67,7 +67,7 @@ def prepare(config: TrainConfig, splits: Splits | None = None) -> Setting:
             f"{runtime.world_size()} ranks share {len(splits.training)} training sequences: each needs one; "
             "start fewer ranks or give more text"
         )
-    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit)
+    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit, config.load_in_4bit)
     runtime.set_seed(config.seed)
     head = build(config.head, config.head_options, backbone)
     replies = splits.training.token_ids[splits.training.mask]

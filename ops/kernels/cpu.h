@@ -1,5 +1,5 @@
-// Products, norms and selection on the CPU: weights in float16, float32 or int8 with a scale per output, arithmetic in
-// float32.
+// Products, norms and selection on the CPU: weights in float16, float32, int8 with a scale per output or NF4 with a scale
+// per 64 inputs of an output, arithmetic in float32.
 //
 // Row invariance is by construction. Every output of a product is one chain of fused multiply-adds over k in
 // ascending order, in its own vector lane. No sum is ever split by the number of rows, by the thread count or by the
@@ -13,27 +13,63 @@ namespace gorgon {
 
 enum Epilogue { PLAIN, ADD, GATED };
 
-// A packed matrix. scale: what each output is multiplied with, for int8; nullptr for 1.
+constexpr int64_t GROUP = 64;  // inputs that share an NF4 scale
+
+// How weights of type W are packed: what 16 outputs of one input take, and how many vectors of scales a block has.
+template <class W> struct Packing {
+    static constexpr int64_t items = LANES;
+    typedef float scale;
+    static int64_t scales(int64_t) { return 0; }
+};
+template <> struct Packing<int8_t> {
+    static constexpr int64_t items = LANES;
+    typedef float scale;
+    static int64_t scales(int64_t) { return 1; }
+};
+template <> struct Packing<uint8_t> {  // NF4, two codes a byte
+    static constexpr int64_t items = LANES / 2;
+    typedef uint16_t scale;
+    static int64_t scales(int64_t K) { return (K + GROUP - 1) / GROUP; }
+};
+template <class W> constexpr bool is_int8 = std::is_same<W, int8_t>::value;
+template <class W> constexpr bool is_nf4 = std::is_same<W, uint8_t>::value;
+
+// A packed matrix and its scales, (blocks, scales of a block, 16 outputs), nullptr where it has none.
 template <class W> struct Matrix {
     const W* w;
-    const float* scale;
+    const typename Packing<W>::scale* scale;
+
+    // What lies behind its first blocks.
+    Matrix behind(int64_t blocks, int64_t K) const {
+        return {w + blocks * K * Packing<W>::items, scale + blocks * Packing<W>::scales(K) * LANES};
+    }
 };
 
 // NV blocks of 16 outputs for R rows. GATED: blocks alternate gate, up, and out gets silu(gate) * up.
 template <class W, int NV, int R, Epilogue E>
 static inline void tile(const float* x, int64_t ldx, Matrix<W> m, int64_t K, int64_t block, int64_t N, float* out,
                         int64_t ldo, const float* add) {
-    vec acc[R][NV];
+    constexpr int64_t items = Packing<W>::items;
+    // Every loop over acc is unrolled: with one that is not, the compiler keeps it in memory, at a third of the speed.
+    vec acc[R][NV], scale[NV];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < NV; v++) acc[r][v] = (vec){};
-    const W* wp = m.w + block * K * LANES;
+    m = m.behind(block, K);
     for (int64_t k = 0; k < K; k++) {
+        if constexpr (is_nf4<W>)
+            if (k % GROUP == 0)
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; v++)
+                    scale[v] = load(m.scale + (v * Packing<W>::scales(K) + k / GROUP) * LANES);
         vec wv[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) {
-            wv[v] = load(wp + (v * K + k) * LANES);
+            wv[v] = load(m.w + (v * K + k) * items);
+            if constexpr (is_nf4<W>) wv[v] = wv[v] * scale[v];
             // With two blocks the hardware's own guess comes too late; with more it needs no help, and help costs.
-            if (NV <= 2) __builtin_prefetch(wp + (v * K + k) * LANES + 2048, 0, 2);
+            if (NV <= 2) __builtin_prefetch(m.w + (v * K + k) * items + 2048, 0, 2);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -42,17 +78,17 @@ static inline void tile(const float* x, int64_t ldx, Matrix<W> m, int64_t K, int
             for (int v = 0; v < NV; v++) acc[r][v] = fma(xv, wv[v], acc[r][v]);
         }
     }
-    if (sizeof(W) == 1)
-        for (int v = 0; v < NV; v++) {
-            vec scale = load(m.scale + (block + v) * LANES);
-            for (int r = 0; r < R; r++) acc[r][v] = acc[r][v] * scale;
-        }
+    vec sums[R][NV];  // what the registers hold, for the loops below, which are many instructions and stay loops
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) sums[r][v] = is_int8<W> ? acc[r][v] * load(m.scale + v * LANES) : acc[r][v];
     constexpr int step = E == GATED ? 2 : 1;
     for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v += step) {
-            vec y = acc[r][v];
+            vec y = sums[r][v];
             int64_t n = (block + v) / step * LANES;
-            if (E == GATED) y = silu(y) * acc[r][v + step - 1];
+            if (E == GATED) y = silu(y) * sums[r][v + step - 1];
             float* target = out + r * ldo + n;
             if (n + LANES <= N) {
                 if (E == ADD) y = y + load(add + r * ldo + n);
@@ -112,6 +148,25 @@ static inline void linear_share(const float* x, int64_t rows, int64_t K, Matrix<
         } else {
             if constexpr (E != GATED) rows_of_tile<W, 1, E>(x, rows, K, m, K, b, N, out, N, add);
             b += 1;
+        }
+    }
+}
+
+// Outputs first to first + count of a packed matrix as (count, K). Of two whose blocks alternate, step is 2 and begin
+// says which; else 1 and 0.
+template <class W>
+static inline void unpack(Matrix<W> m, int64_t K, int64_t first, int64_t count, int64_t begin, int64_t step,
+                          float* out) {
+#pragma omp parallel for
+    for (int64_t block = first / LANES; block <= (first + count - 1) / LANES; block++) {
+        Matrix<W> part = m.behind(begin + block * step, K);
+        int64_t from = block * LANES < first ? first % LANES : 0, left = first + count - block * LANES;
+        int64_t to = left < LANES ? left : LANES;
+        for (int64_t k = 0; k < K; k++) {
+            vec w = load(part.w + k * Packing<W>::items);
+            if constexpr (is_int8<W>) w = w * load(part.scale);
+            if constexpr (is_nf4<W>) w = w * load(part.scale + k / GROUP * LANES);
+            for (int64_t i = from; i < to; i++) out[(block * LANES + i - first) * K + k] = w[i];
         }
     }
 }

@@ -235,20 +235,13 @@ static inline void attend_head(const Shape& s, const Plan& plan, int64_t kv, con
 template <class W> struct Layer {
     const float* norms;  // (2, hidden)
     const W* w;
-    const float* scales;
+    const typename Packing<W>::scale* scales;
 
     static int64_t blocks(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
-    Matrix<W> at(int64_t block, int64_t offset) const { return {w + offset, scales ? scales + block * LANES : nullptr}; }
-    Matrix<W> qkv(const Shape&) const { return at(0, 0); }
-    Matrix<W> o(const Shape& s) const { return at(blocks(s.qkv()), blocks(s.qkv()) * LANES * s.hidden); }
-    Matrix<W> gate_up(const Shape& s) const {
-        return at(blocks(s.qkv()) + blocks(s.hidden),
-                  (blocks(s.qkv()) * s.hidden + blocks(s.hidden) * s.q_width()) * LANES);
-    }
-    Matrix<W> down(const Shape& s) const {
-        return at(blocks(s.qkv()) + blocks(s.hidden) + 2 * blocks(s.inner),
-                  ((blocks(s.qkv()) + 2 * blocks(s.inner)) * s.hidden + blocks(s.hidden) * s.q_width()) * LANES);
-    }
+    Matrix<W> qkv(const Shape&) const { return {w, scales}; }
+    Matrix<W> o(const Shape& s) const { return qkv(s).behind(blocks(s.qkv()), s.hidden); }
+    Matrix<W> gate_up(const Shape& s) const { return o(s).behind(blocks(s.hidden), s.q_width()); }
+    Matrix<W> down(const Shape& s) const { return gate_up(s).behind(2 * blocks(s.inner), s.hidden); }
 };
 
 // What the threads of a pass work in. normed is each thread's own where rows are few: a norm is then cheaper done

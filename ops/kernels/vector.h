@@ -1,9 +1,10 @@
 // A vector of 16 floats in GCC's vector extension: one AVX-512 register, or what the compiler makes of it elsewhere.
-// Loads and stores in float32 and float16, fused multiply-add, sums over lanes in one fixed order, exp and SiLU.
+// Loads and stores in float32 and float16, loads of int8 and NF4, fused multiply-add, sums over lanes in one fixed order, exp and SiLU.
 #pragma once
 #include <omp.h>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -19,6 +20,7 @@ constexpr int LANES = 16;
 template <class T> struct storage { typedef uint16_t type; };
 template <> struct storage<float> { typedef float type; };
 template <> struct storage<int8_t> { typedef int8_t type; };
+template <> struct storage<uint8_t> { typedef uint8_t type; };
 template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
 
 static inline vec splat(float x) { return x - (vec){}; }
@@ -91,6 +93,20 @@ static inline vec fma(vec a, vec b, vec c) {
     return out;
 }
 #endif
+
+// NF4 (arXiv 2305.14314): 16 codes in eight bytes, two 32-bit words of eight codes each, the lowest bits first; that of
+// lane i is number i / 2 of word i % 2, so that one broadcast and one shift bring every code to the low bits of its lane.
+// The table is NF4 of ops/quantize.py.
+static inline vec load(const uint8_t* p) {
+    typedef int64_t words __attribute__((vector_size(64)));
+    const vec table = {-1.0f,         -0.696192801f, -0.525072932f, -0.394917428f, -0.284441322f, -0.1847734f,
+                       -0.0910499766f, 0.0f,          0.0795803145f, 0.160930142f,  0.246112257f,  0.337915123f,
+                       0.44070974f,    0.562616885f,  0.722956657f,  1.0f};
+    int64_t both;
+    memcpy(&both, p, sizeof both);
+    veci codes = (veci)(both - (words){}) >> (veci){0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28};
+    return __builtin_shuffle(table, codes);  // takes the indices modulo 16
+}
 
 // Lanes added in one fixed order: halves onto each other.
 static inline float sum_lanes(vec x) {

@@ -9,10 +9,10 @@ from ops.decoder_layer import RowPlan
 PREFIX = 21
 
 
-@pytest.fixture(scope="module", params=["float16", "float32", "int8"])
+@pytest.fixture(scope="module", params=["float16", "float32", "int8", "nf4"])
 def backbone(request):
-    int8 = request.param == "int8"
-    return load_backbone(dtype="float16" if int8 else request.param, load_in_8bit=int8)
+    flags = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True}}
+    return load_backbone(**flags.get(request.param, {"dtype": request.param}))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What --batch-size, --tree dynamic and --load-in-8bit change in a result, and what they must not."""
+"""What --batch-size, --tree dynamic, --load-in-8bit and --load-in-4bit change in a result, and what they must not."""
 
 import contextlib
 import functools
@@ -88,16 +88,25 @@ def test_a_dynamic_tree_keeps_parity_and_is_recorded_as_one(measured):
     assert "up to 6 nodes" in err
 
 
-def test_8_bits_are_measured_against_the_original(measured):
-    record, err = measured("--greedy", "--load-in-8bit", "--nodes", 4)
+@pytest.mark.parametrize(
+    ("bits", "storage", "share", "change"), [(8, "int8", 0.53, 0.01), (4, "nf4", 0.28, 0.1)], ids=["8 bits", "4 bits"]
+)
+def test_fewer_bits_are_measured_against_the_original(measured, bits, storage, share, change):
+    record, err = measured("--greedy", f"--load-in-{bits}bit", "--nodes", 4)
     found = record.quantization
-    assert record.config.backbone.storage == "int8" and found.bits == 8
-    assert found.layer_bytes_after < 0.53 * found.layer_bytes_before
-    assert 2 < found.perplexity_before < 3 and 0 < abs(found.perplexity_after / found.perplexity_before - 1) < 0.01
-    assert 0 < found.greedy_agreement <= 1 and found.greedy_agreement <= found.token_agreement <= 1
+    assert record.config.backbone.storage == storage and found.bits == bits
+    assert found.layer_bytes_after < share * found.layer_bytes_before
+    assert 2 < found.perplexity_before < 3 and 0 < abs(found.perplexity_after / found.perplexity_before - 1) < change
+    assert 0 <= found.greedy_agreement <= 1 and 0 < found.token_agreement <= 1
     assert record.parity.identical == len(TURNS)  # with its own twin
-    assert "8 bits    layers take 0.5" in err
+    assert f"{bits} bits    layers take 0." in err
     assert measured("--greedy", "--nodes", 4)[0].quantization is None
+
+
+def test_8_and_4_bits_at_once_are_refused(tmp_path, capsys):
+    both = ["--greedy", "--load-in-8bit", "--load-in-4bit", "--head", "prompt_lookup", "--out-dir", str(tmp_path)]
+    assert run_entry(main, both) == 2
+    assert "choose one of them" in capsys.readouterr().err
 
 
 def test_perplexity_is_that_of_the_assistants_tokens():

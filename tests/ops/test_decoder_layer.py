@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from ops.decoder_layer import (
-    LayerShape,
-    LayerWeights,
     RowPlan,
     decoder_layer,
     keep_rows,
@@ -15,6 +13,7 @@ from ops.decoder_layer import (
     reference_rms_norm,
     rms_norm,
 )
+from ops.layer_weights import LayerShape, LayerWeights
 from runtime import jt
 
 # Two query heads to a key head, and no width that is a multiple of 16.

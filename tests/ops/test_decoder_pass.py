@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ops.decoder_layer import LayerShape, LayerWeights, RowPlan
+from ops.decoder_layer import RowPlan
 from ops.decoder_pass import Decoder, decoder_pass, reference_decoder_pass
+from ops.layer_weights import LayerShape, LayerWeights
 from ops.linear import PackedLinear
+from ops.quantize import QUANTIZERS
 from runtime import jt
 
 # No width is a multiple of 16; three layers; two query heads to a key head.
@@ -18,12 +20,11 @@ TREE = [-1, 0, 0, 1, 2, 2, 5]
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 
 
-@pytest.fixture(scope="module", params=["float32", "float16", "int8"])
+@pytest.fixture(scope="module", params=["float32", "float16", "int8", "nf4"])
 def sides(request):
-    """(kernel's Decoder, reference's, dtype of the cache). int8: the reference computes with what 8 bits keep."""
+    """(kernel's Decoder, reference's, dtype of the cache). The reference computes with what 8 or 4 bits keep."""
     random, s = np.random.default_rng(0), SHAPE
-    int8 = request.param == "int8"
-    dtype = "float32" if int8 else request.param
+    dtype = "float32" if request.param in QUANTIZERS else request.param
     q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     sizes = dict(q=(q, s.hidden_size), k=(kv, s.hidden_size), v=(kv, s.hidden_size), o=(s.hidden_size, q))
     sizes |= {n: (s.intermediate_size, s.hidden_size) for n in ("gate", "up")}
@@ -32,7 +33,7 @@ def sides(request):
     for _ in range(LAYERS):
         parts = {n: (random.standard_normal(size) / np.sqrt(size[1])).astype(dtype) for n, size in sizes.items()}
         norms = {n: random.uniform(0.5, 1.5, s.hidden_size).astype(np.float32) for n in ("norm1", "norm2")}
-        ours.append(LayerWeights(s, **norms, **parts, int8=int8))
+        ours.append(LayerWeights(s, **norms, **parts, storage=request.param))
         parts = ours[-1].matrices()
         plain.append(
             SimpleNamespace(

@@ -8,11 +8,9 @@ from ops.linear import (
     PackedLinear,
     pack,
     pack_gated,
-    pack_gated_scales,
-    pack_scales,
-    quantize_rows,
     reference_linear,
 )
+from ops.quantize import QUANTIZERS, dequantize
 from runtime import jt
 
 # (rows, in, out): sizes around the tiles of 6 rows and 16 outputs; 300 outputs reach the eight-block path of one row.
@@ -30,8 +28,8 @@ def run(weight, x):
 
 
 def packed_as(weight, dtype):
-    """A PackedLinear of the weight in float16, float32 or int8."""
-    return PackedLinear(*quantize_rows(weight)) if dtype == "int8" else PackedLinear(weight.astype(dtype))
+    """A PackedLinear of the weight in float16, float32, int8 or nf4."""
+    return PackedLinear(*QUANTIZERS[dtype](weight)) if dtype in QUANTIZERS else PackedLinear(weight.astype(dtype))
 
 
 def rounding_bound(x, weight):
@@ -69,7 +67,7 @@ def test_the_reference_equals_the_kernel_within_rounding(dtype):
     assert (np.abs(reference - run(weight, x)) <= 2 * rounding_bound(x, weight)).all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "nf4"])
 def test_a_row_is_bitwise_the_same_whatever_rows_run_beside_it(dtype):
     x, weight = random_case(64, 96, 292, "float32")
     linear = packed_as(weight, dtype)
@@ -91,37 +89,40 @@ def test_bitwise_equality_notices_another_order_of_summation():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_int8_product_equals_that_of_the_rounded_weights(size):
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_a_quantized_product_equals_that_of_the_rounded_weights(size, storage):
     x, weight = random_case(*size, "float32")
-    rounded, scale = quantize_rows(weight)
-    kept = rounded.astype(np.float64) * scale[:, None]
+    rounded, scale = QUANTIZERS[storage](weight)
+    kept = dequantize(rounded, scale)
     result = PackedLinear(rounded, scale)(jt.array(x)).numpy()
     # one more rounding, that of the scale's product
     assert (np.abs(result - exact(x, kept)) <= 2 * rounding_bound(x, kept)).all()
     assert size[1] < 30 or (np.abs(result - exact(x, weight)) > 2 * rounding_bound(x, kept)).any()
 
 
-def test_rounding_to_8_bits_errs_by_half_a_step_at_most():
-    weight = np.random.default_rng(0).standard_normal((30, 50)).astype(np.float32)
-    weight[3] = 0
-    rounded, scale = quantize_rows(weight)
-    assert rounded.dtype == np.int8 and scale.dtype == np.float32
-    assert (np.abs(rounded).max(1)[np.arange(30) != 3] == 127).all() and not rounded[3].any()
-    assert (np.abs(rounded * scale[:, None] - weight) <= scale[:, None] * 0.5001).all()
-    np.testing.assert_array_equal(quantize_rows(np.array([[0.5, -2.0]]))[0], [[32, -127]])
+def test_nf4_codes_lie_two_a_byte_in_the_order_the_kernel_wants():
+    assert pack(np.arange(16, dtype=np.uint8)[:, None]).tobytes().hex(" ") == "20 64 a8 ec 31 75 b9 fd"
+    codes = np.random.default_rng(0).integers(0, 16, (40, 5)).astype(np.uint8)
+    packed = pack(codes)
+    assert packed.shape == (3, 5, LANES // 2) and packed.dtype == np.uint8
+    for out, k in np.ndindex(40, 5):
+        block, lane = divmod(out, LANES)
+        byte = packed[block, k, lane % 2 * 4 + lane // 4]
+        assert byte >> (lane // 2 % 2 * 4) & 15 == codes[out, k]
 
 
-def test_scales_are_packed_like_the_rows_they_belong_to():
-    gate, up = np.arange(20, dtype=np.float32) + 1, np.arange(20, dtype=np.float32) + 101
-    packed = pack_gated_scales(gate, up).reshape(-1, LANES)
-    np.testing.assert_array_equal(packed[0::2].reshape(-1), pack_scales(gate))
-    np.testing.assert_array_equal(packed[1::2].reshape(-1), pack_scales(up))
-    assert pack_scales(gate).shape == (32,) and not pack_scales(gate)[20:].any()
+@pytest.mark.parametrize("size", [(40, 200), (5, 64), (16, 1)])
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_the_kernel_computes_with_the_rounded_weights_bit_for_bit(storage, size):
+    rounded, scale = QUANTIZERS[storage](np.random.default_rng(1).standard_normal(size).astype(np.float32))
+    ones = jt.array(np.eye(size[1], dtype=np.float32))
+    np.testing.assert_array_equal(PackedLinear(rounded, scale)(ones).numpy().T, dequantize(rounded, scale))
 
 
-def test_int8_weights_without_scales_are_refused():
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_quantized_weights_without_scales_are_refused(dtype):
     with pytest.raises(AssertionError, match="scales"):
-        PackedLinear(np.ones((3, 4), np.int8))
+        PackedLinear(np.ones((3, 4), dtype))
 
 
 def test_packing_puts_the_outputs_of_a_block_beside_each_other():
@@ -139,6 +140,10 @@ def test_gated_packing_alternates_the_blocks_of_gate_and_up():
     packed = pack_gated(gate, up)
     np.testing.assert_array_equal(packed[0::2], pack(gate))
     np.testing.assert_array_equal(packed[1::2], pack(up))
+    scales = np.arange(20, dtype=np.float32)[:, None] + 1
+    np.testing.assert_array_equal(
+        pack_gated(scales, -scales)[:, 0, :3], [[1, 2, 3], [-1, -2, -3], [17, 18, 19], [-17, -18, -19]]
+    )
 
 
 def test_an_input_of_another_width_is_refused():
