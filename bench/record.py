@@ -95,7 +95,8 @@ class RunConfig(_Model):
 
 
 class Checkpoint(_Model):
-    """train_steps, train_tokens, train_s: up to the kept checkpoint. seed: the training's."""
+    """train_steps, train_tokens, train_s: of the whole run. seed: the training's. expected_accept_length: tokens per pass
+    on held-out text with a tree of ``tree_nodes`` nodes, as the training scored the kept checkpoint."""
 
     path: str
     sha256: str
@@ -104,6 +105,8 @@ class Checkpoint(_Model):
     train_tokens: Count | None
     train_s: Seconds | None
     seed: Count | None = None
+    expected_accept_length: float | None = None
+    tree_nodes: Count | None = None
 
 
 class Data(_Model):

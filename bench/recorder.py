@@ -142,7 +142,7 @@ def describe_checkpoint(trained: Trained) -> dict:
     """The ``checkpoint`` of a record."""
     from heads.checkpoint import weights_sha256
 
-    progress = trained.config.get("run", {})
+    progress, scored = trained.config.get("run", {}), trained.config.get("metrics", {})
     return {
         "path": project_path(trained.directory),
         "sha256": weights_sha256(trained.directory),
@@ -151,4 +151,6 @@ def describe_checkpoint(trained: Trained) -> dict:
         "train_tokens": progress.get("tokens"),
         "train_s": progress.get("train_s"),
         "seed": trained.config.get("trainer", {}).get("seed"),
+        "expected_accept_length": scored.get("expected_accept_length"),
+        "tree_nodes": scored.get("tree_nodes"),
     }

@@ -75,6 +75,8 @@ def join(
             path, record = by_weights[checkpoint.sha256]
             used.add(checkpoint.sha256)
             found[result.path] = _promised_by_training(result.record, path, record)
+        elif checkpoint and checkpoint.expected_accept_length and _same_budget(result.record):
+            found[result.path] = _promised_by_checkpoint(result.record)
         elif result.record.prediction:
             found[result.path] = _promised_by_calibration(result.record)
     sentences = [_miss(result, found[result.path]) for result in results if _is_off(found.get(result.path))]
@@ -88,6 +90,18 @@ def _promised_by_training(measured: Record, path: str, record: TrainRecord) -> T
     best = record.best
     ratio = _ratio(measured.metrics.accept_length, best.expected_accept_length)
     return Training(record.steps, record.train_s, best.expected_accept_length, best.tree_nodes, ratio, "training", path)
+
+
+def _same_budget(measured: Record) -> bool:
+    """Whether a tree of the size that the checkpoint was scored with was decoded with."""
+    return measured.config.decoding.num_nodes == measured.checkpoint.tree_nodes
+
+
+def _promised_by_checkpoint(measured: Record) -> Training:
+    own = measured.checkpoint
+    ratio = _ratio(measured.metrics.accept_length, own.expected_accept_length)
+    expected, nodes = own.expected_accept_length, own.tree_nodes or 0
+    return Training(own.train_steps, own.train_s, expected, nodes, ratio, "checkpoint", None)
 
 
 def _promised_by_calibration(measured: Record) -> Training:

@@ -101,6 +101,8 @@ def build_record(rows=None, **changes):
             "train_tokens": 1000,
             "train_s": 1.5,
             "seed": 0,
+            "expected_accept_length": None,
+            "tree_nodes": None,
         },
         "data": {"path": "prompts/question.jsonl", "sha256": "cafe", "num_prompts": len(rows), "dropped": {}},
         "baseline": {"tokens_per_s": 2.5, "pass_s": 0.4, "total_s": 8.0, "tokens": 24},

@@ -124,3 +124,12 @@ def test_files_that_are_no_train_records_are_left_to_others(write_result, tmp_pa
     (tmp_path / "broken.json").write_text("{")
     paths = [write_result("a.json"), str(tmp_path / "list.json"), str(tmp_path / "broken.json"), "nowhere.json"]
     assert read_train_records(paths) == (paths, [])
+
+
+def test_a_result_brings_its_checkpoints_promise_with_it(write_result, capsys):
+    own = {"checkpoint__expected_accept_length": 2.9, "checkpoint__tree_nodes": 64}
+    other = {**own, "head": "mlp", "checkpoint__tree_nodes": 16}  # decoded with 64: nothing was promised of that
+    assert main([write_result("a.json", **own), write_result("b.json", **other)]) == 0
+    out, _ = capsys.readouterr()
+    assert cells(out, "gated_rnn")[-3:] == ["10", "2.90", "1.03"]
+    assert cells(out, "mlp")[-3:] == ["-", "-", "-"]
