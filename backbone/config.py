@@ -1,4 +1,4 @@
-"""What a Llama-shaped backbone looks like, read from a Hugging Face ``config.json``.
+"""What a Llama-shaped backbone looks like, read from a ``config.json``, Meta's ``params.json`` or a ``.pkl`` of ours.
 
 Only what our forward pass computes is accepted; anything else is refused by name here, before weights are read,
 because a backbone that runs with a setting ignored gives wrong numbers instead of an error.
@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from backbone.layout import META, PICKLE_FILE, container, layouts
+from backbone.layout import META_PARAMS as PARAMS
+from backbone.meta import open_meta
+from backbone.pickle_file import open_pickle_file
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ROPE_TYPES = ("default", "linear", "llama3")
 # What the two families assume where config.json is silent (the defaults of their transformers configurations).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
 }
+# What params.json and the tensors beside it settle.
+SAID_BY_PARAMS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "rms_norm_eps", "rope_theta",
+)  # fmt: skip
 # Llama-1 conversions of 2023 spell the first one in capitals.
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 
@@ -201,15 +213,88 @@ def parse_config(
     )
 
 
-def read_config(directory: str | Path) -> BackboneConfig:
-    """The config of a Hugging Face directory: ``config.json``, and the end tokens of ``generation_config.json``."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; expected a Hugging Face model directory with config.json")
-    raw = read_json(directory / "config.json")
-    generation_path = directory / "generation_config.json"
+@dataclass(frozen=True)
+class RawConfig:
+    """The contents of ``config.json`` and ``generation_config.json``, and the file that errors name.
+
+    ``notes``: what was worked out from the tensors. ``assumed``: what no file says, and how it was settled.
+    """
+
+    config: dict[str, Any]
+    generation: dict[str, Any] | None
+    where: str
+    notes: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    def parse(self) -> BackboneConfig:
+        """What our forward pass needs of it. Raises ValueError as ``parse_config`` does."""
+        return parse_config(self.config, self.generation, self.where)
+
+
+def read_raw_config(path: str | Path, meta: bool | None = None) -> RawConfig:
+    """The config of a Hugging Face or Meta directory or of a ``.pkl``, as a config.json has it.
+
+    A Meta directory may have a config.json too: it settles what params.json leaves open, and must agree with the rest.
+    meta: whether the directory is read as Meta's; None: if its weights are.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _config_of_pickle(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; expected a Hugging Face model directory with config.json")
+    generation_path = path / GENERATION_CONFIG
     generation = read_json(generation_path) if generation_path.exists() else None
-    return parse_config(raw, generation, where=str(directory / "config.json"))
+    has_config = (path / CONFIG).exists()
+    if meta is None:
+        meta = layouts(path)[:1] == [META] or ((path / PARAMS).exists() and not has_config)
+    if not meta:
+        return RawConfig(read_json(path / CONFIG), generation, str(path / CONFIG))
+    found = open_meta(path, read_json(path / PARAMS))
+    derived = RawConfig(found.config, generation, str(path / PARAMS), tuple(found.notes), tuple(found.assumed))
+    if not has_config:
+        return derived
+    raw = RawConfig(read_json(path / CONFIG), generation, str(path / CONFIG), derived.notes)
+    _check_agreement(raw, derived)
+    return raw
+
+
+def _check_agreement(raw: RawConfig, derived: RawConfig) -> None:
+    """Raises ValueError naming every size that config.json and params.json give differently."""
+    first, second = raw.parse(), derived.parse()
+    pairs = [(key, getattr(first, key), getattr(second, key)) for key in SAID_BY_PARAMS]
+    wrong = [f"{key} {one} and {other}" for key, one, other in pairs if one != other]
+    scaled = [(config.rope_scaling or {}).get("rope_type") for config in (first, second)]
+    if scaled[0] != scaled[1]:
+        wrong.append(f"rope scaling {scaled[0]} and {scaled[1]}")
+    if wrong:
+        raise ValueError(f"{raw.where} and {derived.where} do not agree: {'; '.join(wrong)}. Do both belong together?")
+
+
+def _config_of_pickle(path: Path) -> RawConfig:
+    """The entries ``config`` and ``generation_config`` of a ``.pkl``, or config.json in the folder that it lies in."""
+    if container(path) != PICKLE_FILE:
+        raise ValueError(f"{path} is one file of a backbone; pass the folder that it lies in")
+    _, rest = open_pickle_file(path)
+    if "config" not in rest:
+        if (path.parent / CONFIG).exists():
+            return read_raw_config(path.parent, meta=False)
+        raise ValueError(f"{path} has no entry 'config', and no {CONFIG} lies beside it; expected one of them")
+    config, generation = rest["config"], rest.get("generation_config")
+    if not isinstance(config, dict) or not isinstance(generation, dict | None):
+        raise ValueError(f"{path}: config is a {type(config).__name__}, expected what a {CONFIG} holds")
+    return RawConfig(config, generation, str(path))
+
+
+def read_config(path: str | Path) -> BackboneConfig:
+    """The config of a backbone: a Hugging Face directory (``config.json``, and the end tokens of
+    ``generation_config.json``), a Meta directory (``params.json``) or a ``.pkl`` of ours.
+
+    Warns of what Meta's file leaves open, and how that was read.
+    """
+    raw = read_raw_config(path)
+    for line in raw.assumed:
+        warnings.warn(f"{path}: {line}", stacklevel=2)
+    return raw.parse()
 
 
 def rope_inverse_frequencies(config: BackboneConfig) -> np.ndarray:

@@ -236,7 +236,8 @@ class Backbone:
 def load_backbone(
     path=None, dtype: str = "float16", load_in_8bit: bool = False, load_in_4bit: bool = False
 ) -> Backbone:
-    """Read a Hugging Face directory (config.json with *.safetensors or *.bin); None: the embedded tiny-vicuna.
+    """Read a Hugging Face directory (config.json with *.safetensors or *.bin), a Meta directory (params.json with
+    consolidated.*.pth) or a .pkl of ours; None: the embedded tiny-vicuna.
     load_in_8bit, load_in_4bit: keep the layers' matrices as int8 or nf4.
 
     Raises ValueError for a directory without a model, for missing, extra or misshapen weights (each named), for an

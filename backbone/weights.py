@@ -1,6 +1,7 @@
 """Reads backbone weights from disk, one tensor at a time, and says exactly what is wrong with them.
 
-Files from outside are data, never code. ``*.safetensors`` is data by design; ``*.bin`` is read by ``torch_file``.
+Files from outside are data, never code. ``*.safetensors`` is data by design; what is pickled is read by unpicklers that
+know tensors alone. Names are Hugging Face's, whatever the layout: a Meta directory arrives renamed and put together.
 """
 
 from __future__ import annotations
@@ -9,52 +10,124 @@ import dataclasses
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from backbone.config import BackboneConfig, read_json
-from backbone.torch_file import Shape, damaged, read_torch_file, torch_shapes
+from backbone.layout import (
+    BIN,
+    META,
+    META_PARAMS,
+    PICKLE,
+    PICKLE_FILE,
+    PICKLE_NAME,
+    SAFETENSORS,
+    SAFETENSORS_FILE,
+    SINGLE,
+    TORCH_FILE,
+    container,
+    layouts,
+    loose_files,
+)
+from backbone.lazy import LazyTensor, Refused, Shape, damaged, stored
+from backbone.meta import open_meta
+from backbone.pickle_file import open_pickle_file
+from backbone.torch_file import open_torch_file
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 # Old conversions save the rotary frequencies as buffers; they follow from the config.
 ROTARY_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
-# What trainers leave beside the weights under the same suffix.
-NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|random_states.*|consolidated.*)\.(bin|safetensors)$")
 NAMES_LISTED = 10
+SAFETENSORS_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 
 
-# safetensors ---------------------------------------------------------------------------------------------------------
+# Files ---------------------------------------------------------------------------------------------------------------
 
 
-def read_safetensors_file(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of one ``*.safetensors`` file. Raises ValueError naming the file when it is damaged."""
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Refused(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
+    """Tensors of one ``*.safetensors`` file, in the order they lie in. ValueError naming the file when it is damaged.
+
+    The library judges the file; the header is read again here because the library keeps the numbers it maps in memory
+    for as long as the file is open, and drops a name that comes twice.
+    """
     path = Path(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (a reader, not a dict)
-                try:
-                    tensor = file.get_tensor(name)
-                except (AttributeError, TypeError) as error:
-                    raise ValueError(f"tensor {name} has a type without a NumPy equivalent ({error})") from error
-                yield name, tensor
-    except (SafetensorError, OSError, ValueError) as error:
+        with safe_open(path, framework="numpy"), open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length), object_pairs_hook=_each_once)
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise Refused(f"tensor {name} has type {entry['dtype']}, which has no NumPy equivalent")
+            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+            tensors[name] = stored(path, dtype, shape, 8 + length + entry["data_offsets"][0])
+        return tensors
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise damaged(path, error) from error
 
 
-def _safetensors_shapes(path: Path) -> dict[str, Shape]:
+def open_file(path: str | Path) -> dict[str, LazyTensor]:
+    """Tensors of one file: safetensors, ``torch.save``'s or a pickled dict of arrays, told apart by how it begins.
+
+    Only headers are read. Raises ValueError naming the file when it is none of these, damaged or hostile.
+    """
+    path = Path(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        found = container(path)
+    except OSError as error:
         raise damaged(path, error) from error
+    if found == TORCH_FILE:
+        return open_torch_file(path)
+    if found == PICKLE_FILE:
+        return open_pickle_file(path)[0]
+    if found == SAFETENSORS_FILE or path.suffix == ".safetensors":  # a damaged one is judged by the library
+        return open_safetensors_file(path)
+    raise damaged(path, ValueError("it begins as neither safetensors nor torch.save nor a pickle does"))
 
 
 # Directories ---------------------------------------------------------------------------------------------------------
+
+
+def _check_inside(index: Path, name: str, shard: object) -> None:
+    """Raises ValueError when an index names a file outside its folder, in words or through a link."""
+    outside = f"{index} places {name} in {shard!r}, outside its own folder; expected "
+    if not isinstance(shard, str) or "\\" in shard or PurePosixPath(shard).name != shard or shard in ("", ".."):
+        raise ValueError(f"{outside}a bare file name")
+    folder, target = index.parent.resolve(), (index.parent / shard).resolve()
+    # Hugging Face's download cache: snapshots/<revision>/ links to blobs/ of the same model.
+    cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if target.parent not in (folder, cache):
+        raise ValueError(f"{outside}a file, not a link to {target}; copy it here or pass the folder that it lies in")
 
 
 def _files_of_index(index: Path) -> dict[Path, set[str]]:
@@ -64,9 +137,8 @@ def _files_of_index(index: Path) -> dict[Path, set[str]]:
         raise ValueError(f"{index} has no weight_map, expected an object of tensor name to file name")
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
-        # Judged by its spelling: caches link shards to other folders, and those links are the user's own.
-        if not isinstance(shard, str) or "\\" in shard or PurePosixPath(shard).name != shard or shard in ("", ".."):
-            raise ValueError(f"{index} places {name} in {shard!r}, outside its own folder; expected a bare file name")
+        if not isinstance(shard, str) or index.parent / shard not in shards:
+            _check_inside(index, name, shard)
         shards.setdefault(index.parent / shard, set()).add(name)
     missing = sorted(path.name for path in shards if not path.is_file())
     if missing:
@@ -76,32 +148,34 @@ def _files_of_index(index: Path) -> dict[Path, set[str]]:
 
 def _check_all_shards(files: list[Path]) -> None:
     """Files named ``...-00001-of-00003...`` come in full sets."""
+    missing = []
     for path in files:
         match = SHARD.search(path.name)
-        if match is None:
-            continue
-        for number in range(1, int(match.group(2)) + 1):
+        for number in range(1, 1 + (int(match[2]) if match else 0)):
             sibling = path.name[: match.start(1)] + f"{number:05d}" + path.name[match.end(1) :]
-            if path.with_name(sibling) not in files:
-                raise ValueError(f"{path.with_name(sibling)} is missing beside {path.name}; fetch the missing shard")
+            if path.with_name(sibling) not in files and sibling not in missing:
+                missing.append(sibling)
+    if missing:
+        raise ValueError(f"{files[0].parent} lacks {_listed(missing)} beside {files[0].name}; fetch the missing shards")
 
 
-def weight_files(directory: str | Path) -> dict[Path, set[str] | None]:
+def weight_files(directory: str | Path, layout: str | None = None) -> dict[Path, set[str] | None]:
     """Weight files of a Hugging Face directory, and the tensors its index places in each (None without an index).
 
-    safetensors win over ``.bin``; the single file wins over an index, an index over the files found beside it.
-    Raises ValueError when there are none, or when one that is named or numbered is missing.
+    safetensors win over ``.bin`` unless ``layout`` says which; the single file wins over an index, an index over the
+    files found beside it. Raises ValueError when there are none, or when one that is named or numbered is missing.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; expected one with *.safetensors or *.bin weights")
-    for single, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "*.bin")):
+    for kind in (SAFETENSORS, BIN) if layout is None else (layout,):
+        single = SINGLE[kind]
         if (directory / single).is_file():
             return {directory / single: None}
         index = directory / f"{single}.index.json"
         if index.is_file():
             return dict(_files_of_index(index))
-        found = sorted(path for path in directory.glob(pattern) if not NOT_WEIGHTS.match(path.name))
+        found = loose_files(directory, kind)
         if found:
             _check_all_shards(found)
             return dict.fromkeys(found)
@@ -114,41 +188,51 @@ def _check_index(path: Path, promised: set[str] | None, found: Iterable[str]) ->
         raise ValueError(f"{path} lacks {_listed(absent)}, which the index places there; fetch it again")
 
 
-def tensor_shapes(directory: str | Path) -> dict[str, Shape]:
-    """Shape of every tensor in the directory, from the files' headers: no weights are read."""
-    shapes: dict[str, Shape] = {}
-    for path, promised in weight_files(directory).items():
-        found = _safetensors_shapes(path) if path.suffix == ".safetensors" else torch_shapes(path)
-        _check_index(path, promised, found)
-        for name, shape in found.items():
-            if name in shapes:
-                raise ValueError(f"{path}: {name} is in another file too; expected every tensor once")
-            shapes[name] = shape
-    return shapes
+def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[str, LazyTensor]]:
+    """Every tensor of a backbone on disk, by Hugging Face name, in file order; a file is opened when its turn comes.
+
+    path: a Hugging Face or Meta directory, a ``.pkl`` of ours or the directory it lies in. layout: which of them
+    (``backbone.layout``); None: the first of those it has. Raises ValueError naming what is damaged or missing.
+    """
+    path = Path(path)
+    layout = layout or next(iter(layouts(path)), None)
+    if layout == META:
+        yield from open_meta(path, read_json(path / META_PARAMS)).tensors.items()
+        return
+    if layout == PICKLE:
+        yield from open_file(path / PICKLE_NAME if path.is_dir() else path).items()
+        return
+    seen: set[str] = set()
+    for file, promised in weight_files(path, layout).items():
+        found = open_file(file)
+        _check_index(file, promised, found)
+        for name, tensor in found.items():
+            if name in seen:
+                raise ValueError(f"{file}: {name} is in another file too; expected every tensor once")
+            seen.add(name)
+            yield name, tensor
 
 
-def read_tensors(directory: str | Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a directory (or those in ``names``) in file order, one in memory at a time; types as stored.
+def tensor_shapes(path: str | Path) -> dict[str, Shape]:
+    """Shape of every tensor, from the files' headers: no weights are read."""
+    return {name: tensor.shape for name, tensor in open_tensors(path)}
+
+
+def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of ``open_tensors`` (or those in ``names``), one in memory at a time; types as stored.
 
     bfloat16 arrives as ``ml_dtypes.bfloat16``. Raises ValueError naming the file for damaged, missing or hostile
     files, and naming the tensors for ``names`` that are nowhere.
     """
     wanted = None if names is None else set(names)
     seen: set[str] = set()
-    for path, promised in weight_files(directory).items():
-        reader = read_safetensors_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
-        in_file = set()
-        for name, tensor in reader:
-            if name in seen:
-                raise ValueError(f"{path}: {name} is in another file too; expected every tensor once")
-            seen.add(name)
-            in_file.add(name)
-            if wanted is None or name in wanted:
-                yield name, tensor
-        _check_index(path, promised, in_file)
+    for name, tensor in open_tensors(path):
+        seen.add(name)
+        if wanted is None or name in wanted:
+            yield name, tensor.whole()
     absent = sorted((wanted or set()) - seen)
     if absent:
-        raise ValueError(f"{directory} lacks {_listed(absent)}")
+        raise ValueError(f"{path} lacks {_listed(absent)}")
 
 
 # What a backbone must hold -------------------------------------------------------------------------------------------
@@ -231,20 +315,20 @@ def drop_tied_head(
         yield name, tensor
 
 
-def read_backbone(directory: str | Path, config: BackboneConfig) -> Iterator[tuple[str, np.ndarray]]:
+def read_backbone(path: str | Path, config: BackboneConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The weights that ``config`` calls for, each once, streamed; names and shapes are all checked before the first.
 
-    Raises ValueError as ``check_names``, ``drop_tied_head`` and ``read_tensors`` do, naming the directory.
+    Raises ValueError as ``check_names``, ``drop_tied_head`` and ``read_tensors`` do, naming the path.
     """
-    shapes = tensor_shapes(directory)
+    shapes = tensor_shapes(path)
     expected = expected_shapes(config)
     if config.tie_embeddings and shapes.get(LM_HEAD) == expected[EMBEDDING]:
         del shapes[LM_HEAD]  # its numbers are compared while streaming
     try:
         check_names(shapes, expected)
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    for name, tensor in drop_tied_head(read_tensors(directory), config):
+        raise ValueError(f"{path}: {error}") from None
+    for name, tensor in drop_tied_head(read_tensors(path), config):
         if not ROTARY_BUFFER.search(name):
             yield name, tensor
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from backbone.config import BackboneConfig, parse_config, read_config, rope_inverse_frequencies
+from backbone.formats.containers import write_pickle
 from backbone.tokenizer import EMBEDDED
 
 LLAMA_1 = {
@@ -153,6 +154,36 @@ def test_unreadable_configs_are_refused_with_their_path(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list"):
+        read_config(tmp_path)
+
+
+def test_a_pickle_brings_its_config_or_has_one_beside_it(tmp_path):
+    file = tmp_path / "backbone.pkl"
+    write_pickle(file, {}, {"config": LLAMA_3, "generation_config": {"eos_token_id": 9}})
+    assert read_config(file) == parse_config(LLAMA_3, {"eos_token_id": 9})
+    write_pickle(file, {}, {})
+    with pytest.raises(ValueError, match=r"backbone\.pkl has no entry 'config', and no config\.json lies beside it"):
+        read_config(file)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1))
+    assert read_config(file) == parse_config(LLAMA_1)
+    write_pickle(file, {}, {"config": ["llama"]})
+    with pytest.raises(ValueError, match="config is a list"):
+        read_config(file)
+    write_pickle(file, {}, {"config": {**LLAMA_1, "hidden_act": "gelu"}})
+    with pytest.raises(ValueError, match=r"backbone\.pkl: hidden_act 'gelu'"):
+        read_config(file)
+    with pytest.raises(ValueError, match="pass the folder that it lies in"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_folder_with_two_kinds_of_weights_is_read_as_hugging_faces(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1))
+    (tmp_path / "params.json").write_text("{}")  # Mistral's folders hold both
+    (tmp_path / "consolidated.00.pth").write_bytes(b"not looked at")
+    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
+    assert read_config(tmp_path) == parse_config(LLAMA_1)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"params\.json: dim is None"):
         read_config(tmp_path)
 
 

@@ -134,7 +134,31 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path, escape):
         list(read_tensors(inside))
 
 
-def test_a_linked_shard_is_the_users_own_affair(tmp_path):
+def test_an_index_cannot_reach_outside_through_a_link_but_a_download_cache_may_link_to_its_blobs(tmp_path):
+    cache = tmp_path / "models--x"
+    snapshot, blobs = cache / "snapshots" / "0123abcd", cache / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    name = "model-00001-of-00001.safetensors"
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    save_file({"a": torch.ones(2)}, blobs / "5feceb66")
+    (snapshot / name).symlink_to("../../blobs/5feceb66")
+    assert dict(read_tensors(snapshot))["a"].tolist() == [1.0, 1.0]
+    save_file({"a": torch.ones(2)}, tmp_path / "secret")
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        ValueError, match=r"index\.json places a in .* outside its own folder; .* not a link to .*secret"
+    ):
+        list(read_tensors(snapshot))
+    # A link inside the folder is no way out.
+    (snapshot / name).unlink()
+    save_file({"a": torch.ones(2)}, snapshot / "real.safetensors")
+    (snapshot / name).symlink_to("real.safetensors")
+    assert dict(read_tensors(snapshot))["a"].tolist() == [1.0, 1.0]
+
+
+def test_a_linked_file_without_an_index_is_the_users_own_affair(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "blob")
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blob")
@@ -157,6 +181,38 @@ def test_safetensors_win_over_bin(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_every_missing_shard_is_named(tmp_path, with_index):
+    for number in range(1, 5):
+        save_file({f"t{number}": torch.ones(2)}, tmp_path / f"model-{number:05d}-of-00004.safetensors")
+    if with_index:
+        weight_map = {f"t{number}": f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for number in (2, 4):
+        (tmp_path / f"model-{number:05d}-of-00004.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00004\.safetensors, model-00004-of-00004\.safetensors"):
+        tensor_shapes(tmp_path)
+
+
+def test_a_safetensors_file_that_names_a_tensor_twice_is_refused(tmp_path):
+    entry = '"a": {"dtype": "U8", "shape": [1], "data_offsets": [%d, %d]}'
+    header = ("{" + entry % (0, 1) + ", " + entry % (0, 1) + "}").encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x01")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not loaded: it holds 'a' twice"):
+        tensor_shapes(tmp_path)
+
+
+def test_a_file_is_known_by_its_content_whatever_it_is_called(tmp_path, state, assert_same):
+    torch.save(state, tmp_path / "model.safetensors")
+    assert_same(read_tensors(tmp_path), state)
+    (tmp_path / "model.safetensors").unlink()
+    save_file(state, tmp_path / "pytorch_model.bin")
+    assert_same(read_tensors(tmp_path), state)
+    (tmp_path / "pytorch_model.bin").write_text("weights, honestly")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin .* neither safetensors nor torch\.save nor a pickle"):
+        tensor_shapes(tmp_path)
 
 
 # Names, shapes, ties and fingerprints

@@ -1,0 +1,15 @@
+"""Backbones in and out of the formats that others keep them in. ``weight_convert.py`` is the command line."""
+
+from backbone.formats.convert import ConvertOptions, convert
+from backbone.formats.source import open_source, recognise
+from backbone.formats.verify import verify
+from backbone.layout import BIN, META, PICKLE, SAFETENSORS
+
+FORMATS = {
+    SAFETENSORS: "a Hugging Face folder: config.json, model.safetensors or shards with an index, the tokenizer's files",
+    BIN: "a Hugging Face folder: config.json, pytorch_model.bin or shards with an index, the tokenizer's files",
+    META: "Meta's folder: params.json, consolidated.00.pth and on; written as one shard, config.json beside it",
+    PICKLE: "one .pkl that jittor.load reads: a dict of NumPy arrays by Hugging Face name, and config; float16",
+}
+
+__all__ = ["FORMATS", "ConvertOptions", "convert", "open_source", "recognise", "verify"]

@@ -1,0 +1,58 @@
+"""Which layouts of a backbone a path has, by the names of its files, and what a file is, by its bytes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+from pathlib import Path
+
+SAFETENSORS, BIN, META, PICKLE = "safetensors", "hf-bin", "meta", "jittor-pkl"
+# Hugging Face's: the name of a single file, and what shards of it look like.
+SINGLE = {SAFETENSORS: "model.safetensors", BIN: "pytorch_model.bin"}
+# What trainers leave beside the weights under the same suffix.
+NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|random_states.*|consolidated.*)\.(bin|safetensors)$")
+META_PARAMS = "params.json"
+META_SHARD = re.compile(r"^consolidated\.(\d{2})\.pth$")
+PICKLE_NAME = "backbone.pkl"
+# Containers of tensors.
+SAFETENSORS_FILE, TORCH_FILE, PICKLE_FILE = "safetensors", "torch", "pickle"
+
+
+def loose_files(directory: Path, layout: str) -> list[Path]:
+    """Weight files of one of Hugging Face's layouts, whatever they are called."""
+    found = directory.glob(f"*{Path(SINGLE[layout]).suffix}")
+    return sorted(path for path in found if not NOT_WEIGHTS.match(path.name))
+
+
+def layouts(path: str | Path) -> list[str]:
+    """The layouts that a path has, the one that is read first; none for a path that holds no weights."""
+    path = Path(path)
+    if path.is_file():
+        return [PICKLE]
+    if not path.is_dir():
+        return []
+    found = []
+    for layout, single in SINGLE.items():
+        if (path / single).exists() or (path / f"{single}.index.json").exists() or loose_files(path, layout):
+            found.append(layout)
+    names = [entry.name for entry in path.iterdir()]
+    if META_PARAMS in names and any(META_SHARD.match(name) for name in names):
+        found.append(META)
+    return found + ([PICKLE] if PICKLE_NAME in names else [])
+
+
+def container(path: str | Path) -> str | None:
+    """What a file is by how it begins: safetensors, torch.save's zip or a pickle; None for anything else.
+
+    The length of a safetensors header may begin as a pickle does, but a pickle never reads as a length that fits.
+    Raises OSError when the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+        size = file.seek(0, 2)
+    if start[:4] == b"PK\x03\x04":
+        return TORCH_FILE
+    if start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] <= size - 8:
+        return SAFETENSORS_FILE
+    return PICKLE_FILE if start[:1] == pickle.PROTO else None

@@ -1,0 +1,145 @@
+"""Convert a backbone or a draft head from one format to another, without loss and without guessing.
+
+python weight_convert.py SOURCE --to safetensors --out DIR
+python weight_convert.py llama-2-7b --to jittor-pkl --out llama.pkl --dtype float16 --verify
+python weight_convert.py --list
+
+What SOURCE is follows from its files. The result appears whole or not at all; notes go to stderr, the last line of
+stdout is JSON. Exit status: 0, 1 when --verify found a difference above the tolerance, 2 for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backbone.formats import FORMATS, ConvertOptions, convert, recognise, verify
+from backbone.formats.cast import FLOATS, KEEP
+from backbone.formats.shards import parse_size
+from runtime.entry import Parser, run_entry, suggest
+
+DIFFERENT = 1  # exit status
+DESCRIPTION = "Convert a backbone or a draft head from one format to another."
+
+
+def head_formats() -> dict[str, str]:
+    """Formats of draft heads, name -> sentence."""
+    return importlib.import_module("heads.formats").FORMATS
+
+
+def build_parser() -> Parser:
+    """The options of this entry."""
+    parser = Parser(prog="weight_convert.py", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a folder or a file; its format is recognised")
+    parser.add_argument("--to", metavar="FORMAT", help="the format to write; --list prints all")
+    parser.add_argument("--out", metavar="PATH", help="where to write: a folder, or a file for formats of one file")
+    parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="read SOURCE as this format")
+    parser.add_argument(
+        "--dtype", choices=(*FLOATS, KEEP), help="of floating-point tensors (default: keep; jittor-pkl: float16)"
+    )
+    parser.add_argument(
+        "--shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest weight file, 500MB or 2GiB say (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote to --out")
+    parser.add_argument("--verify", action="store_true", help="compare every tensor and the logits of both sides")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="T",
+        help="largest difference that --verify allows, as a part of the largest magnitude of a tensor or of the logits "
+        "(default: 0 where types are equal, else the rounding of the narrower type)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backbone", metavar="DIR", help="the backbone that a head belongs to (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="write whole language-model heads where a head has none or low-rank ones"
+    )
+    parser.add_argument("--list", action="store_true", help="print every format and leave")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The checked options. Raises ValueError for unknown, missing or contradictory ones."""
+    options = build_parser().parse_args(arguments)
+    if options.list:
+        return options
+    if missing := [flag for flag in ("source", "to", "out") if getattr(options, flag) is None]:
+        named = ", ".join("SOURCE" if flag == "source" else f"--{flag}" for flag in missing)
+        raise ValueError(f"{named} missing; expected SOURCE --to FORMAT --out PATH, or --list")
+    if options.tolerance is not None and not (math.isfinite(options.tolerance) and options.tolerance >= 0):
+        raise ValueError(f"--tolerance is {options.tolerance}, expected a number of 0 or more")
+    if options.tolerance is not None and not options.verify:
+        raise ValueError("--tolerance belongs to --verify; pass both or neither")
+    return options
+
+
+def list_formats() -> None:
+    """One line per format, backbones first."""
+    kinds = {"backbone": FORMATS, "head": head_formats()}
+    width = max(len(name) for formats in kinds.values() for name in formats)
+    for kind, formats in kinds.items():
+        for name, sentence in formats.items():
+            print(f"{kind:8}  {name:{width}}  {sentence}")
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def is_backbone(source: str, source_format: str | None) -> bool:
+    """Whether SOURCE is a backbone: as --from says, or from its files where that leaves both open."""
+    if source_format is not None:
+        kinds = [source_format in formats for formats in (FORMATS, head_formats())]
+        if not any(kinds):
+            raise suggest("format", source_format, {**FORMATS, **head_formats()})
+        if not all(kinds):
+            return kinds[0]
+    return recognise(source) is not None
+
+
+def convert_backbone(options: argparse.Namespace, settings: ConvertOptions) -> int:
+    """A backbone to one of the backbone formats. Returns the exit status."""
+    if options.to not in FORMATS:
+        if options.to in head_formats():
+            raise ValueError(f"{options.source} is a backbone and {options.to} a format of heads; see --list")
+        raise suggest("format", options.to, FORMATS)
+    if options.backbone or options.merge:
+        raise ValueError(f"--backbone and --merge are for heads, and {options.source} is a backbone; leave them out")
+    done = convert(options.source, options.to, options.out, settings, note)
+    if done.rounding:
+        note(f"rounding: at most {done.rounding:.3g}, in {done.rounding_in}")
+    same = None
+    if options.verify:
+        same = verify(options.source, done.source_format, options.out, options.to, options.tolerance)
+    print(json.dumps({**done.as_dict(), "verified": same}))
+    return DIFFERENT if same is False else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line. Returns the exit status."""
+    options = parse(arguments)
+    if options.list:
+        list_formats()
+        return 0
+    settings = ConvertOptions(
+        options.source_format, options.dtype, parse_size(options.shard_size), options.overwrite, options.verify,
+        options.tolerance, options.backbone, options.merge,
+    )  # fmt: skip
+    if is_backbone(options.source, options.source_format):
+        return convert_backbone(options, settings)
+    return importlib.import_module("heads.formats").convert(
+        Path(options.source), options.to, Path(options.out), settings
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
