@@ -158,6 +158,21 @@ def quiet_file_descriptors():
                 sys.stderr.write("\n".join(tail) + "\n")
 
 
+@contextlib.contextmanager
+def _default_sigterm():
+    """Processes that are forked within end by SIGTERM, also where this one puts it off (``runtime.interrupt``)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if before != signal.SIG_DFL:
+            signal.siginterrupt(signal.SIGTERM, False)  # as deferred_interrupts left it
+
+
 def import_jittor():
     """Import Jittor quietly.
 
@@ -165,7 +180,7 @@ def import_jittor():
     done. This runs the command again instead, once; a second time raises RuntimeError.
     """
     try:
-        with quiet_file_descriptors():
+        with quiet_file_descriptors(), _default_sigterm():
             import jittor
     except SystemExit as error:
         if os.environ.get("GORGON_RESTARTED"):
