@@ -27,7 +27,7 @@ from trainer.guard import Guard
 from trainer.loss import Objective
 from trainer.optimizer import NonFinite, Optimizer, make_optimizer
 from trainer.schedule import rate
-from trainer.scoring import Score, score_head
+from trainer.scoring import Score, own_tokens, score_head
 from trainer.state import State, save_state
 from trainer.step import gradients
 
@@ -81,6 +81,7 @@ class Run:
         self.best: Score | None = None
         self.best_step = self.step = self.tokens = self.skipped = self.skipped_in_row = 0
         self.history: list[dict] = []
+        self.own: np.ndarray | None = None  # of the held-out text, see ``trainer.scoring.own_tokens``
         self.sessions = [{"first_step": 0, "last_step": 0, "provenance": runtime.provenance(config.seed)}]
         self.earlier_s, self.started = 0.0, time.perf_counter()
         self.average = Average(head.trainable(), config.ema, head) if config.ema and head.trained else None
@@ -128,7 +129,9 @@ class Run:
     def score(self, data: TokenizedData, source) -> Score:
         """Score the head, with its averaged weights where they are averaged; save it when it beats all before it."""
         with self.average.swapped() if self.average else contextlib.nullcontext():
-            score = score_head(self.head, data, source, self.config.tree_nodes)
+            if self.own is None:
+                self.own = own_tokens(self.head.borrowed, data, source)
+            score = score_head(self.head, data, source, self.config.tree_nodes, self.own)
             self._keep_if_best(score)
         short = {"expected_accept_length": score.expected_accept_length, "loss": score.loss}
         self.history.append({"step": self.step, **short})

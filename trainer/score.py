@@ -10,6 +10,23 @@ import numpy as np
 from heads.ranks import MAX_RANK as MAX_RANK
 from heads.ranks import accepted_depths, count_paths, fitted_paths, walk
 
+MIN_REPLIES = 16  # fewer of the backbone's own replies say too little: then all replies count
+
+
+def own_replies(ranks: np.ndarray, lengths: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ranks, lengths) of the replies that the backbone would have written itself, token by token; of all replies where
+    there are fewer than ``MIN_REPLIES`` of those.
+
+    ranks: (depth, positions), the replies behind each other; lengths: (replies,), positions of each; own: (positions,)
+    bool, whether the token that the first depth drafts is the backbone's best guess. Greedy decoding writes no other
+    text: in a sampled reply, or one that somebody else wrote, a head meets tokens that it would never have to draft.
+    """
+    starts = np.cumsum(lengths) - lengths
+    whole = np.logical_and.reduceat(own, starts) if len(lengths) else np.zeros(0, bool)
+    if whole.sum() < MIN_REPLIES:
+        return ranks, np.asarray(lengths)
+    return ranks[:, np.repeat(whole, lengths)], np.asarray(lengths)[whole]
+
 
 def expected_accept_length(ranks: np.ndarray, lengths: np.ndarray, num_nodes: int) -> float:
     """Tokens per pass with the fitted tree of num_nodes nodes (root included), the text decoded by it.

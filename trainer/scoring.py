@@ -11,7 +11,8 @@ from runtime import jt
 from runtime.ranks import sum_arrays
 from trainer.data import TokenizedData, batches
 from trainer.loss import head_loss, make_batch
-from trainer.score import accuracy, count_paths, expected_accept_length, fitted_paths
+from trainer.score import accuracy, count_paths, expected_accept_length, fitted_paths, own_replies
+from trainer.top_k import likeliest
 
 STORED_NODES = 64  # paths kept with a checkpoint: the largest tree in the literature has 64 nodes
 HELD_OUT_TOKENS = 4096  # tokens of a scoring pass
@@ -30,13 +31,29 @@ class Score:
     stats: dict
 
 
+def own_tokens(backbone, data: TokenizedData, source) -> np.ndarray:
+    """Where the backbone itself would have gone on as the text does: (tokens,) bool, True at t where token t + 1 is its
+    best guess. All ranks together. source(indices) -> Features."""
+    found = np.zeros(int(data.offsets[-1]), np.int32)
+    for indices in batches(data, HELD_OUT_TOKENS)[runtime.rank() :: runtime.world_size()]:
+        hidden = source(indices).hidden
+        best = likeliest(backbone, hidden.reshape(-1, hidden.shape[-1]), 1)[0].numpy().reshape(-1)
+        start = 0
+        for index in indices:
+            first, last = int(data.offsets[index]), int(data.offsets[index + 1])
+            here = best[start : start + last - first]
+            found[first : last - 1] = here[:-1] == data.token_ids[first + 1 : last]
+            start += last - first
+    return sum_arrays(found).astype(bool)
+
+
 class _Passes:
     """Passes over some of the held-out batches."""
 
-    def __init__(self, head, data: TokenizedData, source):
-        self.head, self.data, self.source = head, data, source
+    def __init__(self, head, data: TokenizedData, source, own: np.ndarray):
+        self.head, self.data, self.source, self.own = head, data, source, own
         self.parts = batches(data, HELD_OUT_TOKENS)
-        self.ranks: dict[int, np.ndarray] = {}  # of each batch; the last row is 1 where a reply begins
+        self.ranks: dict[int, np.ndarray] = {}  # of each batch; two more rows: 1 where a reply begins, own
         self.counts = np.zeros(len(self.parts), np.int32)
         self.losses, self.labelled = np.zeros(head.num_depths), np.zeros(head.num_depths)
         self.stats: dict[str, np.ndarray] = {}
@@ -46,13 +63,16 @@ class _Passes:
         for index in wanted:
             batch = make_batch(self.data, self.parts[index], self.source, self.head.num_depths)
             if len(batch.positions):
-                self._add(index, batch, head_loss(self.head, batch, 1.0))
+                own = np.concatenate(
+                    [self.own[self.data.offsets[i] : self.data.offsets[i + 1]] for i in self.parts[index]]
+                )
+                self._add(index, batch, head_loss(self.head, batch, 1.0), own[batch.positions + 1])
 
-    def _add(self, index: int, batch, parts) -> None:
+    def _add(self, index: int, batch, parts, own: np.ndarray) -> None:
         ranks = np.stack([r.numpy() for r in parts.ranks])
         labelled = (ranks >= 0).sum(1)
         begins = np.diff(batch.positions, prepend=-2) != 1
-        ranks = np.concatenate([ranks, begins[None].astype(np.int32)])
+        ranks = np.concatenate([ranks, np.stack([begins, own]).astype(np.int32)])
         self.losses += np.array([float(x.item()) for x in parts.depth_losses]) * labelled
         self.labelled += labelled
         self.ranks[index], self.counts[index] = ranks, len(batch.positions)
@@ -63,7 +83,7 @@ class _Passes:
         """Add up what the ranks found: afterwards all of them know all of it."""
         self.counts = sum_arrays(self.counts)
         edges = np.concatenate([[0], np.cumsum(self.counts)])
-        whole = np.zeros((self.head.num_depths + 1, edges[-1]), np.int32)
+        whole = np.zeros((self.head.num_depths + 2, edges[-1]), np.int32)
         for index, ranks in self.ranks.items():
             whole[:, edges[index] : edges[index + 1]] = ranks
         whole = sum_arrays(whole)
@@ -72,37 +92,41 @@ class _Passes:
         self.stats = {name: sum_arrays(np.asarray(total)) for name, total in sorted(self.stats.items())}
 
 
-def _pass_over(head, data: TokenizedData, source) -> _Passes:
+def _pass_over(head, data: TokenizedData, source, own: np.ndarray) -> _Passes:
     """All held-out batches, dealt out to the ranks; where one of them would get nothing, each passes over all."""
-    passes = _Passes(head, data, source)
+    passes = _Passes(head, data, source, own)
     everything = range(len(passes.parts))
     passes.run(everything[runtime.rank() :: runtime.world_size()])
     idle = sum_arrays(np.array([not passes.ranks], np.int32))
     if not idle[0]:
         passes.share()
         return passes
-    passes = _Passes(head, data, source)
+    passes = _Passes(head, data, source, own)
     passes.run(everything)
     return passes
 
 
-def score_head(head, data: TokenizedData, source, num_nodes: int) -> Score:
+def score_head(head, data: TokenizedData, source, num_nodes: int, own: np.ndarray | None = None) -> Score:
     """Teacher-forced ranks over all held-out conversations. Leaves the head in training mode.
 
-    source(indices) -> Features. Raises ValueError when the text is too short to score on.
+    source(indices) -> Features; own: what ``own_tokens`` gave, if it is known. Losses and accuracies are those of the
+    whole text; accept length and tree those of the replies that the backbone would have written itself. Raises
+    ValueError when the text is too short to score on.
     """
+    own = own_tokens(head.borrowed, data, source) if own is None else own
     head.eval()
     with jt.no_grad():
-        passes = _pass_over(head, data, source)
+        passes = _pass_over(head, data, source, own)
     head.train()
     found = [passes.ranks[index] for index in sorted(passes.ranks)]
     if not sum(part.shape[1] for part in found):
         raise ValueError("the held-out text is too short to score on; hold out more conversations")
-    *ranks, begins = np.concatenate(found, 1)
+    *ranks, begins, own = np.concatenate(found, 1)
     ranks, lengths = np.stack(ranks), np.diff(np.flatnonzero([*begins, 1]))
-    tree = fitted_paths(count_paths(ranks), STORED_NODES)
+    counted, replies = own_replies(ranks, lengths, own.astype(bool))
+    tree = fitted_paths(count_paths(counted), STORED_NODES)
     return Score(
-        expected_accept_length(ranks, lengths, num_nodes),
+        expected_accept_length(counted, replies, num_nodes),
         accuracy(ranks, 1),
         accuracy(ranks, 5),
         (passes.losses / np.maximum(passes.labelled, 1)).tolist(),

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heads.ranks import accepted_depths, walk
-from trainer.score import MAX_RANK, accuracy, count_paths, expected_accept_length, fitted_paths
+from trainer import score
+from trainer.score import MAX_RANK, accuracy, count_paths, expected_accept_length, fitted_paths, own_replies
 
 EXAMPLE = np.array([[0, 0, 2], [1, 0, 0]])  # positions with ranks (0, 1), (0, 0), (2, 0)
 
@@ -104,3 +105,14 @@ def test_accuracy_is_the_share_of_known_positions():
     ranks = np.array([[0, 1, 4, 5], [-1, 0, -1, 9]])
     assert accuracy(ranks, 1) == [0.25, 0.5]
     assert accuracy(ranks, 5) == [0.75, 0.5]
+
+
+def test_only_what_the_backbone_would_have_written_counts(monkeypatch):
+    monkeypatch.setattr(score, "MIN_REPLIES", 1)
+    ranks = np.array([[0, 5, 0, 0, 5]])
+    own = np.array([True, True, True, False, True])
+    kept, lengths = own_replies(ranks, np.array([2, 3]), own)
+    assert kept.tolist() == [[0, 5]] and lengths.tolist() == [2]
+    monkeypatch.setattr(score, "MIN_REPLIES", 2)  # too few of them: all count
+    kept, lengths = own_replies(ranks, np.array([2, 3]), own)
+    assert kept.tolist() == ranks.tolist() and lengths.tolist() == [2, 3]
