@@ -24,14 +24,17 @@ class KVCache:
     """
 
     def __init__(self, config, max_length: int, dtype: str):
-        if max_length < 1:
-            raise ValueError(f"a cache needs room for at least one row, got {max_length}")
+        self._begin(max_length)
         padded = -(-config.head_dim // LANES) * LANES
-        self.max_length, self.length, self.pending = max_length, 0, 0
-        self.writer = None  # the last pass, which Jittor would not run at all if nobody read its result
         self.data = jt.zeros((config.num_layers, 2, config.num_kv_heads, max_length, padded), dtype=dtype)
         self.data.stop_grad()
         self.data.sync()
+
+    def _begin(self, max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"a cache needs room for at least one row, got {max_length}")
+        self.max_length, self.length, self.pending = max_length, 0, 0
+        self.writer = None  # the last pass, which Jittor would not run at all if nobody read its result
 
     @property
     def room(self) -> int:
@@ -65,9 +68,14 @@ class KVCache:
             self.writer.sync()
             self.writer = None
         if len(path) and path[-1] != len(path) - 1:  # ascending: else the rows lie where they belong
-            keep_rows(self.data, self.length + path, self.length + np.arange(len(path), dtype=np.int32))
+            self.move(self.length + path, self.length + np.arange(len(path), dtype=np.int32))
         self.length += len(path)
         self.pending = 0
+
+    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Move rows between slots, (moved,) int32 each, in this order: no slot may be a target before it has been a
+        source."""
+        keep_rows(self.data, sources, targets)
 
     def rewind(self, length: int) -> None:
         """Forget everything behind the first ``length`` rows."""
@@ -129,4 +137,4 @@ class BatchCache:
         sources, targets = np.concatenate(sources), np.concatenate(targets)
         moved = sources != targets
         if moved.any():
-            keep_rows(self.slots.data, sources[moved].astype(np.int32), targets[moved].astype(np.int32))
+            self.slots.move(sources[moved].astype(np.int32), targets[moved].astype(np.int32))

@@ -69,7 +69,10 @@ class Backbone:
             fingerprint.add(name, tensors[name])
         self.fingerprint = fingerprint.hexdigest()
         self._load(tensors)
-        self._frequencies = rope_inverse_frequencies(config)
+        self._begin_rotary()
+
+    def _begin_rotary(self) -> None:
+        self._frequencies = rope_inverse_frequencies(self.config)
         self._rope_length, self._cosine, self._sine = 0, None, None
 
     def _load(self, tensors: dict[str, np.ndarray]) -> None:
@@ -128,6 +131,9 @@ class Backbone:
             raise ValueError(
                 f"a cache of {max_length} rows exceeds the {self.config.max_positions} positions of the backbone"
             )
+        return self._make_cache(max_length)
+
+    def _make_cache(self, max_length: int) -> KVCache:
         return KVCache(self.config, max_length, self.dtype)
 
     def adapted(self, changes: dict[tuple[int, str], np.ndarray], name: str) -> Backbone:
@@ -195,6 +201,14 @@ class Backbone:
             plan = RowPlan.chain(rows) if batch == 1 else RowPlan.sequences([rows] * batch)
         if plan.num_rows != batch * rows:
             raise ValueError(f"attend covers {plan.num_rows} rows, the tokens {batch * rows}")
+        c = self.config
+        if base + plan.max_position >= c.max_positions:
+            raise ValueError(f"position {base + plan.max_position} exceeds the {c.max_positions} of the backbone")
+        unknown = set(layers) - set(range(c.num_layers + 1))
+        if unknown:
+            raise ValueError(f"the backbone has layers 0 to {c.num_layers}, asked for {sorted(unknown)}")
+        if logits not in ("all", "last", None):
+            raise ValueError(f"logits must be 'all', 'last' or None, got {logits!r}")
         if cache is not None:
             cache.reserve(rows)
         return self._run(token_ids, plan, cache, layers, logits)
@@ -208,13 +222,6 @@ class Backbone:
         c = self.config
         base = cache.length if cache is not None else 0
         data = (cache or KVCache(self._single_layer(), batch * rows, self.dtype)).data
-        if base + plan.max_position >= c.max_positions:
-            raise ValueError(f"position {base + plan.max_position} exceeds the {c.max_positions} of the backbone")
-        unknown = set(layers) - set(range(c.num_layers + 1))
-        if unknown:
-            raise ValueError(f"the backbone has layers 0 to {c.num_layers}, asked for {sorted(unknown)}")
-        if logits not in ("all", "last", None):
-            raise ValueError(f"logits must be 'all', 'last' or None, got {logits!r}")
         cosine, sine = self.rotary_tables(base + plan.max_position + 1)
         ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
         inside = 0 if logits is None else batch * rows if logits == "all" else 1 if batch == 1 else 0

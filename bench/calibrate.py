@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from backbone.engines import ENGINES, HELP, JITTOR, prepare_engine
 from bench.calibration import (
     KIND,
     SCHEMA_VERSION,
@@ -64,6 +65,7 @@ def build_parser() -> Parser:
     add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
     add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
     add("--load-in-4bit", "keep them in nf4, a scale per 64 weights of a row", action="store_true")
+    add("--backbone-engine", HELP, choices=ENGINES, default=JITTOR)
     add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
     add("--prompts", "prompt file instead of held-out text; may be repeated", metavar="FILE", action="append")
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
@@ -180,13 +182,14 @@ def calibrate(options: argparse.Namespace) -> tuple[Calibration, Path]:
     prompts = find_prompts(options, tokenizer, config.max_positions, head_config)
 
     import runtime
-    from backbone.model import load_backbone
+    from backbone.engines import load_engine
     from bench.attempts import Setup
     from heads.checkpoint import load_head
     from heads.registry import build
     from runtime.interrupt import deferred_interrupts
 
-    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit, options.load_in_4bit)
+    kept = options.load_in_8bit, options.load_in_4bit
+    backbone = load_engine(options.backbone_engine, options.backbone, options.dtype, *kept)
     if directory:
         head = load_head(directory, backbone)[0]
     else:
@@ -329,7 +332,9 @@ def table_of(calibration: Calibration) -> Table:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
-    calibration, out = calibrate(parse(arguments))
+    options = parse(arguments)
+    prepare_engine(options.backbone_engine)
+    calibration, out = calibrate(options)
     write_calibration(calibration, out)
     show_table(table_of(calibration))
     note(f"written to {out}")

@@ -36,7 +36,7 @@ from bench.record import Adaptation, AdaptedText, Baseline, Failure, FirstDiffer
 from decoding.dynamic import fill
 from decoding.generate import Timers, accepted_features, first_difference, logit_gap
 from decoding.tree import Tree
-from runtime import jt, warm
+from runtime import jt, synchronize, warm
 from runtime.interrupt import check_interrupt, deferred_interrupts
 
 # Prompt lengths of the warm-up: a lone row has kernels of its own, two rows are the shortest text, forty a usual one.
@@ -255,7 +255,7 @@ def warm_acceptance(setup: Setup) -> None:
             state = head.begin(accepted_features(output, rows), following, state)
             fill(setup.acceptance.rule(), head, state, 0, setup.tree)
         cache.commit(path)
-        cache.data.sync()
+        synchronize()
     cache.rewind(0)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from backbone.engines import ENGINES, HELP, JITTOR
 from bench.prompts import PromptSet, join_prompt_sets, load_prompts, spread
 from bench.rules import SAMPLED, add_options
 from bench.trees import DYNAMIC
@@ -36,6 +37,7 @@ def build_parser() -> Parser:
     add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
     add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
     add("--load-in-4bit", "keep them in nf4, a scale per 64 weights of a row", action="store_true")
+    add("--backbone-engine", HELP, choices=ENGINES, default=JITTOR)
     add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
     add("--prompts", "prompt file; may be repeated; without: the embedded one", metavar="FILE", action="append")
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
@@ -64,6 +66,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must lie between 0 and 2**32 - 1, got {options.seed}")
+    if options.batch_size > 1 and options.backbone_engine != JITTOR:
+        raise ValueError(f"--batch-size {options.batch_size} needs --backbone-engine {JITTOR}; the other takes 1")
     if options.out and options.out_dir:
         raise ValueError("--out names one file and --out-dir a folder; give one of them")
     if options.tree not in (None, DYNAMIC) and options.nodes is not None:

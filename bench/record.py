@@ -26,6 +26,10 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
 
 
+# How the matrices of the backbone's layers are kept, and by whom where that is not our engine.
+Storage = Literal["float16", "float32", "int8", "nf4", "torch-float16", "torch-float32", "torch-int8", "torch-nf4"]
+
+
 class OtherKindError(ValueError):
     """The file is a result of another kind than the reader wants. ``kind``: what it says it is."""
 
@@ -46,7 +50,7 @@ class BackboneInfo(_Model):
     num_layers: Count
     vocab_size: Count
     engine: Literal["jittor", "torch"]
-    storage: Literal["float16", "float32", "int8", "nf4"] | None = None
+    storage: Storage | None = None
 
 
 class Decoding(_Model):
@@ -95,8 +99,8 @@ class RunConfig(_Model):
 
 
 class Checkpoint(_Model):
-    """train_steps, train_tokens, train_s: of the whole run. seed: the training's. expected_accept_length: tokens per pass
-    on held-out text with a tree of ``tree_nodes`` nodes, as the training scored the kept checkpoint."""
+    """train_steps, train_tokens, train_s: of the whole run. seed: the training's. expected_accept_length: tokens per
+    pass on held-out text with a tree of ``tree_nodes`` nodes, as the training scored the kept checkpoint."""
 
     path: str
     sha256: str

@@ -69,7 +69,7 @@ class Recorder:
             "hidden_size": c.hidden_size,
             "num_layers": c.num_layers,
             "vocab_size": c.vocab_size,
-            "engine": "jittor",
+            "engine": options.backbone_engine,
             "storage": backbone.storage,
         }
         self.decoding = {

@@ -23,6 +23,7 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from backbone.engines import prepare_engine
 from bench.metrics import total_variation
 from bench.options import (
     DEFAULT_CACHE,
@@ -264,6 +265,7 @@ def report_doubts(name: str, measured: Measurement) -> None:
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns 0, or 130 when Ctrl-C ended the run early (what was measured is kept)."""
     options = parse(arguments)
+    prepare_engine(options.backbone_engine)
     acceptance = read_acceptance(options)
     tree = parse_tree(options.tree) if options.tree else None
     prompts = read_prompts(options)
@@ -282,12 +284,13 @@ def main(arguments: Sequence[str]) -> int:
     check_room(nodes, cache_length)
 
     import runtime
-    from backbone.model import load_backbone
+    from backbone.engines import load_engine
     from bench.attempts import Setup
     from bench.compare import show_table, summary_table
 
     found = find_trained(options)
-    backbone = load_backbone(options.backbone, options.dtype, options.load_in_8bit, options.load_in_4bit)
+    kept = options.load_in_8bit, options.load_in_4bit
+    backbone = load_engine(options.backbone_engine, options.backbone, options.dtype, *kept)
     runtime.set_seed(options.seed)
     trained = load_trained(options, found, backbone, tokenizer, tree)
     check_room(max((each.tree.num_nodes for each in trained), default=1), cache_length)

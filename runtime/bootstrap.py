@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import os
 import re
@@ -202,6 +203,28 @@ def _end_compilers() -> None:
         jittor_utils.pool_size = 0
 
 
+def settle_threads() -> None:
+    """How OpenMP's threads wait and, under ``mpirun``, how many there are: read when the first library that brings
+    OpenMP is loaded, Jittor's kernels or torch, which then share it."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if under_mpi():
+        ranks_here = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+        threads = threads_per_rank(os.cpu_count() or 1, len(os.sched_getaffinity(0)), ranks_here)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def import_torch():
+    """Import torch into a process that runs Jittor too; returns the module. Called before Jittor starts, where there is
+    the choice: both orders work on a CPU, and in this one torch gets the OpenMP library that it brings along.
+
+    Untried: both on one GPU, each with a CUDA runtime of its own. Raises ValueError where torch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError("--backbone-engine torch needs PyTorch: pip install -r requirements-torch.txt")
+    settle_threads()
+    return importlib.import_module("torch")
+
+
 def start():
     """Import Jittor with everything settled; returns the module and the chosen (device, reason)."""
     if importlib.util.find_spec("jittor") is None:
@@ -218,13 +241,10 @@ def start():
     os.environ.setdefault("cache_name", f"gorgon-{device}")
     # Said outright: Jittor writes the last home it was given into a file and goes on using it without being told.
     os.environ.setdefault("JITTOR_HOME", str(Path.home()))
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    settle_threads()
     os.environ["FIX_TORCH_ERROR"] = "0"  # otherwise importing Jittor imports torch
     os.environ.setdefault("log_silent", "1")
     if under_mpi():
-        ranks_here = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-        threads = threads_per_rank(os.cpu_count() or 1, len(os.sched_getaffinity(0)), ranks_here)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         os.environ["use_mpi"] = "1"  # not what a process outside, which started mpirun, had settled for itself
         if shutil.which("mpicc") is None:
             raise ImportError("mpirun started this, but mpicc is missing: install openmpi-bin and libopenmpi-dev")

@@ -16,6 +16,7 @@ import runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jittor", "numpy", "transformers", "tokenizers", "safetensors")
+OPTIONAL = {"torch"}  # named where it is loaded
 
 
 def _git(*words: str) -> str | None:
@@ -68,7 +69,7 @@ def provenance(seed: int | None = None) -> dict:
         "command": _command(),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in (*PACKAGES, *OPTIONAL & sys.modules.keys())},
         "device": runtime.device,
         "device_name": cpu_name() if runtime.device == "cpu" else gpu_name(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),

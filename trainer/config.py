@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from backbone.engines import ENGINES, HELP, JITTOR, prepare_engine
 from heads.registry import available, head_class, head_folder, make_config
 from runtime.entry import Parser, suggest
 
@@ -20,6 +21,7 @@ EMBEDDED_CORPUS = ROOT / "assets" / "corpus" / "chat.jsonl.gz"
 
 
 CHOICES = {
+    "backbone_engine": ENGINES,
     "features": ("cache", "online"),
     "loss": ("ce", "kl", "mix"),
     "loss_on": ("assistant", "all"),
@@ -43,6 +45,7 @@ class TrainConfig:
     dtype: str = _option("float16", "of the backbone's weights and features: float16 or float32")
     load_in_8bit: bool = _option(False, "keep the matrices of the backbone's layers in int8, a scale per row")
     load_in_4bit: bool = _option(False, "keep them in 4 bits, a scale per 64 weights")
+    backbone_engine: str = _option(JITTOR, HELP)
     template: str | None = _option(None, "chat template by name; default: the tokenizer's own")
     data: list[str] = _option(
         [],
@@ -227,11 +230,14 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--head")
     first.add_argument("--config")
+    first.add_argument("--backbone-engine")
     first.add_argument("--list-heads", action="store_true")
     known, _ = first.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     if known.list_heads:
         return None
     file_options = read_yaml(Path(known.config)) if known.config else {}
+    named = known.backbone_engine or file_options.get("backbone_engine", file_options.get("backbone-engine"))
+    prepare_engine(str(named or JITTOR))  # before the head's class loads Jittor
     head = known.head or file_options.get("head")
     if head is not None:
         head_class(str(head))  # an unknown head is answered before anything else

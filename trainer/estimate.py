@@ -163,6 +163,8 @@ def held_bytes(thing) -> int:
         seen.add(id(value))
         if isinstance(value, jt.Var):
             return int(value.numel()) * np.dtype(str(value.dtype)).itemsize
+        if hasattr(value, "element_size"):  # a tensor of torch's
+            return value.numel() * value.element_size()
         if isinstance(value, Mapping):
             return sum(map(walk, value.values()))
         if isinstance(value, list | tuple):

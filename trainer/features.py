@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backbone.model import load_backbone
+from backbone.engines import load_engine
 from heads.base import Features
 from heads.registry import available, build, head_class
 from ops.decoder_layer import RowPlan
@@ -202,8 +202,8 @@ def _check_room(root: Path, num_bytes: int) -> None:
 
 # The options of a training run that decide what its features are and where they lie.
 OPTIONS = (
-    *("backbone", "dtype", "load_in_8bit", "load_in_4bit", "template", "data", "data_weights", "block_size"),
-    *("loss_on", "max_length", "held_out", "cache_dir"),
+    *("backbone", "dtype", "load_in_8bit", "load_in_4bit", "backbone_engine", "template", "data", "data_weights"),
+    *("block_size", "loss_on", "max_length", "held_out", "cache_dir"),
 )
 
 
@@ -264,7 +264,8 @@ def _run(arguments: Sequence[str]) -> None:
     for name in heads or ():
         head_class(name)  # an unknown head is answered before anything is loaded
     splits = load_splits(config)
-    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit, config.load_in_4bit)
+    kept = config.load_in_8bit, config.load_in_4bit
+    backbone = load_engine(config.backbone_engine, config.backbone, config.dtype, *kept)
     layers = layers_of(heads, backbone)
     names, parts = array_names(layers), []
     with Watch(0) as watch:

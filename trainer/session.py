@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import runtime
-from backbone.model import load_backbone
+from backbone.engines import load_engine
 from heads.checkpoint import weights_sha256
 from heads.registry import build
 from runtime.ranks import barrier, share_from_main, text_from_main
@@ -67,7 +67,8 @@ def prepare(config: TrainConfig, splits: Splits | None = None) -> Setting:
             f"{runtime.world_size()} ranks share {len(splits.training)} training sequences: each needs one; "
             "start fewer ranks or give more text"
         )
-    backbone = load_backbone(config.backbone, config.dtype, config.load_in_8bit, config.load_in_4bit)
+    kept = config.load_in_8bit, config.load_in_4bit
+    backbone = load_engine(config.backbone_engine, config.backbone, config.dtype, *kept)
     runtime.set_seed(config.seed)
     head = build(config.head, config.head_options, backbone)
     replies = splits.training.token_ids[splits.training.mask]
@@ -83,6 +84,7 @@ def prepare(config: TrainConfig, splits: Splits | None = None) -> Setting:
             "vocab_size": backbone.config.vocab_size,
             "dtype": config.dtype,
             "storage": backbone.storage,
+            "engine": config.backbone_engine,
         },
         "tokenizer": {"fingerprint": splits.tokenizer.fingerprint, "template": config.template},
         "num_parameters": head.num_parameters,

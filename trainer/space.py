@@ -24,8 +24,9 @@ from trainer.config import FIELDS, TYPES, TrainConfig
 # Options that decide what is trained on which machine, or what is scored: trials that differ in them cannot be compared
 # or would be in each other's way.
 FIXED = frozenset({
-    "head", "backbone", "dtype", "load_in_8bit", "load_in_4bit", "template", "data", "block_size", "loss_on", "out",
-    "overwrite", "resume", "dry_run", "max_length", "held_out", "tree_nodes", "cache_dir", "tensorboard",
+    "head", "backbone", "dtype", "load_in_8bit", "load_in_4bit", "backbone_engine", "template", "data", "block_size",
+    "loss_on", "out", "overwrite", "resume", "dry_run", "max_length", "held_out", "tree_nodes", "cache_dir",
+    "tensorboard",
 })  # fmt: skip
 HEAD = "head."
 

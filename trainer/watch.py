@@ -29,7 +29,7 @@ def card(config, backbone, head, report, num_steps: int, out) -> None:
     lines = (
         f"device    {runtime.device} ({runtime.device_reason})",
         f"backbone  {config.backbone or 'embedded tiny-vicuna'} {backbone.fingerprint}, {c.num_layers} layers, "
-        f"{c.hidden_size} wide, {config.dtype}",
+        f"{c.hidden_size} wide, {backbone.storage}",
         f"head      {config.head}, {head.num_depths} depths, {head.num_parameters / 1e6:.2f} M parameters, float32",
         f"data      {report.summary()}",
         f"run       {num_steps} steps of {config.tokens_per_step} tokens, features {config.features}, into {out}",
