@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from ops.select import top_k_log_probabilities
+from ops.training import trainable_linear
 from runtime import jt
 
 
@@ -29,12 +30,31 @@ class Features:
 
 
 @dataclass
+class Projection:
+    """Logits that nobody has computed yet: the sum over the terms of hidden weight^T. A loss can take them a chunk of
+    rows at a time (``ops.linear_loss``).
+
+    terms: (hidden (rows, in), weight (vocab, in)) float32 each; a weight that is not trained has its gradient stopped.
+    """
+
+    terms: list[tuple]
+
+    def value(self):
+        """All of them at once, (rows, vocab) float32, with gradients to every term."""
+        total, *others = (trainable_linear(hidden, weight) for hidden, weight in self.terms)
+        for other in others:
+            total = total + other
+        return total
+
+
+@dataclass
 class HeadOutput:
     """What a head says of some positions.
 
-    logits: one Var (positions, vocab) float32 per depth; while training, None for a depth that gets no loss of its
-    own. aux: named extra losses, scalar Vars, already weighted. stats: named figures to report, NumPy arrays
-    (positions, ...); their means over the held-out text go into checkpoints and results, see ``Head.describe``.
+    logits: one entry per depth: a ``Projection`` or, of a head that does not end in a language-model head, a Var
+    (positions, vocab) float32; while training, None for a depth that gets no loss of its own. aux: named extra losses,
+    scalar Vars, already weighted. stats: named figures to report, NumPy arrays (positions, ...); their means over the
+    held-out text go into checkpoints and results, see ``Head.describe``.
     """
 
     logits: list
@@ -147,6 +167,10 @@ class Head(jt.Module):
             return jt.nn.matmul_transpose(hidden, self.borrowed.lm_head_weight)
         return self.borrowed.lm_logits(hidden)
 
+    def lm_projection(self, hidden) -> Projection:
+        """The same for ``execute``: what the loss multiplies, chunk by chunk. hidden: (rows, dim)."""
+        return Projection([(hidden, self.borrowed.lm_head_weight)])
+
     @staticmethod
     def sequence_lengths(features: Features) -> np.ndarray:
         """Length of each sequence of a batch, in order, (sequences,) int64."""
@@ -171,7 +195,7 @@ class Head(jt.Module):
         """Training: the logits of all depths at the wanted positions, under the true tokens.
 
         features.hidden: (batch, seq, dim); token_ids: (batch, seq + num_depths) int32, the rows' tokens and those that
-        follow; positions: (num,) int32, flat indices b * seq + t. Returns logits (num, vocab) per depth.
+        follow; positions: (num,) int32, flat indices b * seq + t. Returns the logits of each depth, ``num`` rows.
         """
         raise TypeError(f"{type(self).__name__} does not define execute")
 

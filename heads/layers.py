@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import option
+from heads.base import Projection, option
 from ops.linear import PackedLinear
 from ops.training import trainable_linear
 from runtime import jt
@@ -43,6 +43,11 @@ class Linear(jt.Module):
                 self._packed = PackedLinear(self.weight.numpy())
             y = self._packed(x)
         return y + self.bias if self.has_bias else y
+
+    def project(self, x) -> Projection:
+        """``execute`` of a map without bias, for the loss to multiply. x: (rows, in)."""
+        assert not self.has_bias
+        return Projection([(x, self.weight)])
 
 
 class ResidualBlock(jt.Module):
@@ -115,13 +120,22 @@ class DepthLMHeads(jt.nn.ModuleList):
         else:
             own = [LowRank(dim, num_out, rank) for _ in range(num_depths if kind == "low_rank" else 0)]
         super().__init__(own)
-        self.kind, self.lm_logits = kind, lm_logits
+        self.kind, self.lm_logits, self.borrowed = kind, lm_logits, backbone
 
     def execute(self, y, depth: int):
         """y: (rows, dim) -> (rows, vocab) for one depth."""
         if self.kind == "own":
             return self[depth](y)
         return self.lm_logits(y) + self[depth](y) if self.kind == "low_rank" else self.lm_logits(y)
+
+    def project(self, y, depth: int) -> Projection:
+        """The same for the loss to multiply: low_rank is two products, LM(y) and B_k (A_k y)."""
+        if self.kind == "own":
+            return self[depth].project(y)
+        terms = [(y, self.borrowed.lm_head_weight)]
+        if self.kind == "low_rank":
+            terms.append((self[depth].down(y), self[depth].up.weight))
+        return Projection(terms)
 
     def all_depths(self, ys: list):
         """One y (rows, dim) per depth -> (depths * rows, vocab), depth by depth; the frozen product is taken once."""

@@ -21,7 +21,7 @@ class ParallelHead(Head):
 
     def execute(self, features, token_ids, positions) -> HeadOutput:
         x = self.select(features.hidden, positions)
-        return HeadOutput([self.lm_heads(self.depth_hidden(x, k), k) for k in range(self.num_depths)])
+        return HeadOutput([self.lm_heads.project(self.depth_hidden(x, k), k) for k in range(self.num_depths)])
 
     def begin(self, features, token_ids, state=None):
         rows = features.hidden.shape[1]

@@ -1,48 +1,108 @@
-"""The training loss: cross-entropy of every depth at the positions that carry a label, and what the head adds."""
+"""The training loss: cross-entropy of every depth at the positions that carry a label, or the divergence from what the
+backbone says there, and what the head adds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import Features
+from heads.base import Features, Projection
+from ops.linear_loss import linear_cross_entropy, reference_soft_cross_entropy
 from ops.training import cross_entropy
 from runtime import jt
 from trainer.data import IGNORE, TokenizedData, targets, useful_positions
 
+KINDS = ("ce", "kl", "mix")
+
 
 @dataclass
 class Batch:
-    """Some conversations laid end to end. token_ids: (1, tokens + depths) int32; positions: (num,) int32, those whose
-    draft can be scored; labels: (depths, num) int32, -100 where a depth has none."""
+    """Some conversations laid end to end, all of an optimizer step or a part of them.
+
+    token_ids: (1, tokens + depths) int32; positions: (num,) int32, those whose draft can be scored; labels: (depths,
+    num) int32, -100 where a depth has none; label_counts: (depths,) int64, labels of the whole step; share: of the
+    step's positions that are here.
+    """
 
     features: Features
     token_ids: np.ndarray
     positions: np.ndarray
     labels: np.ndarray
+    label_counts: np.ndarray
+    share: float = 1.0
 
 
-def make_batch(data: TokenizedData, indices, source, num_depths: int) -> Batch:
+def make_batch(
+    data: TokenizedData, indices: Sequence[int], source, num_depths: int, step_indices: Sequence[int] | None = None
+) -> Batch:
     """The batch of these conversations with features from ``source``.
 
     A position counts when the token after it is the assistant's (while decoding, the root always is) and at least
-    one depth has a label.
+    one depth has a label. step_indices: all conversations of the optimizer step, when ``indices`` are a part of them.
     """
     part = data.select(indices)
-    labels = targets(part.mask, part.token_ids, part.offsets, num_depths)
-    root_is_reply = np.append(part.mask[1:], False)
+    positions, labels = _labelled(part, num_depths)
+    whole = labels if step_indices is None else _labelled(data.select(step_indices), num_depths)[1]
+    padded = np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)])
+    return Batch(
+        source(indices),
+        padded[None],
+        positions,
+        labels,
+        (whole != IGNORE).sum(1),
+        1.0 if step_indices is None else len(positions) / max(1, whole.shape[1]),
+    )
+
+
+def _labelled(data: TokenizedData, num_depths: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions that count, (num,) int32, and their labels, (depths, num) int32."""
+    labels = targets(data.mask, data.token_ids, data.offsets, num_depths)
+    root_is_reply = np.append(data.mask[1:], False)
     positions = useful_positions(labels)
     positions = positions[root_is_reply[positions]].astype(np.int32)
-    padded = np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)])
-    return Batch(source(indices), padded[None], positions, np.ascontiguousarray(labels[:, positions]))
+    return positions, np.ascontiguousarray(labels[:, positions])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a depth learns to say at a position: the token that stands there (ce), the backbone's distribution there
+    (kl), or both (mix): (1 - kl_share) CE + kl_share KL(backbone || head).
+
+    teacher(features, token_ids (tokens,) int32, offsets (sequences + 1,) int64) -> (ids (tokens, k) int32 Var,
+    probabilities (tokens, k) float32 Var): row r is the backbone's distribution of token r + 1 given the tokens up to
+    r, on its k likeliest tokens; id -1 fills up. A row that lists nothing has no divergence. Raises ValueError for an
+    unknown kind, a share outside 0 to 1, and a divergence without a teacher.
+    """
+
+    kind: str = "ce"
+    kl_share: float = 0.5
+    teacher: Callable | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"the loss must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not 0 <= self.kl_share <= 1:
+            raise ValueError(f"kl_share must lie in 0 to 1, got {self.kl_share}")
+        if self.kind != "ce" and self.teacher is None:
+            raise ValueError(f"the loss {self.kind!r} needs a teacher, got none; give one, or train with 'ce'")
+
+    @property
+    def soft_share(self) -> float:
+        """The divergence's share of a position's loss."""
+        return {"ce": 0.0, "kl": 1.0, "mix": self.kl_share}[self.kind]
+
+
+CROSS_ENTROPY = Objective()
 
 
 @dataclass
 class LossParts:
-    """total: the scalar to minimise; depth_losses: mean nats per labelled position, one Var per depth that has logits;
-    ranks: Vars (num,) int32 per such depth, the vocabulary's size for a label that the head cannot draft; aux: the
-    head's own terms; stats: its figures to report."""
+    """total: the scalar to minimise; depth_losses: one Var per depth that has logits, its cross-entropy in nats summed
+    over the batch and divided by the step's labels, so that the parts of a step add up; ranks: Vars (num,) int32 per
+    such depth, the vocabulary's size for a label that the head cannot draft; aux: the head's own terms; stats: its
+    figures to report."""
 
     total: object
     depth_losses: list
@@ -51,33 +111,100 @@ class LossParts:
     stats: dict
 
 
-def head_loss(head, batch: Batch, depth_weight: float) -> LossParts:
-    """sum_k depth_weight^k CE_k / sum_k depth_weight^k, plus the head's aux terms. CE_k averages over its labels.
+def head_loss(head, batch: Batch, depth_weight: float, objective: Objective = CROSS_ENTROPY) -> LossParts:
+    """sum_k depth_weight^k L_k / sum_k depth_weight^k + share sum aux, with L_k the sum of depth k's losses over the
+    batch divided by its labels in the whole step: the totals of the parts of a step add up to the step's.
 
     The sums run over the depths that the head gave logits for. A label outside the head's draft vocabulary has no loss.
+    Raises ValueError for a label outside the vocabulary.
     """
-    highest = int(batch.labels.max(initial=IGNORE))
-    assert highest < head.vocab_size, f"label {highest} is outside the vocabulary of {head.vocab_size}"
+    _check_labels(batch.labels, head.vocab_size)
     output = head(batch.features, batch.token_ids, batch.positions)
     assert len(output.logits) == head.num_depths, (len(output.logits), head.num_depths)
-    columns = label_columns(head)
-    weights = np.array([depth_weight**k if logits is not None else 0.0 for k, logits in enumerate(output.logits)])
-    weights /= weights.sum()
-    total, depth_losses, ranks = 0, [], []
-    for logits, tokens, weight in zip(output.logits, batch.labels, weights, strict=True):
-        if logits is None:
-            continue
-        labels = tokens if columns is None else np.where(tokens == IGNORE, IGNORE, columns[np.maximum(tokens, 0)])
-        losses, rank = cross_entropy(logits, jt.array(labels))
-        mean = losses.sum() / max(1, int((labels != IGNORE).sum()))
-        total = total + mean * float(weight)
-        depth_losses.append(mean)
-        if columns is not None:
-            rank = jt.where(jt.array((labels == IGNORE) & (tokens != IGNORE)), head.vocab_size, rank)
-        ranks.append(rank)
+    given = [depth for depth, logits in enumerate(output.logits) if logits is not None]
+    columns, counts = label_columns(head), np.maximum(batch.label_counts, 1)
+    labels = batch.labels
+    if columns is not None:
+        labels = np.where(labels < 0, IGNORE, columns[np.maximum(labels, 0)])
+    weights = np.array([depth_weight**depth for depth in given])
+    scales = dict(zip(given, weights / weights.sum() / counts[given], strict=True))
+    soft = _SoftTargets(head, batch, objective, columns) if objective.soft_share else None
+    total, losses, ranks = 0, {}, {}
+    for group in _groups(output.logits, given):
+        row_weights = np.repeat([scales[depth] for depth in group], labels.shape[1]).astype(np.float32)
+        known = jt.array(labels[group].reshape(-1)), jt.array(row_weights), soft.at(group) if soft else None
+        one, several, places = _rows_loss([output.logits[d] for d in group], *known, objective.soft_share)
+        total = total + one
+        for i, depth in enumerate(group):
+            rows = slice(i * labels.shape[1], (i + 1) * labels.shape[1])
+            losses[depth] = several[rows].sum() / float(counts[depth])
+            lost = (labels[depth] == IGNORE) & (batch.labels[depth] != IGNORE)
+            ranks[depth] = jt.where(jt.array(lost), head.vocab_size, places[rows]) if lost.any() else places[rows]
     for term in output.aux.values():
-        total = total + term
-    return LossParts(total, depth_losses, ranks, output.aux, output.stats)
+        total = total + (term if batch.share == 1 else term * batch.share)
+    return LossParts(total, [losses[d] for d in given], [ranks[d] for d in given], output.aux, output.stats)
+
+
+def _check_labels(labels: np.ndarray, vocab_size: int) -> None:
+    highest = int(labels.max(initial=IGNORE))
+    if highest >= vocab_size:
+        raise ValueError(
+            f"label {highest} is outside the vocabulary of {vocab_size} tokens; "
+            "was the text tokenized for another backbone?"
+        )
+
+
+def _groups(logits: list, given: list[int]) -> list[list[int]]:
+    """Depths whose losses are computed together: those that share all weights. Their gradient is then made once."""
+    groups: dict[tuple, list[int]] = {}
+    for depth in given:
+        entry = logits[depth]
+        key = tuple(id(weight) for _, weight in entry.terms) if isinstance(entry, Projection) else (depth,)
+        groups.setdefault(key, []).append(depth)
+    return list(groups.values())
+
+
+def _rows_loss(entries: list, labels, row_weights, soft, soft_share: float):
+    """The weighted total, the cross-entropies and the ranks of depths that share their weights, end to end."""
+    if isinstance(entries[0], Projection):
+        parts = zip(*(entry.terms for entry in entries), strict=True)
+        terms = [([hidden for hidden, _ in each], each[0][1]) for each in parts]
+        return linear_cross_entropy(terms, labels, row_weights, soft, soft_share)
+    (logits,) = entries
+    if soft is None:
+        losses, ranks = cross_entropy(logits, labels)
+        return (losses * row_weights).sum(), losses, ranks
+    losses, hard, ranks = reference_soft_cross_entropy(logits, labels, soft, soft_share)
+    return (losses * row_weights).sum(), hard, ranks
+
+
+class _SoftTargets:
+    """The teacher's distributions over what the head can draft, by depth."""
+
+    def __init__(self, head, batch: Batch, objective: Objective, columns: np.ndarray | None):
+        assert batch.token_ids.shape[0] == 1, batch.token_ids.shape
+        tokens = batch.token_ids[0, : batch.token_ids.shape[1] - head.num_depths]
+        offsets = np.concatenate([[0], np.cumsum(head.sequence_lengths(batch.features))])
+        assert offsets[-1] == len(tokens), (offsets[-1], len(tokens))
+        with jt.no_grad():
+            self.ids, self.probabilities = objective.teacher(batch.features, tokens, offsets)
+            if columns is not None:
+                self._to_columns(jt.array(columns))
+        self.positions, self.last = batch.positions, len(tokens) - 1
+
+    def _to_columns(self, columns) -> None:
+        """Tokens become columns of the logits; those that have none are dropped, and the rest adds up to 1 again."""
+        columns = jt.where(self.ids < 0, -1, columns[jt.maximum(self.ids, 0)])
+        kept = self.probabilities * (columns >= 0).float32()
+        sums = kept.sum(1, keepdims=True)
+        self.ids, self.probabilities = columns, kept / jt.where(sums > 0, sums, jt.ones_like(sums))
+
+    def at(self, depths: list[int]) -> tuple:
+        """ids and probabilities, (depths * num, k) each. Depth k at position t scores token t + 2 + k, of which row
+        t + 1 + k of the teacher tells."""
+        rows = [np.minimum(self.positions + 1 + depth, self.last) for depth in depths]
+        index = jt.array(np.concatenate(rows).astype(np.int32))
+        return self.ids[index], self.probabilities[index]
 
 
 def label_columns(head) -> np.ndarray | None:

@@ -20,13 +20,15 @@ class Config:
     trained_depths: int = option(6, "depths that training unrolls on the head's own features; 1: as published")
     feature_weight: float = option(0.1, "weight of the feature loss beside the cross-entropy")
     noise: float = option(0.0, "largest uniform noise added to the features while training")
+    attention_norm: bool = option(True, "norm what attention reads; false: as published and in EAGLE-1's files")
 
 
 class EagleHead(LayerHead):
     """x_t = W [e_{t+1}; f_t] + b;  f'_{t+1} = layer(x_t; attention over n(x_0) .. n(x_t));  logits_0 = LM(f'_{t+1})
 
     f_t: the backbone's last hidden state, e_{t+1}: the embedding of the next token, LM: the backbone's frozen
-    language-model head. Depth k >= 1 reads its own f'_{t+k} where the backbone's feature is not there yet.
+    language-model head; n: an RMSNorm, or with ``attention_norm`` off nothing. Depth k >= 1 reads its own f'_{t+k}
+    where the backbone's feature is not there yet.
     """
 
     Config = Config
@@ -40,21 +42,22 @@ class EagleHead(LayerHead):
                 f"feature_weight and noise must not be negative, got {config.feature_weight} and {config.noise}"
             )
         self.join = Linear(2 * self.dim, self.dim)
-        self.norm = RMSNorm(self.dim, backbone.config.rms_norm_eps)
+        self.norm = RMSNorm(self.dim, backbone.config.rms_norm_eps) if config.attention_norm else None
         self.block = DecoderBlock(backbone)
 
     def pair(self, feature, token_ids):
         x = self.join(jt.concat([self.embed(token_ids), feature], 1))
-        return x, self.norm(x)
+        return x, x if self.norm is None else self.norm(x)
 
     def logits(self, y):
         return self.lm_logits(y)
 
     def execute(self, features, token_ids, positions) -> HeadOutput:
-        if not self.is_training():
-            return super().execute(features, token_ids, positions)
         lengths, positions = self.sequence_lengths(features), np.asarray(positions)
         feature = self.context(features)
+        if not self.is_training():
+            outputs = self.unroll(feature, lengths, token_ids, positions, self.num_depths)
+            return HeadOutput([self.lm_projection(y) for y in outputs])
         told = feature
         if self.config.noise:
             told = feature + (jt.rand(*feature.shape) * 2 - 1) * self.config.noise
@@ -64,5 +67,5 @@ class EagleHead(LayerHead):
         for depth, y in enumerate(outputs):
             later, valid = later_positions(positions, lengths, depth + 1)
             loss = loss + smooth_l1(y, feature[jt.array(later)], valid) / depths
-        logits = [self.logits(y) for y in outputs] + [None] * (self.num_depths - depths)
+        logits = [self.lm_projection(y) for y in outputs] + [None] * (self.num_depths - depths)
         return HeadOutput(logits, {"feature": loss * self.config.feature_weight})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import option
+from heads.base import HeadOutput, option
 from heads.decoder import DecoderBlock, LayerHead
 from heads.layers import Linear, RMSNorm
 from runtime import jt
@@ -76,3 +76,8 @@ class Eagle3Head(LayerHead):
 
     def logits(self, y):
         return self.lm_head(self.norm(y))
+
+    def execute(self, features, token_ids, positions) -> HeadOutput:
+        context, lengths = self.context(features), self.sequence_lengths(features)
+        outputs = self.unroll(context, lengths, token_ids, np.asarray(positions), self.num_depths)
+        return HeadOutput([self.lm_head.project(self.norm(y)) for y in outputs])

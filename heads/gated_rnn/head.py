@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heads.base import option
+from heads.base import HeadOutput, option
 from heads.layers import Linear, RMSNorm
 from heads.recurrent import RecurrentHead
 from runtime import jt
@@ -70,3 +70,6 @@ class GatedRNNHead(RecurrentHead):
 
     def score(self, state):
         return self.lm_logits(state[0])
+
+    def execute(self, features, token_ids, positions) -> HeadOutput:
+        return HeadOutput([self.lm_projection(s) for (s,) in self.unroll(features, token_ids, positions)])

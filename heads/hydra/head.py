@@ -18,6 +18,7 @@ class Config(LMHeadOptions):
 
     num_depths: int = option(6, "tokens drafted after the root, one network each; deeper ones are told more tokens")
     num_layers: int = option(1, "blocks per depth: the one that takes the tokens in, then residual ones")
+    token_norm: bool = option(True, "norm the embeddings; false: as published, and as Hydra's files have it")
     prefix_layer: bool = option(False, "a decoder layer over the last hidden states before the networks, as in Hydra++")
 
 
@@ -46,8 +47,8 @@ class HydraHead(Head):
 
     h': the last hidden state h, or with ``prefix_layer`` a decoder layer's output over n_p(h) up to here, of which
     h is the residual; e_j: the embedding of the token chosen before depth j's guess, e_0 the root's; n: an
-    RMSNorm. Depth k has its own weights and takes k + 2 inputs. An untrained depth repeats the backbone's next-token
-    guess.
+    RMSNorm, or with ``token_norm`` off nothing. Depth k has its own weights and takes k + 2 inputs. An untrained depth
+    repeats the backbone's next-token guess.
     """
 
     Config = Config
@@ -56,7 +57,7 @@ class HydraHead(Head):
         super().__init__(config, backbone)
         if config.num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {config.num_layers}")
-        self.token_norm = RMSNorm(self.dim)
+        self.token_norm = RMSNorm(self.dim) if config.token_norm else None
         if config.prefix_layer:
             self.prefix_norm, self.prefix = RMSNorm(self.dim), DecoderBlock(backbone)
         self.blocks = jt.nn.ModuleList(
@@ -78,17 +79,14 @@ class HydraHead(Head):
 
     def append(self, x, token_ids):
         """x: (rows, n dim), token_ids: (rows,) -> (rows, (n + 1) dim)."""
-        return jt.concat([x, self.token_norm(self.embed(token_ids))], 1)
-
-    def depth_logits(self, x, depth: int):
-        """x: (rows, (depth + 2) dim) -> (rows, vocab)."""
-        return self.lm_heads(self.blocks[depth](x), depth)
+        e = self.embed(token_ids)
+        return jt.concat([x, e if self.token_norm is None else self.token_norm(e)], 1)
 
     def execute(self, features, token_ids, positions) -> HeadOutput:
         x, logits = self.context(features, positions), []
         for depth in range(self.num_depths):
             x = self.append(x, self.following(np.asarray(token_ids), positions, depth))
-            logits.append(self.depth_logits(x, depth))
+            logits.append(self.lm_heads.project(self.blocks[depth](x), depth))
         return HeadOutput(logits)
 
     def begin(self, features, token_ids, state=None):
@@ -101,4 +99,4 @@ class HydraHead(Head):
     def step(self, state, token_ids, parents):
         x, depth, cache = state
         x = self.append(x[parents], token_ids)
-        return self.depth_logits(x, depth), (x, depth + 1, cache)
+        return self.lm_heads(self.blocks[depth](x), depth), (x, depth + 1, cache)

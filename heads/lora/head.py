@@ -13,7 +13,8 @@ from heads.base import Features, HeadOutput, Stage, option
 from heads.layers import LowRank
 from heads.medusa import MedusaConfig, MedusaHead
 from ops.decoder_layer import RowPlan
-from ops.training import cross_entropy, kl_divergence
+from ops.linear_loss import linear_cross_entropy
+from ops.training import kl_divergence
 from runtime import jt
 
 JOINT = "joint"
@@ -50,7 +51,7 @@ class LoRAHead(MedusaHead):
         for name in ("adapter_alpha", "adapter_rate", "kl_weight"):
             if not getattr(config, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
-        self.shapes = [{name: m.shape for name, m in block.matrices().items()} for block in backbone.blocks]
+        self.shapes = [{name: m.shape for name, m in block.frozen().items()} for block in backbone.blocks]
         self.adapters = jt.nn.ModuleList([self._adapter(shape) for shapes in self.shapes for shape in shapes.values()])
         self.stage, self.progress = JOINT, 1.0
         self._differentiable = self._merged = None
@@ -103,8 +104,7 @@ class LoRAHead(MedusaHead):
             self._differentiable = DifferentiableBackbone(self.borrowed)
 
         def linear(layer, name, x, weight):
-            change = self.adapter(layer, name)(x)
-            return jt.nn.matmul_transpose(x, weight.float32()) + self.scale * change
+            return weight(x) + self.scale * self.adapter(layer, name)(x)
 
         return self._differentiable.hidden(token_ids, lengths, linear).unsqueeze(0)
 
@@ -127,10 +127,11 @@ class LoRAHead(MedusaHead):
 
     def surprise(self, features, adapted, token_ids, positions) -> dict:
         """Nats of the token that follows each position, before and after adaptation: (positions,) NumPy each."""
-        following = jt.array(self.following(token_ids, positions, 0))
+        following, ones = jt.array(self.following(token_ids, positions, 0)), jt.ones((len(positions),))
         found = {}
         for name, hidden in (("before", features.hidden), ("after", adapted)):
-            found[name] = cross_entropy(self.lm_logits(self.select(hidden, positions)), following)[0].numpy()
+            terms = self.lm_projection(self.select(hidden, positions)).terms
+            found[name] = linear_cross_entropy(terms, following, ones)[1].numpy()
         return found
 
     def describe(self, means):

@@ -74,4 +74,4 @@ class LSTMEagleHead(RecurrentHead):
             later, valid = later_positions(positions, lengths, depth + 1)
             misses = misses + smooth_l1(feature, self.select(features.hidden, later), valid)
         aux = {"feature": misses * (self.config.feature_weight / self.num_depths)}
-        return HeadOutput([self.score(state) for state in states], aux)
+        return HeadOutput([self.lm_projection(feature) for feature, _, _ in states], aux)

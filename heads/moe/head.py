@@ -86,7 +86,8 @@ class MoEHead(ParallelHead):
     def execute(self, features, token_ids, positions) -> HeadOutput:
         x = self.select(features.hidden, positions)
         p, chosen, gates = self.route(x)
-        logits = [self.lm_heads(y, depth) for depth, y in enumerate(self.mix(x, range(self.num_depths), gates))]
+        ys = self.mix(x, range(self.num_depths), gates)
+        logits = [self.lm_heads.project(y, depth) for depth, y in enumerate(ys)]
         aux = {"load_balance": self.balance_loss(p, chosen) * self.config.balance_weight}
         # Read on the host, so only where it is reported.
         stats = {} if self.is_training() else {"expert_usage": chosen.numpy() / self.config.top_k}

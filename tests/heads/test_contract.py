@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from heads.base import Features
+from heads.base import Features, Projection
 from heads.checkpoint import find_checkpoint, latest_checkpoints, load_head, save_checkpoint, weights_sha256
 from heads.registry import available, build, head_class, make_config
+from ops.training import reference_cross_entropy
 from runtime import jt
+from trainer.config import TrainConfig
 from trainer.data import TokenizedData
 from trainer.features import OnlineFeatures
 from trainer.loss import head_loss, make_batch
-from trainer.optimizer import AdamW
+from trainer.optimizer import make_optimizer
 
 NAMES = available()
 # Options that keep a head small, where it has them.
@@ -32,10 +34,12 @@ def small_options(name):
 
 # Options that make another network of a head; every head is also tested as it comes.
 VARIANTS = [
+    ("eagle", {"attention_norm": False}),
     ("eagle3", {"token_residual": True}),
     ("gated_rnn", {"cell": "gru"}),
     ("hydra", {"lm_head": "low_rank", "num_layers": 2}),
     ("hydra", {"prefix_layer": True}),
+    ("hydra", {"token_norm": False}),
     ("mlp", {"lm_head": "low_rank", "num_layers": 2}),
     ("moe", {"lm_head": "shared", "top_k": 1}),
     ("redrafter", {"lm_head": "shared"}),
@@ -93,10 +97,15 @@ def drafted(head, state, tokens):
     return np.stack(logits)
 
 
+def every_logit(output):
+    """The logits of every depth as Vars."""
+    return [each.value() if isinstance(each, Projection) else each for each in output.logits]
+
+
 def teacher_forced(head, features, token_ids):
     """Logits (depth, batch, seq, vocab) of execute at every position."""
     output = head(features, token_ids, np.arange(2 * SEQ, dtype=np.int32))
-    return np.stack([logits.numpy() for logits in output.logits]).reshape(DEPTHS, 2, SEQ, -1)
+    return np.stack([logits.numpy() for logits in every_logit(output)]).reshape(DEPTHS, 2, SEQ, -1)
 
 
 def tolerance(logits):
@@ -111,7 +120,7 @@ def test_execute_gives_logits_for_the_wanted_positions_and_scalar_extras(head, b
     positions = np.array([1, 4, SEQ, 2 * SEQ - 1], np.int32)
     output = head(features, token_ids, positions)
     assert len(output.logits) == head.num_depths
-    for depth, logits in enumerate(output.logits):
+    for depth, logits in enumerate(every_logit(output)):
         assert tuple(logits.shape) == (4, 64) and logits.dtype == "float32"
         np.testing.assert_allclose(logits.numpy(), everything[depth, positions], atol=tolerance(everything))
         # Control: the position beside it has other logits.
@@ -200,7 +209,7 @@ def check_gradients(head, backbone, token_ids):
     head.train()
     output = head(features, token_ids, np.arange(2 * SEQ, dtype=np.int32))
     weights = np.random.default_rng(0).standard_normal((2 * SEQ, 64)).astype(np.float32)
-    loss = sum((logits * jt.array(weights)).sum() for logits in output.logits) + sum(output.aux.values())
+    loss = sum((logits * jt.array(weights)).sum() for logits in every_logit(output)) + sum(output.aux.values())
     names, parameters = zip(*head.named_parameters(), strict=True)
     for borrowed in (backbone.embedding, backbone.norm, backbone.lm_head_weight):
         assert borrowed.is_stop_grad() and all(p is not borrowed for p in parameters), "a backbone weight is trained"
@@ -232,17 +241,63 @@ def tiny_data(count=3, length=14, seed=2):
     return TokenizedData.of(talks)
 
 
+def loss_of_all_logits(head, batch):
+    """The equation of the loss, with all logits at hand."""
+    output, total = head(batch.features, batch.token_ids, batch.positions), 0
+    for logits, labels in zip(every_logit(output), batch.labels, strict=True):
+        losses, _ = reference_cross_entropy(logits, jt.array(labels))
+        total = total + losses.sum() / float((labels >= 0).sum()) / head.num_depths
+    return total + sum(output.aux.values())
+
+
+def test_the_loss_and_its_gradients_are_those_of_all_logits(head, backbone):
+    skip_without_parameters(head, "gets no gradients")
+    data = tiny_data()
+    batch = make_batch(data, range(len(data)), OnlineFeatures(backbone, data, head.layers), head.num_depths)
+    head.train()
+    parameters = list(head.trainable().values())
+    found, expected = (
+        [each.numpy() for each in (loss, *jt.grad(loss, parameters))]
+        for loss in (head_loss(head, batch, 1.0).total, loss_of_all_logits(head, batch))
+    )
+    for name, one, other in zip(["loss", *head.trainable()], found, expected, strict=True):
+        # float32 rounding of two ways through the same products.
+        np.testing.assert_allclose(one, other, atol=2e-5 * max(0.01, np.abs(other).max()), err_msg=name)
+
+
+def test_held_out_text_ranks_a_token_where_the_draft_ranks_it(head, backbone):
+    data = tiny_data(count=1)
+    tokens = data.token_ids[None]
+    head.eval()
+    batch = make_batch(data, [0], OnlineFeatures(backbone, data, head.layers), DEPTHS)
+    ranks = np.stack([rank.numpy() for rank in head_loss(head, batch, 1.0).ranks])
+    output = head.decoding_backbone.forward(tokens, layers=head.layers)
+    features = Features(output.hidden, output.layers)
+    expected = np.full(ranks.shape, -1)
+    for column, t in enumerate(batch.positions.tolist()):
+        told = np.append(tokens[0], [0] * DEPTHS)[t + 1 : t + 1 + DEPTHS]
+        padded = np.append(tokens, np.zeros((1, DEPTHS), np.int32), 1)
+        logits = drafted(head, begun(head, features, padded, 0, t), told)
+        for depth, label in enumerate(batch.labels[:, column].tolist()):
+            if label >= 0:
+                expected[depth, column] = (logits[depth] > logits[depth][label]).sum()
+    # Both multiply in one order, so not even close logits change places.
+    np.testing.assert_array_equal(ranks, expected)
+    assert (ranks != np.roll(expected, 1, 1)).any()
+
+
 def check_learning(head, backbone, rate=1e-2):
     """The loss of one batch, seen again and again, falls below half."""
     data = tiny_data()
     batch = make_batch(data, range(len(data)), OnlineFeatures(backbone, data, head.layers), head.num_depths)
     head.train()
-    optimizer = AdamW(head.parameters(), beta1=0.9, beta2=0.95, weight_decay=0.0, clip=1.0)
+    config = TrainConfig(weight_decay=0.0)
+    optimizer = make_optimizer(config, head.trainable(), dict.fromkeys(head.trainable(), 1.0))
     losses = []
     for _ in range(60):
         parts = head_loss(head, batch, 1.0)
         losses.append(float(parts.total.item()))
-        optimizer.update(parts.total, rate)
+        optimizer.update(jt.grad(parts.total, list(optimizer.parameters.values())), rate)
     assert np.isfinite(losses).all() and losses[-1] < losses[0] / 2, f"not learnt: {losses[0]} to {losses[-1]}"
 
 

@@ -8,7 +8,7 @@ from heads.decoder import DecoderBlock, HeadCache
 from heads.eagle3.head import fused_layers
 from heads.registry import build
 from runtime import jt
-from trainer.loss import head_loss, label_columns
+from trainer.loss import Batch, head_loss, label_columns
 
 DEPTHS = 3
 LENGTHS = (7, 4)
@@ -128,14 +128,14 @@ def test_the_logits_are_those_of_the_equation(random_head, backbone, batch, name
     head.train() if training else head.eval()
     features, ids = batch
     positions = np.array([0, 3, 6, 7, 9, 10], np.int32)
-    logits = np.stack([each.numpy() for each in head(features, ids, positions).logits])
+    logits = np.stack([each.value().numpy() for each in head(features, ids, positions).logits])
     outputs = outputs_by_hand(head, backbone, batch, name)
     expected = logits_by_hand(head, backbone, name, outputs)[:, positions]
     scale = np.abs(expected).max()
     assert np.abs(logits - expected).max() < TOLERANCE * scale
     # Controls: the sequences run together, and a head that reads the backbone's features where it should read its own.
     features.lengths = (TOTAL,)
-    joined = np.stack([each.numpy() for each in head(features, ids, positions).logits])
+    joined = np.stack([each.value().numpy() for each in head(features, ids, positions).logits])
     assert np.abs(joined - expected)[:, 3:].max() > 100 * TOLERANCE * scale
     shifted = logits_by_hand(head, backbone, name, np.roll(outputs, 1, 0))[:, positions]
     assert np.abs(shifted - expected).max() > 100 * TOLERANCE * scale
@@ -167,7 +167,7 @@ def test_noise_is_added_while_training_alone(random_head, batch):
     positions = np.arange(3, dtype=np.int32)
 
     def logits():
-        return head(features, ids, positions).logits[0].numpy()
+        return head(features, ids, positions).logits[0].value().numpy()
 
     head.train()
     assert np.abs(logits() - logits()).max() > 0
@@ -188,13 +188,8 @@ def test_a_draft_vocabulary_keeps_the_most_frequent_tokens(backbone, batch, rand
     assert [label_columns(head)[t] for t in (16, 17, 40, 60)] == [-100, 0, 1, 2]
     features, ids = batch
     labels = np.array([[17, 5], [60, -100], [5, 5]], np.int32)
-
-    class Batch:
-        pass
-
-    Batch.features, Batch.token_ids, Batch.positions, Batch.labels = features, ids, np.array([2, 8], np.int32), labels
     head.eval()
-    parts = head_loss(head, Batch, 1.0)
+    parts = head_loss(head, Batch(features, ids, np.array([2, 8], np.int32), labels, np.array([2, 1, 2])), 1.0)
     ranks = [rank.numpy().tolist() for rank in parts.ranks]
     assert ranks[0][1] == 64 and ranks[2] == [64, 64] and ranks[1][1] == -1
     assert 0 <= ranks[0][0] < 3 and 0 <= ranks[1][0] < 3

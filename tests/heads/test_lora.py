@@ -113,7 +113,7 @@ def test_the_losses_are_those_of_the_equation(head, backbone, batch):
         p = {name: v.numpy().astype(np.float64) for name, v in head.named_parameters()}
         z = adapted @ p[f"blocks.{depth}.0.linear.weight"].T + p[f"blocks.{depth}.0.linear.bias"]
         expected = (adapted + z / (1 + np.exp(-z))) @ p[f"lm_heads.{depth}.weight"].T
-        assert np.abs(output.logits[depth].numpy() - expected).max() < 10 * TOLERANCE
+        assert np.abs(output.logits[depth].value().numpy() - expected).max() < 10 * TOLERANCE
     head.eval()
     stats = head(features, ids, positions).stats
     following = ids[0, positions + 1]
@@ -128,7 +128,7 @@ def gradients(head, batch, stage, progress, term):
     head.train()
     head.enter(stage, progress)
     output = head(features, ids, np.arange(4, dtype=np.int32))
-    loss = output.logits[1].sqr().mean() if term == "heads" else output.aux["backbone_kl"]
+    loss = output.logits[1].value().sqr().mean() if term == "heads" else output.aux["backbone_kl"]
     names, parameters = zip(*head.trainable().items(), strict=True)
     return {name: grad.numpy() for name, grad in zip(names, jt.grad(loss, list(parameters)), strict=True)}
 
@@ -162,7 +162,7 @@ def test_the_first_stage_trains_the_heads_on_the_unadapted_features(backbone, he
         parameter.update(own[name].copy())
     plain.train()
     for mine, other in zip(output.logits, plain(features, ids, np.arange(4)).logits, strict=True):
-        np.testing.assert_array_equal(mine.numpy(), other.numpy())
+        np.testing.assert_array_equal(mine.value().numpy(), other.value().numpy())
 
 
 def test_an_untrained_head_leaves_the_backbone_as_it_is(backbone, batch):

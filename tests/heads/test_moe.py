@@ -75,7 +75,7 @@ def test_logits_balance_loss_and_usage_are_those_of_the_equation(random_head, ba
     output, p = run(head, x), parameters_of(head)
     balance, usage = [], []
     for depth in range(DEPTHS):
-        logits, lm_weight = output.logits[depth].numpy(), lm_weight_of(p, depth, backbone)
+        logits, lm_weight = output.logits[depth].value().numpy(), lm_weight_of(p, depth, backbone)
         y, probabilities, chosen = mixture(p, x[0].astype(np.float64), depth, top_k)
         assert np.abs(logits - y @ lm_weight.T).max() < TOLERANCE
         for wrong_k, renormalised in ((top_k % EXPERTS + 1, True), (top_k, False)):
@@ -132,9 +132,8 @@ def test_the_guesses_teach_the_router(random_head, top_k):
     """Without the balance loss: one renormalised gate would be 1 whatever the router says."""
     head = random_head("moe", top_k=top_k, balance_weight=0.0, **SMALL)
     head.train()
-    loss = sum(
-        (logits * jt.array(np.eye(ROWS, VOCAB, dtype=np.float32))).sum() for logits in run(head, hidden_rows()).logits
-    )
+    chosen = jt.array(np.eye(ROWS, VOCAB, dtype=np.float32))
+    loss = sum((logits.value() * chosen).sum() for logits in run(head, hidden_rows()).logits)
     assert np.abs(jt.grad(loss, head.router.weight).numpy()).max() > 1e-3
 
 
@@ -144,7 +143,7 @@ def test_an_untrained_depth_repeats_the_backbones_next_token(backbone):
         head = build("moe", {"num_depths": DEPTHS, "lm_head": lm_head}, backbone)
         head.eval()
         for logits in run(head, x).logits:
-            assert np.abs(logits.numpy() - x[0] @ backbone.lm_head_weight.numpy().T).max() < TOLERANCE
+            assert np.abs(logits.value().numpy() - x[0] @ backbone.lm_head_weight.numpy().T).max() < TOLERANCE
 
 
 def test_the_number_of_parameters_is_that_of_the_equation(backbone):

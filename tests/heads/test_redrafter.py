@@ -68,7 +68,7 @@ def test_the_logits_are_those_of_the_equation(random_head, backbone, text, lm_he
     for depth in range(DEPTHS):
         told = embedding[ids[0, 1 + depth : 1 + depth + ROWS]]
         s, forgetful = advance(p, s, told), advance(p, forgetful, told, recurrent=False)
-        found = logits[depth].numpy()
+        found = logits[depth].value().numpy()
         assert np.abs(found - score(p, h, s, num_layers, lm_weight)).max() < TOLERANCE
         if depth > 0:  # s_0 = 0, so U does nothing before
             assert np.abs(found - score(p, h, forgetful, num_layers, lm_weight)).max() > 100 * TOLERANCE
@@ -97,7 +97,7 @@ def test_an_untrained_depth_repeats_the_backbones_next_token(backbone, text, lm_
     head.eval()
     expected = h @ backbone.lm_head_weight.numpy().T
     for logits in head(Features(jt.array(h[None])), ids, np.arange(ROWS)).logits:
-        assert np.abs(logits.numpy() - expected).max() < TOLERANCE
+        assert np.abs(logits.value().numpy() - expected).max() < TOLERANCE
 
 
 def test_depths_share_their_weights_and_their_number_is_that_of_the_readme(backbone):

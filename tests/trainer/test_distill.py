@@ -317,12 +317,16 @@ def test_the_command_line_writes_what_it_reports(tmp_path, capsys, backbone, mon
 def test_the_command_line_says_how_the_backbone_is_kept(tmp_path, backbone, monkeypatch):
     asked = []
 
-    def load(path, dtype, **more):
-        asked.append((path, dtype, more))
+    def load(*kept):
+        asked.append(kept)
         return backbone
 
     monkeypatch.setattr("backbone.model.load_backbone", load)
     arguments = ["--num-conversations", "1", "--max-turns", "1", "--batch-size", "2"]
-    for name, flags in (("a", []), ("b", ["--load-in-8bit", "--dtype", "float32"])):
+    for name, flags in (("a", []), ("b", ["--load-in-8bit", "--dtype", "float32"]), ("c", ["--load-in-4bit"])):
         assert run_entry(main, [*arguments, *flags, "--out", str(tmp_path / name)]) == 0
-    assert asked == [(None, "float16", {"load_in_8bit": False}), (None, "float32", {"load_in_8bit": True})]
+    assert asked == [
+        (None, "float16", False, False),
+        (None, "float32", True, False),
+        (None, "float16", False, True),
+    ]
