@@ -40,9 +40,10 @@ def build_parser() -> Parser:
     parser.add_argument("--to", metavar="FORMAT", help="the format to write; --list prints all")
     parser.add_argument("--out", metavar="PATH", help="where to write: a folder, or a file for formats of one file")
     parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="read SOURCE as this format")
-    parser.add_argument(
-        "--dtype", choices=(*FLOATS, KEEP), help="of floating-point tensors (default: keep; jittor-pkl: float16)"
+    floats = (
+        "of floating-point tensors (default: keep; float16 for backbones in jittor-pkl and for tensorrt-llm-medusa)"
     )
+    parser.add_argument("--dtype", choices=(*FLOATS, KEEP), help=floats)
     parser.add_argument(
         "--shard-size",
         default="5GB",

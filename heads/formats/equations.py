@@ -1,0 +1,146 @@
+"""The published drafts in NumPy, on tensors as their files name them. Written apart from the conversion and in float64:
+a name that a table maps wrongly shows as other logits.
+
+``tensors`` is read with ``tensors[name]`` -> array and ``name in tensors``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x sigmoid(x)."""
+    return x / (1 + np.exp(-x))
+
+
+def count(tensors: Arrays, pattern: str) -> int:
+    """How many of the names pattern.format(0), pattern.format(1), .. there are, in a row."""
+    return next(i for i in itertools.count() if pattern.format(i) not in tensors)
+
+
+def medusa(tensors: Arrays, hidden: np.ndarray, lm_head: np.ndarray) -> list[np.ndarray]:
+    """Medusa (arXiv 2401.10774, section 2.1): W_i (h + SiLU(A_i h + b_i)), residual blocks in a row.
+
+    hidden: (rows, dim); lm_head: (vocab, dim), for files without W_i. Returns (rows, vocab) per head.
+    """
+    logits = []
+    for i in range(count(tensors, "{}.0.linear.weight")):
+        x, j = hidden, 0
+        while f"{i}.{j}.linear.weight" in tensors:
+            x = x + silu(x @ tensors[f"{i}.{j}.linear.weight"].T + tensors[f"{i}.{j}.linear.bias"])
+            j += 1
+        logits.append(x @ tensors.get(f"{i}.{j}.weight", lm_head).T)
+    return logits
+
+
+def vllm_medusa(tensors: Arrays, hidden: np.ndarray) -> list[np.ndarray]:
+    """The same networks under vLLM's names, whose biases may be left out and whose language-model heads may be one."""
+    logits = []
+    for i in range(count(tensors, "blocks.{}.layers.0.weight")):
+        x = hidden
+        for j in range(count(tensors, f"blocks.{i}.layers.{{}}.weight")):
+            y = x @ tensors[f"blocks.{i}.layers.{j}.weight"].T
+            bias = f"blocks.{i}.layers.{j}.bias"
+            x = x + silu(y + tensors[bias] if bias in tensors else y)
+        shared = "lm_head.weight"
+        logits.append(x @ tensors[shared if shared in tensors else f"lm_heads.{i}.weight"].T)
+    return logits
+
+
+def tensorrt_medusa(tensors: Arrays, hidden: np.ndarray) -> list[np.ndarray]:
+    """The same networks under TensorRT-LLM's names."""
+    logits = []
+    for i in range(count(tensors, "medusa_heads.{}.lm_head.weight")):
+        x = hidden
+        for j in range(count(tensors, f"medusa_heads.{i}.medusa_layers.{{}}.linear.weight")):
+            layer = f"medusa_heads.{i}.medusa_layers.{j}.linear"
+            x = x + silu(x @ tensors[f"{layer}.weight"].T + tensors[f"{layer}.bias"])
+        logits.append(x @ tensors[f"medusa_heads.{i}.lm_head.weight"].T)
+    return logits
+
+
+def hydra(tensors: Arrays, hidden: np.ndarray, token_ids: np.ndarray, embedding: np.ndarray) -> list[np.ndarray]:
+    """Grounded Hydra (arXiv 2402.05109, section 3): head i reads [h; e_{t+1}; .. e_{t+1+i}].
+
+    hidden: (rows, dim), row t followed by token_ids[t + 1] ..; token_ids: (rows + heads,); embedding: (vocab, dim).
+    """
+    rows, x, logits = len(hidden), hidden, []
+    for i in range(count(tensors, "hydra_lm_head.{}.weight")):
+        x = np.concatenate([x, embedding[token_ids[1 + i : 1 + i + rows]]], 1)
+        first = f"hydra_mlp.{i}.0"
+        kept, new = (
+            x @ tensors[f"{first}.{part}.weight"].T + tensors[f"{first}.{part}.bias"]
+            for part in ("res_connection", "linear")
+        )
+        y, j = kept + silu(new), 1
+        while f"hydra_mlp.{i}.{j}.linear.weight" in tensors:
+            y = y + silu(y @ tensors[f"hydra_mlp.{i}.{j}.linear.weight"].T + tensors[f"hydra_mlp.{i}.{j}.linear.bias"])
+            j += 1
+        logits.append(y @ tensors[f"hydra_lm_head.{i}.weight"].T + tensors[f"hydra_lm_head.{i}.bias"])
+    return logits
+
+
+def eagle(
+    tensors: Arrays,
+    config: dict,
+    hidden: np.ndarray,
+    token_ids: np.ndarray,
+    embedding: np.ndarray,
+    lm_head: np.ndarray,
+    num_depths: int,
+) -> list[np.ndarray]:
+    """EAGLE-1 (arXiv 2401.15077, section 4): its layer over the pairs (f_s, e_{s+1}) of the text up to t, then over its
+    own outputs and the tokens that follow, behind every row t.
+
+    hidden: (rows, dim), row t followed by token_ids[t + 1] ..; token_ids: (rows + num_depths,); embedding, lm_head:
+    (vocab, dim). Returns (rows, vocab) per depth.
+    """
+    logits: list[list[np.ndarray]] = [[] for _ in range(num_depths)]
+    for t in range(len(hidden)):
+        features = list(hidden[: t + 1])
+        for depth in range(num_depths):
+            tokens = token_ids[1 : len(features) + 1]
+            outputs = eagle_layer(tensors, config, np.concatenate([embedding[tokens], np.stack(features)], 1))
+            features.append(outputs[-1])
+            logits[depth].append(lm_head @ outputs[-1])
+    return [np.stack(rows) for rows in logits]
+
+
+def eagle_layer(tensors: Arrays, config: dict, pairs: np.ndarray) -> np.ndarray:
+    """EAGLE-1's one Llama layer, which norms nothing before attention. pairs: (rows, 2 dim) -> (rows, dim)."""
+    layer = "layers.0."
+    x = pairs @ tensors["fc.weight"].T + tensors.get("fc.bias", 0)
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    q, k, v = (x @ tensors[f"{layer}self_attn.{name}_proj.weight"].T for name in "qkv")
+    q, k, v = (y.reshape(len(x), n, -1) for y, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k = rotated(q, config), rotated(k, config)
+    k, v = (np.repeat(y, heads // kv_heads, axis=1) for y in (k, v))
+    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(q.shape[-1])
+    scores = np.where(np.tril(np.ones((len(x), len(x)), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    attended = np.einsum("hij,jhd->ihd", weights, v).reshape(len(x), -1)
+    h = x + attended @ tensors[f"{layer}self_attn.o_proj.weight"].T
+    normed = h / np.sqrt((h * h).mean(-1, keepdims=True) + config["rms_norm_eps"])
+    normed = normed * tensors[f"{layer}post_attention_layernorm.weight"]
+    gate, up = (normed @ tensors[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return h + (silu(gate) * up) @ tensors[f"{layer}mlp.down_proj.weight"].T
+
+
+def rotated(x: np.ndarray, config: dict) -> np.ndarray:
+    """x, (rows, heads, head_dim), turned by rotary positions 0, 1, .. in the pairing of Hugging Face's Llama."""
+    half = x.shape[-1] // 2
+    factor = (config.get("rope_scaling") or {}).get("factor", 1.0)
+    frequencies = config.get("rope_theta", 10000.0) ** (-np.arange(half) / half) / factor
+    angles = np.arange(len(x))[:, None, None] * frequencies
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate(
+        [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)], -1
+    )

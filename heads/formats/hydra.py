@@ -1,0 +1,128 @@
+"""Hydra's own files (arXiv 2402.05109), of the grounded "mlp" architecture.
+
+Its head i computes R x + r + SiLU(L x + b) over x = [h; e_{t+1}; .. e_{t+1+i}], then residual blocks and a
+language-model head with a bias. Ours is that, R and L being the upper and lower half of one matrix, but for two things:
+ours has no bias behind the language-model head, and norms the embeddings. So a file is read when its language-model
+heads' biases are zero, and a head of ours is written when it does without the norm.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from heads.formats import equations
+from heads.formats.contents import HeadWeights, Piece, expect, gather, zeros
+from heads.formats.files import HYDRA_PT
+from heads.formats.own import default_options, imported_from
+from heads.formats.published import (
+    Float64,
+    PublishedFormat,
+    base_model,
+    exact,
+    kept_config,
+    tied_blocks_differ,
+)
+
+HEAD = "hydra"
+OWN = "own"
+NORM = "token_norm"  # the option of ours that leaves the embeddings as they are
+FIRST = re.compile(r"^hydra_mlp\.(\d+)\.(\d+)\.linear\.weight$")
+EMBEDDING = "input_embed_fn.weight"  # saved with the heads because the published module borrows it
+# Settings under which a file computes what ours does.
+SETTINGS = {"hydra_head_arch": "mlp", "grounded_heads": True, "hidden_state_offset": 0}
+
+
+class Hydra(PublishedFormat):
+    name, sentence = "hydra", "Hydra's own hydra_lm_head.pt with config.json, grounded mlp heads"
+    head, files = HEAD, (HYDRA_PT,)
+
+    def recognise(self, found):
+        return any(FIRST.match(name) for name in found.tensors)
+
+    def table(self, options, sizes):
+        dim, pieces = sizes.hidden_size, []
+        for depth in range(options["num_depths"]):
+            theirs, ours, wide = f"hydra_mlp.{depth}", f"blocks.{depth}", (depth + 2) * dim
+            for half, first in (("res_connection", 0), ("linear", dim)):
+                pieces += [
+                    Piece(f"{theirs}.0.{half}.weight", f"{ours}.0.linear.weight", (dim, wide), first),
+                    Piece(f"{theirs}.0.{half}.bias", f"{ours}.0.linear.bias", (dim,), first),
+                ]
+            for layer in range(1, options["num_layers"]):
+                pieces += [
+                    Piece(f"{theirs}.{layer}.linear.weight", f"{ours}.{layer}.linear.weight", (dim, dim)),
+                    Piece(f"{theirs}.{layer}.linear.bias", f"{ours}.{layer}.linear.bias", (dim,)),
+                ]
+            pieces.append(Piece(f"hydra_lm_head.{depth}.weight", f"lm_heads.{depth}.weight", (sizes.vocab_size, dim)))
+        return pieces
+
+    def read(self, found, target):
+        for key, wanted in SETTINGS.items():
+            if found.config.get(key) != wanted:
+                said = found.config.get(key, "missing")
+                raise ValueError(f"{found.file}: {key} of config.json is {said}; ours computes {wanted} alone")
+        blocks = [match for match in map(FIRST.match, found.tensors) if match]
+        if not blocks:
+            raise ValueError(f"{found.file} holds no hydra_mlp.0.0.linear.weight: it is not Hydra's")
+        num_depths, num_layers = (1 + max(int(match[group]) for match in blocks) for group in (1, 2))
+        options = default_options(HEAD, num_depths=num_depths, num_layers=num_layers, lm_head=OWN, **{NORM: False})
+        tensors, notes = dict(found.tensors), list(found.notes)
+        for key, held in (("hydra_num_heads", num_depths), ("hydra_num_layers", num_layers)):
+            if found.config.get(key) not in (None, held):
+                notes.append(f"config.json says {key} {found.config[key]}, the tensors hold {held}: those are taken")
+        lm = tensors.get("hydra_lm_head.0.weight")
+        target.check_sizes(found.file, tensors[blocks[0].string].num_rows, lm.num_rows if lm else None)
+        if EMBEDDING in tensors:
+            target.check_same(found.file, EMBEDDING, tensors.pop(EMBEDDING), target.embedding)
+        pieces = self.table(options, target.config)
+        biases = self.biases(num_depths, target)
+        expect(found.file, tensors, {piece.theirs: piece.shape for piece in pieces} | biases)
+        for name in biases:
+            if np.any(tensors[name].whole()):
+                raise ValueError(f"{found.file}: {name} is not zero; our language-model heads have no bias")
+        imported = imported_from(self.name, found, notes)
+        return HeadWeights(HEAD, options, gather(pieces, tensors), imported, notes=notes)
+
+    def biases(self, num_depths, target) -> dict[str, tuple[int]]:
+        """Names and shapes of what a file has and ours does not."""
+        return {f"hydra_lm_head.{depth}.bias": (target.config.vocab_size,) for depth in range(num_depths)}
+
+    def check_holds(self, weights):
+        options = weights.options
+        if options.get("prefix_layer"):
+            raise ValueError(
+                "a prefix layer is no part of Hydra's mlp heads, and Hydra++ norms its output; ours does not"
+            )
+        if options.get(NORM, True):
+            raise ValueError("this head norms the embeddings (token_norm.weight), Hydra's own does not: not written")
+        if options["lm_head"] != OWN:
+            raise ValueError(
+                f"Hydra has a language-model head per depth, this one's lm_head is {options['lm_head']}; pass --merge "
+                "to write them whole, which comes back as lm_head=own"
+            )
+
+    def check_numbers(self, weights):
+        different = tied_blocks_differ(weights, 1)
+        if different:
+            raise ValueError(
+                f"Hydra's own code repeats one residual block, and {different} is not that of block 1: it would load "
+                "the last alone"
+            )
+
+    def extras(self, weights, target):
+        return {name: zeros(shape) for name, shape in self.biases(weights.options["num_depths"], target).items()}
+
+    def config(self, weights, dtype, target):
+        return {
+            "hydra_num_heads": weights.options["num_depths"],
+            "hydra_num_layers": weights.options["num_layers"],
+            **SETTINGS,
+            "base_model_name_or_path": base_model(weights, target, kept_config(weights, self.name)),
+        }
+
+    def logits(self, found, target, inputs):
+        tensors, c = Float64(found.tensors), target.config
+        drawn = inputs.of(c.hidden_size, c.vocab_size, equations.count(tensors, "hydra_lm_head.{}.weight"))
+        return equations.hydra(tensors, drawn.hidden.astype(np.float64), drawn.token_ids, exact(target.embedding))

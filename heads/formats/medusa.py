@@ -1,0 +1,332 @@
+"""Medusa's networks (arXiv 2401.10774) under three systems' names: its own code's, vLLM's and TensorRT-LLM's.
+
+They compute what our MLP head computes, x_k = x + SiLU(A_k x + b_k) and logits_k = W_k x_k, so that only names and the
+place of the language-model heads differ:
+
+    ours                  Medusa         vLLM                 TensorRT-LLM
+    blocks.k.j.linear     k.j.linear     blocks.k.layers.j    medusa_heads.k.medusa_layers.j.linear
+    lm_heads.k            k.L            lm_heads.k           medusa_heads.k.lm_head
+
+L is the number of blocks. A shared language-model head is Medusa's "version": "2", which has none, and vLLM's
+"original_lm_head", whose file carries the backbone's once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import numpy as np
+
+from backbone.formats.cast import FLOATS
+from backbone.lazy import LazyTensor
+from heads.formats import equations
+from heads.formats.contents import HeadWeights, Piece, expect, gather, zeros
+from heads.formats.files import MEDUSA_PT, MEDUSA_SAFETENSORS, MODEL_SAFETENSORS, TENSORRT, Found
+from heads.formats.inputs import Inputs
+from heads.formats.own import default_options, imported_from
+from heads.formats.published import Float64, PublishedFormat, base_model, exact, kept_config, tied_blocks_differ
+
+HEAD = "mlp"
+OWN, SHARED = "own", "shared"
+VERSIONS = {OWN: "1", SHARED: "2"}  # of Medusa's config.json
+MAX_DRAFT_LEN = 63  # nodes of the published trees without the root
+SILU = "silu"
+SECTIONS = ("mapping", "quantization")  # of TensorRT-LLM's config.json
+
+
+class MedusaFormat(PublishedFormat):
+    """block, lm: names of a block's linear map and of a depth's language-model head; heads_key, layers_key: what
+    config.json calls their numbers."""
+
+    head = HEAD
+    block: ClassVar[str]
+    lm: ClassVar[str]
+    heads_key: ClassVar[str]
+    layers_key: ClassVar[str]
+
+    def named(self, name: str) -> re.Match | None:
+        """The depth and layer of a block's weight, by its name."""
+        pattern = re.escape(self.block).replace(r"\{depth\}", r"(\d+)").replace(r"\{layer\}", r"(\d+)")
+        return re.fullmatch(rf"{pattern}\.weight", name)
+
+    def recognise(self, found: Found) -> bool:
+        return any(self.named(name) for name in self.own_part(found)[0])
+
+    def table(self, options, sizes):
+        dim, pieces = sizes.hidden_size, []
+        for depth in range(options["num_depths"]):
+            for layer in range(options["num_layers"]):
+                theirs, ours = self.block.format(depth=depth, layer=layer), f"blocks.{depth}.{layer}.linear"
+                pieces += [
+                    Piece(f"{theirs}.weight", f"{ours}.weight", (dim, dim)),
+                    Piece(f"{theirs}.bias", f"{ours}.bias", (dim,)),
+                ]
+            if options["lm_head"] == OWN:
+                lm = self.lm.format(depth=depth, num_layers=options["num_layers"])
+                pieces.append(Piece(lm, f"lm_heads.{depth}.weight", (sizes.vocab_size, dim)))
+        return pieces
+
+    def read(self, found, target):
+        tensors, notes = self.own_part(found)
+        blocks = [match for match in map(self.named, tensors) if match]
+        if not blocks:
+            raise ValueError(
+                f"{found.file} holds no residual block ({self.block}.weight); ours has at least one a depth"
+            )
+        num_depths, num_layers = (1 + max(int(match[group]) for match in blocks) for group in (1, 2))
+        names = [self.lm.format(depth=depth, num_layers=num_layers) for depth in range(num_depths)]
+        present = [name for name in names if name in tensors]
+        options = default_options(
+            HEAD, num_depths=num_depths, num_layers=num_layers, lm_head=OWN if present else SHARED
+        )
+        notes = [*found.notes, *notes, *self.conflicts(found, options)]
+        vocabulary = tensors[present[0]].num_rows if present else None
+        target.check_sizes(found.file, tensors[blocks[0].string].num_rows, vocabulary)
+        pieces = self.table(options, target.config)
+        pieces, missing = self.without_biases(found, tensors, pieces)
+        tensors = self.without_extras(found, tensors, options, target)
+        expect(found.file, tensors, {piece.theirs: piece.shape for piece in pieces})
+        ours = gather(pieces, tensors) | {piece.ours: zeros(piece.shape) for piece in missing}
+        return HeadWeights(HEAD, options, ours, imported_from(self.name, found, notes), notes=notes)
+
+    def conflicts(self, found: Found, options: dict) -> list[str]:
+        """Where config.json says other numbers than the tensors, which decide. Raises ValueError for settings under
+        which ours would compute something else."""
+        notes = []
+        for key, held in ((self.heads_key, options["num_depths"]), (self.layers_key, options["num_layers"])):
+            if found.config.get(key) not in (None, held):
+                notes.append(f"config.json says {key} {found.config[key]}, the tensors hold {held}: those are taken")
+        return notes
+
+    def without_biases(self, found, tensors, pieces):
+        """(pieces that the file has, pieces of biases that it leaves out because they are zero)."""
+        return pieces, []
+
+    def without_extras(self, found, tensors, options, target) -> dict[str, LazyTensor]:
+        """The tensors that the table knows, once the others were checked."""
+        return tensors
+
+    def check_holds(self, weights):
+        kind = weights.options["lm_head"]
+        if kind not in (OWN, SHARED):
+            raise ValueError(
+                f"{self.name} has no language-model head of low rank (this one's lm_head is {kind}); pass --merge to "
+                "write W + B A for each depth, which comes back as lm_head=own"
+            )
+
+
+class Medusa(MedusaFormat):
+    """The files of the original code. With several blocks a depth that code repeats one, so only equal ones are
+    written; files of others' trainers may hold different ones, and are read as they are."""
+
+    name = "medusa"
+    sentence = "Medusa's own medusa_lm_head.pt or .safetensors with config.json (also Text Generation Inference)"
+    files = (MEDUSA_PT, MEDUSA_SAFETENSORS)
+    block, lm = "{depth}.{layer}.linear", "{depth}.{num_layers}.weight"
+    heads_key, layers_key = "medusa_num_heads", "medusa_num_layers"
+
+    def conflicts(self, found, options):
+        notes = super().conflicts(found, options)
+        stated, version = found.config.get("version"), VERSIONS[options["lm_head"]]
+        if stated is not None and str(stated) != version:
+            held = "hold language-model heads" if options["lm_head"] == OWN else "hold no language-model heads"
+            notes.append(f"config.json says version {stated}, the tensors {held}: version {version} is taken")
+        return notes
+
+    def read(self, found, target):
+        weights = super().read(found, target)
+        different = tied_blocks_differ(weights, 0)
+        if different:
+            weights.notes.append(
+                f"{different} is not that of block 0; Medusa's own code would use the last block alone"
+            )
+        return weights
+
+    def check_numbers(self, weights):
+        different = tied_blocks_differ(weights, 0)
+        if different:
+            raise ValueError(
+                f"Medusa's own code repeats one block, and {different} is not that of block 0: it would load the last "
+                "alone; --to vllm-medusa and tensorrt-llm-medusa keep them apart"
+            )
+
+    def config(self, weights, dtype, target):
+        options = weights.options
+        return {
+            self.heads_key: options["num_depths"],
+            self.layers_key: options["num_layers"],
+            "base_model_name_or_path": base_model(weights, target, kept_config(weights, self.name)),
+            "version": VERSIONS[options["lm_head"]],
+        }
+
+    def logits(self, found, target, inputs: Inputs):
+        tensors, c = Float64(found.tensors), target.config
+        num_depths = equations.count(tensors, "{}.0.linear.weight")
+        hidden = inputs.of(c.hidden_size, c.vocab_size, num_depths).hidden.astype(np.float64)
+        return equations.medusa(tensors, hidden, exact(target.lm_head))
+
+
+class VLLMMedusa(MedusaFormat):
+    """What vLLM's MedusaModel reads: it drafts a chain, each head's best guess, and looks for biases only where
+    config.json says ``medusa_fc_bias``."""
+
+    name = "vllm-medusa"
+    sentence = "vLLM's Medusa draft model: model.safetensors with config.json"
+    files = (MODEL_SAFETENSORS,)
+    block, lm = "blocks.{depth}.layers.{layer}", "lm_heads.{depth}.weight"
+    heads_key, layers_key = "num_heads", "num_hidden_layers"
+    prefix = "medusa_heads."  # which vLLM drops from any name
+    first, whole = "lm_heads.0.weight", "lm_head.weight"  # original_lm_head reads either as the backbone's
+
+    def own_part(self, found):
+        tensors = {name.removeprefix(self.prefix): tensor for name, tensor in found.tensors.items()}
+        if found.config.get("original_lm_head") and self.first in tensors and self.whole not in tensors:
+            tensors[self.whole] = tensors.pop(self.first)
+        return tensors, []
+
+    def conflicts(self, found, options):
+        config = found.config
+        vocabulary, kept = config.get("vocab_size"), config.get("truncated_vocab_size")
+        if kept is not None and kept != vocabulary:
+            raise ValueError(
+                f"{found.file}: its heads score {kept} tokens of {vocabulary} (truncated_vocab_size with a token_map); "
+                f"our {HEAD} head scores all of them: it cannot be converted"
+            )
+        if config.get("logit_scale", 1.0) != 1.0:
+            raise ValueError(f"{found.file}: its logit_scale is {config['logit_scale']}; ours is always 1")
+        return super().conflicts(found, options)
+
+    def without_biases(self, found, tensors, pieces):
+        absent = [piece for piece in pieces if piece.theirs.endswith(".bias") and piece.theirs not in tensors]
+        biased, stated = any(name.endswith(".bias") for name in tensors), found.config.get("medusa_fc_bias", False)
+        if biased and not stated:
+            raise ValueError(
+                f"{found.file} holds biases, which its config.json leaves out (medusa_fc_bias); correct one"
+            )
+        if stated:
+            return pieces, []
+        return [piece for piece in pieces if piece not in absent], absent
+
+    def without_extras(self, found, tensors, options, target):
+        """vLLM ignores a token_map for a whole vocabulary."""
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "token_map"}
+        original, held = bool(found.config.get("original_lm_head")), self.whole in tensors
+        if original != held or (original and options["lm_head"] == OWN):
+            holds = [self.whole] * held + ["one language-model head per depth"] * (options["lm_head"] == OWN)
+            raise ValueError(
+                f"{found.file}: its config.json says original_lm_head {str(original).lower()}, and it holds "
+                f"{' and '.join(holds) or 'no language-model head'}; correct one"
+            )
+        if held:
+            target.check_same(found.file, self.whole, tensors.pop(self.whole), target.lm_head)
+        elif options["lm_head"] == SHARED:
+            raise ValueError(f"{found.file} lacks {self.first}; expected one language-model head per depth")
+        return tensors
+
+    def extras(self, weights, target):
+        if weights.options["lm_head"] == OWN:
+            return {}
+        target.check_belongs(weights)
+        return {self.whole: target.lm_head}
+
+    def config(self, weights, dtype, target):
+        options, c = weights.options, target.config
+        return {
+            "architectures": ["MedusaModel"],
+            "model_type": "medusa",
+            "hidden_size": c.hidden_size,
+            "vocab_size": c.vocab_size,
+            "truncated_vocab_size": c.vocab_size,
+            self.heads_key: options["num_depths"],
+            self.layers_key: options["num_layers"],
+            "medusa_fc_bias": True,
+            "original_lm_head": options["lm_head"] == SHARED,
+            "max_paths": MAX_DRAFT_LEN + 1,
+            "topk": 10,
+            "torch_dtype": str(dtype),
+        }
+
+    def logits(self, found, target, inputs):
+        tensors, c = Float64(self.own_part(found)[0]), target.config
+        num_depths = equations.count(tensors, "blocks.{}.layers.0.weight")
+        hidden = inputs.of(c.hidden_size, c.vocab_size, num_depths).hidden.astype(np.float64)
+        return equations.vllm_medusa(tensors, hidden)
+
+
+class TensorRTMedusa(MedusaFormat):
+    """The heads' part of a TensorRT-LLM checkpoint, whose other tensors are the backbone's. It always has a
+    language-model head per depth, and its numbers are of the type that config.json says."""
+
+    name = "tensorrt-llm-medusa"
+    sentence = "the heads of a TensorRT-LLM Medusa checkpoint: rank0.safetensors with config.json"
+    files = (TENSORRT,)
+    dtype = FLOATS["float16"]
+    block, lm = "medusa_heads.{depth}.medusa_layers.{layer}.linear", "medusa_heads.{depth}.lm_head.weight"
+    heads_key, layers_key = "num_medusa_heads", "num_medusa_layers"
+    backbone_part = re.compile(r"^(transformer\.|lm_head\.)")
+
+    def own_part(self, found):
+        own = {name: tensor for name, tensor in found.tensors.items() if not self.backbone_part.match(name)}
+        left = len(found.tensors) - len(own)
+        return own, [f"{left} tensors of the backbone in {found.file.name} were left there"] if left else []
+
+    def conflicts(self, found, options):
+        config = found.config
+        mapping, quantization = (value if isinstance(value := config.get(key), dict) else {} for key in SECTIONS)
+        ranks = mapping.get("world_size", 1)
+        if ranks != 1:
+            raise ValueError(
+                f"{found.file}: it is split over {ranks} ranks; convert it with --tp_size 1 --pp_size 1 first"
+            )
+        quantized = quantization.get("quant_algo")
+        if quantized:
+            raise ValueError(
+                f"{found.file}: its weights are quantized ({quantized}); expected float32, float16 or bfloat16"
+            )
+        if config.get("hidden_act", SILU) != SILU:
+            raise ValueError(
+                f"{found.file}: its activation is {config['hidden_act']}; ours is {SILU}: it cannot be converted"
+            )
+        return super().conflicts(found, options)
+
+    def check_holds(self, weights):
+        super().check_holds(weights)
+        if weights.options["lm_head"] != OWN:
+            raise ValueError(
+                f"{self.name} has a language-model head per depth, this head shares the backbone's; pass --merge to "
+                "write a copy for each depth, which comes back as lm_head=own"
+            )
+
+    def config(self, weights, dtype, target):
+        options, c = weights.options, target.config
+        return {
+            "architecture": "MedusaForCausalLM",
+            "dtype": str(dtype),
+            "logits_dtype": "float32",
+            "vocab_size": c.vocab_size,
+            "max_position_embeddings": c.max_positions,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+            "head_size": c.head_dim,
+            "hidden_act": SILU,
+            "norm_epsilon": c.rms_norm_eps,
+            "position_embedding_type": "rope_gpt_neox",
+            "rotary_base": c.rope_theta,
+            "rotary_scaling": c.rope_scaling,
+            "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+            "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1},
+            "max_draft_len": MAX_DRAFT_LEN,
+            self.heads_key: options["num_depths"],
+            self.layers_key: options["num_layers"],
+            "model_type": c.model_type,
+        }
+
+    def logits(self, found, target, inputs):
+        tensors, c = Float64(self.own_part(found)[0]), target.config
+        num_depths = equations.count(tensors, "medusa_heads.{}.lm_head.weight")
+        hidden = inputs.of(c.hidden_size, c.vocab_size, num_depths).hidden.astype(np.float64)
+        return equations.tensorrt_medusa(tensors, hidden)

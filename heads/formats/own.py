@@ -1,0 +1,227 @@
+"""The formats of this project: a checkpoint, and single files that hold all that a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+import runtime
+from backbone.formats.cast import FLOATS
+from backbone.formats.containers import write_pickle
+from backbone.layout import PICKLE_FILE, container
+from backbone.lazy import LazyTensor, damaged
+from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_files, read_config, save_checkpoint
+from heads.formats.contents import FLOAT32, Casting, HeadWeights, Target, expect, widen
+from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz, write_file
+from heads.formats.inputs import Inputs
+from heads.registry import build, make_config
+from runtime.atomic import sha256_of
+
+TEXTS = (PROVENANCE, CALIBRATION)
+KEYS = {"head", "head_config", "backbone"}  # what makes a config.json ours
+
+
+class OwnFormat:
+    """A format whose names are our own."""
+
+    name: str
+    sentence: str
+    dtype = FLOAT32
+
+    def recognise(self, found: Found) -> bool:
+        """Whether an opened file has this format."""
+        raise TypeError(f"{type(self).__name__} does not define recognise")
+
+    def own_part(self, found: Found) -> tuple[dict[str, LazyTensor], list[str]]:
+        """All of its tensors are the head's."""
+        return found.tensors, []
+
+    def pieces(self, weights: HeadWeights, target: Target) -> None:
+        """Its names are ours: no table."""
+        return None
+
+    def logits(self, found: Found, target: Target, inputs: Inputs) -> list[np.ndarray]:
+        """What the head itself computes from the file's parameters: one (rows, vocab) per depth."""
+        return head_logits(filled_head(self.read(found, target), target.exact_model), inputs)
+
+
+class Checkpoint(OwnFormat):
+    """A checkpoint's folder, see docs/DESIGN.md."""
+
+    name, sentence = "gorgon", "a checkpoint of this project: head.safetensors and config.json"
+
+    def recognise(self, found: Found) -> bool:
+        return found.file.name == WEIGHTS and found.config.keys() >= KEYS
+
+    def read(self, found: Found, target: Target) -> HeadWeights:
+        """Raises ValueError for a config.json or weights that were changed since they were written."""
+        folder = found.file.parent
+        config = read_config(folder)
+        check_files(folder, config.get("files", {}))
+        check_config(config, str(folder / CONFIG))
+        texts = {name: (folder / name).read_text() for name in TEXTS if (folder / name).is_file()}
+        return HeadWeights(config["head"], config["head_config"], found.tensors, config, texts, found.notes)
+
+    def check_out(self, out: Path, overwrite: bool) -> Path:
+        check_folder(out, overwrite)
+        return out
+
+    def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
+        """The head is built on its backbone, so that what is written can be loaded.
+
+        Raises ValueError for another type than float32, another backbone and parameters that do not fit.
+        """
+        if casting.dtype != FLOAT32:
+            raise ValueError(f"a checkpoint holds float32, got --dtype {casting.dtype}; leave it out")
+        target.check_belongs(weights)
+        config, texts = completed(weights, target)
+        provenance = json.loads(texts.pop(PROVENANCE))
+        save_checkpoint(out, filled_head(weights, target.model), config, provenance)
+        for name, text in texts.items():
+            (out / name).write_text(text)
+
+
+class Container(OwnFormat):
+    """One file with the parameters as arrays and the checkpoint's JSON files as text entries."""
+
+    def recognise(self, found: Found) -> bool:
+        return self.holds(found.file) and CONFIG in found.texts
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file is this container."""
+        raise TypeError(f"{type(self).__name__} does not define holds")
+
+    def read(self, found: Found, target: Target) -> HeadWeights:
+        """Raises ValueError where nothing in the file says which head it is."""
+        where = f"{found.file}: its entry {CONFIG}"
+        if CONFIG not in found.texts:
+            raise ValueError(f"{where} is missing: nothing says which head it is; write it with --to {self.name}")
+        try:
+            config = json.loads(found.texts[CONFIG])
+        except json.JSONDecodeError as error:
+            raise damaged(found.file, error) from error
+        check_config(config, where)
+        for name, tensor in found.tensors.items():
+            if tensor.dtype not in FLOATS.values():
+                raise ValueError(f"{found.file}: {name} is {tensor.dtype}; expected one of {', '.join(FLOATS)}")
+        rounded = sorted({str(tensor.dtype) for tensor in found.tensors.values()} - {"float32"})
+        if rounded:
+            config = {**config, "imported": {"format": self.name, "stored_as": rounded}}
+        tensors = {name: widen(name, tensor) for name, tensor in found.tensors.items()}
+        texts = {name: found.texts[name] for name in TEXTS if name in found.texts}
+        return HeadWeights(config["head"], config["head_config"], tensors, config, texts, found.notes)
+
+    def check_out(self, out: Path, overwrite: bool) -> Path:
+        check_file(out, overwrite)
+        return out
+
+    def entries(self, weights: HeadWeights, target: Target) -> dict[str, str]:
+        """The text entries."""
+        config, texts = completed(weights, target)
+        return {CONFIG: json.dumps(config, indent=2) + "\n", **texts}
+
+
+class JittorPickle(Container):
+    name, sentence = "jittor-pkl", "one .pkl or .jtr file, as jittor.save writes it, with the config inside"
+
+    def holds(self, file: Path) -> bool:
+        return container(file) == PICKLE_FILE
+
+    def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
+        tensors, entries = casting.apply(weights.tensors), self.entries(weights, target)
+        write_file(out, lambda path: write_pickle(path, tensors, entries))
+
+
+class Npz(Container):
+    name, sentence = "npz", "one NumPy .npz file with the config inside"
+
+    def holds(self, file: Path) -> bool:
+        return is_npz(file)
+
+    def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
+        if casting.dtype == FLOATS["bfloat16"]:
+            raise ValueError("NumPy has no bfloat16; choose --dtype float32, which holds the same numbers")
+        arrays = {name: tensor.whole() for name, tensor in casting.apply(weights.tensors).items()}
+        arrays |= {name: np.array(text) for name, text in self.entries(weights, target).items()}
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:
+                np.savez(file, **arrays)
+
+        write_file(out, write)
+
+
+def check_config(config: object, where: str) -> None:
+    """Raises ValueError for what is not the config.json of a head's checkpoint."""
+    kinds = {"head": str, "head_config": dict, "backbone": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(config, dict) or not isinstance(config.get(key), kind)
+    ]
+    if wrong:
+        raise ValueError(f"{where} is not a head's: {', '.join(wrong)} missing or of another kind")
+
+
+def completed(weights: HeadWeights, target: Target) -> tuple[dict, dict[str, str]]:
+    """The config.json of a head's checkpoint and its further JSON files. One that came from elsewhere is now said to
+    belong to the backbone; of its training nothing is known, and ``metrics`` is empty.
+
+    Raises ValueError for parameters that do not fit.
+    """
+    config, texts = weights.config, dict(weights.texts)
+    texts.setdefault(PROVENANCE, json.dumps(runtime.provenance(), indent=2) + "\n")
+    if config.keys() >= KEYS:
+        return config, texts
+    head, c = filled_head(weights, target.model), target.config
+    backbone = {
+        "fingerprint": target.model.fingerprint,
+        "path": target.path,
+        "hidden_size": c.hidden_size,
+        "vocab_size": c.vocab_size,
+        "dtype": target.model.storage,
+    }
+    return {
+        "head": weights.head,
+        "head_config": dataclasses.asdict(head.config),
+        "backbone": backbone,
+        "tokenizer": {"fingerprint": target.tokenizer_fingerprint(), "template": None},
+        "num_parameters": head.num_parameters,
+        "metrics": {},
+        **config,
+    }, texts
+
+
+def imported_from(name: str, found: Found, notes: list[str]) -> dict:
+    """The part of config.json that says where a head came from."""
+    files = {found.file.name: sha256_of(found.file)}
+    return {"imported": {"format": name, "files": files, "config": found.config, "notes": notes}}
+
+
+def default_options(head: str, **known) -> dict:
+    """All options of a head: the known ones and the defaults."""
+    return dataclasses.asdict(make_config(head, known))
+
+
+def filled_head(weights: HeadWeights, backbone):
+    """The head on this backbone, ready to draft. Raises ValueError naming every parameter that does not fit."""
+    head = build(weights.head, weights.options, backbone)
+    own = dict(head.named_parameters())
+    expect(f"the head {weights.head}", weights.tensors, {name: tuple(p.shape) for name, p in own.items()})
+    for name, parameter in own.items():
+        parameter.update(widen(name, weights.tensors[name]).whole())
+    head.eval()
+    return head
+
+
+def head_logits(head, inputs: Inputs) -> list[np.ndarray]:
+    """What a head says of every position of the inputs: one (rows, vocab) float32 per depth."""
+    from heads.base import Features
+    from runtime import jt
+
+    drawn = inputs.of(head.dim, head.vocab_size, head.num_depths, head.layers)
+    layers = {index: jt.array(hidden[None]) for index, hidden in drawn.layers.items()}
+    features = Features(jt.array(drawn.hidden[None]), layers)
+    output = head(features, drawn.token_ids[None], np.arange(len(drawn.hidden)))
+    return [each.value().numpy() if hasattr(each, "value") else each.numpy() for each in output.logits]
