@@ -12,7 +12,7 @@ PROMPTS ?= assets/prompts/chat.jsonl
 NUM_PROMPTS ?= 100
 COMPARISON ?= results/comparison
 
-.PHONY: quickstart test lint setup setup-dev comparison report clean
+.PHONY: quickstart test lint setup setup-dev comparison expected report clean
 
 quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the autoregressive twin
 	$(RUN) train.py --head $(QUICK_HEAD) --max-steps $(QUICK_STEPS) --features online --out runs/quickstart --overwrite
@@ -34,6 +34,16 @@ comparison: setup  ## train and measure every head with every seed; a result tha
 	    --num-prompts $(NUM_PROMPTS) --out $(COMPARISON)/$$head-$$seed.json || exit 1; \
 	done; done
 	$(RUN) bench/seeds.py $(COMPARISON)/*.json --against mlp --markdown $(COMPARISON)/README.md
+
+expected: setup  ## what training expects a head to accept, beside what decoding the same held-out prompts measures
+	$(RUN) -m trainer.splits --out runs/held-out.jsonl --head mlp
+	@for head in $(COMPARED); do \
+	  test -f results/expected/$$head.json && continue; \
+	  $(RUN) train.py --head $$head --max-steps $(STEPS) --score-every $(STEPS) --out runs/expected/$$head --overwrite || exit 1; \
+	  $(RUN) bench/run.py --greedy --checkpoint runs/expected/$$head --prompts runs/held-out.jsonl \
+	    --out results/expected/$$head.json || exit 1; \
+	done
+	$(RUN) bench/compare.py results/expected/*.json
 
 report:  ## write the results tables of results/README.md and of both READMEs from results/*.json
 	$(RUN) bench/report.py results/*.json --out results/README.md --update README.md README_zh.md

@@ -68,7 +68,7 @@ class TrainConfig:
     score_every: int = _option(250, "steps between scores on the held-out text")
     save_every: int = _option(250, "steps between states to resume from; 0: none")
     keep_last: int = _option(1, "states that are kept, the newest ones")
-    loss: str = _option("ce", "of each depth: ce (the text's token), kl (the backbone's distribution), or mix of both")
+    loss: str = _option("mix", "of each depth: ce (the text's token), kl (the backbone's distribution), or mix of both")
     kl_share: float = _option(0.5, "share of the backbone's distribution in the loss with --loss mix")
     kl_top: int = _option(32, "likeliest tokens of the backbone's distribution that --loss kl and mix look at")
     teacher: str | None = _option(None, "top-k file that trainer.distill wrote; default: the backbone on the fly")

@@ -158,7 +158,8 @@ def make_objective(setting: Setting) -> Objective:
     if config.loss == "ce":
         return Objective()
     share = 1.0 if config.loss == "kl" else config.kl_share
-    return Objective(config.loss, share, open_teacher(setting.backbone, config.kl_top, config.teacher))
+    k = min(config.kl_top, setting.backbone.config.vocab_size)
+    return Objective(config.loss, share, open_teacher(setting.backbone, k, config.teacher))
 
 
 @dataclass
