@@ -120,10 +120,10 @@ def note(text: str) -> None:
 
 
 def training_config(name: str, options: argparse.Namespace) -> TrainConfig:
-    """The head's own recipe for as many steps as are measured. No scores, no states."""
+    """The head's own recipe for as many steps as are measured. Hard labels, no scores, no states."""
     steps = (WARM_UP + options.rounds) * options.steps
     words = ["--head", name, "--max-steps", str(steps), "--tokens-per-step", str(options.tokens_per_step)]
-    words += ["--score-every", str(steps + 1), "--save-every", "0"]
+    words += ["--score-every", str(steps + 1), "--save-every", "0", "--loss", "ce"]
     words += ["--data", *options.data] if options.data else []
     words += ["--cache-dir", options.cache_dir] if options.cache_dir else []
     config = parse_training(words)

@@ -73,7 +73,7 @@ def test_a_head_trained_with_torch_decodes_the_same_by_both_engines(folder):
     assert (ours["storage"], theirs["storage"]) == ("float32", "torch-float32")
     assert ours["accept_length"] == theirs["accept_length"] and ours["parity"] == theirs["parity"] == 3
     assert min(each[key] for each in (ours, theirs) for key in ("tokens_per_s", "autoregressive_tokens_per_s")) > 0
-    assert found["config"]["tree"] == [[0], [0, 0]] and ours["accept_length"] > 1  # it drafts, and not in vain
+    assert found["config"]["tree"][0] == [0] and ours["accept_length"] > 1  # it drafts, and not in vain
     assert found["config"]["checkpoint"]["head"] == "mlp"
     assert {"torch", "transformers", "jittor"} <= found["provenance"]["versions"].keys()
     assert "own parity" in out and "torch-float32" in out

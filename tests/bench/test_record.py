@@ -43,9 +43,16 @@ def test_a_file_from_before_a_field_was_added_is_read_with_its_default(tmp_path,
     assert record.per_prompt[0].adapted is None
 
 
+OTHER_KINDS = {"losses", "conversion", "train-peers", "hybrid"}  # written and read by one entry each
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.name)
 def test_the_results_of_the_repository_are_read(path):
-    if path.name.startswith("engine-"):
+    kind = json.loads(path.read_text())["kind"]
+    if kind in OTHER_KINDS:
+        with pytest.raises(OtherKindError):  # the tables leave it out with a note
+            read_record(path)
+    elif path.name.startswith("engine-"):
         assert all(shape.passes for shape in read_engine_record(path).shapes)
     else:
         assert read_record(path).per_prompt

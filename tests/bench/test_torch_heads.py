@@ -76,7 +76,7 @@ def both_heads(name, backbone):
 
 
 def config_of(name, **changes):
-    return TrainConfig(head=name, max_steps=4, learning_rate=0.01, tokens_per_step=10_000, **changes)
+    return TrainConfig(head=name, loss="ce", max_steps=4, learning_rate=0.01, tokens_per_step=10_000, **changes)
 
 
 def our_gradients(head, data, hidden, config):
