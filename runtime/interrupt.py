@@ -43,6 +43,11 @@ def interrupt_requested() -> bool:
     return _interrupts.requested
 
 
+def acknowledge_interrupt() -> None:
+    """The wish was seen, perhaps on another rank: nothing raises for it any more."""
+    _interrupts.requested = False
+
+
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[None]:
     """While the body runs, Ctrl-C and SIGTERM take effect at the next ``check_interrupt``, and a second one at once.

@@ -19,7 +19,7 @@ import psutil
 import runtime
 from heads.base import Stage
 from heads.checkpoint import save_checkpoint, update_config
-from runtime.interrupt import check_interrupt, deferred_interrupts
+from runtime.interrupt import acknowledge_interrupt, check_interrupt, deferred_interrupts
 from trainer.average import Average
 from trainer.config import TrainConfig
 from trainer.data import TokenizedData, batches
@@ -326,6 +326,7 @@ class _Loop:
         run.tokens += int(self.data.lengths[indices].sum())
         self.report(record)
         if found.interrupted:
+            acknowledge_interrupt()
             raise KeyboardInterrupt
         if runtime.world_size() == 1:
             check_interrupt()

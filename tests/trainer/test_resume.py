@@ -16,8 +16,9 @@ import pytest
 from heads.checkpoint import load_head
 from runtime import atomic
 from tests.small import small_backbone
-from tests.trainer.runs import NUM_STEPS, OPTIONS, start
+from tests.trainer.runs import NUM_STEPS, OPTIONS, start, training_data
 from trainer import state as states
+from trainer.features import OnlineFeatures
 from trainer.state import check_identity, list_states, newest_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,13 +88,23 @@ def test_a_run_that_forgets_its_moments_ends_elsewhere(backbone, tmp_path, monke
     assert tensors(tmp_path / "broken") != tensors(tmp_path / "whole")
 
 
-def test_a_run_stopped_by_ctrl_c_goes_on_too(backbone, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["between two steps", "within a step"])
+def test_a_run_stopped_by_a_signal_goes_on_too(backbone, tmp_path, number, moment):
     def stop(step, num_steps, record):
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+        if step == 6 and moment == "between two steps":
+            os.kill(os.getpid(), number)
+
+    online, calls = OnlineFeatures(backbone, training_data()[0], ()), []
+
+    def source(indices):
+        calls.append(1)
+        if len(calls) == 6 and moment == "within a step":
+            os.kill(os.getpid(), number)
+        return online(indices)
 
     start(backbone, tmp_path / "whole")
-    result, *_ = start(backbone, tmp_path / "broken", progress=stop)
+    result, *_ = start(backbone, tmp_path / "broken", source=source, progress=stop)
     assert result.interrupted and result.steps == 6
     state = newest_state(tmp_path / "broken")
     assert state.step == 6
