@@ -179,7 +179,7 @@ def run(options: argparse.Namespace, prompts: PromptSet) -> dict:
             "tree": tree.paths,
             "max_new_tokens": options.max_new_tokens,
         },
-        "data": {"path": prompts.source, "sha256": prompts.sha256, "num_prompts": len(prompts.prompts)},
+        "data": {"path": project_path(prompts.source), "sha256": prompts.sha256, "num_prompts": len(prompts.prompts)},
         "engines": {engine: figures(side) for engine, side in sides.items()},
         "agreement": {**dataclasses.asdict(found), "difference": explain(found.difference, prompts, sides)},
         "provenance": runtime.provenance(options.seed),
