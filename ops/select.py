@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ops.kernel import cpu_header, on_cpu
+from ops.kernel import launch
 from runtime import jt
 
 
@@ -24,21 +24,15 @@ def top_k(logits, k: int):
     Returns values (rows, k) float32 and indices (rows, k) int32.
     """
     assert 1 <= k <= logits.shape[1], (k, logits.shape)
-    if not on_cpu():
-        return reference_top_k(logits, k)
     return _select("top_k", logits, k)
 
 
 def _select(function: str, logits, k: int):
-    """Values and indices, (rows, k) each, as a function of ``ops/kernels/cpu.h`` gives them."""
+    """Values and indices, (rows, k) each, as a function of the kernels gives them."""
     rows = logits.shape[0]
-    return jt.code(
-        [(rows, k), (rows, k)],
-        ["float32", "int32"],
-        [logits],
-        cpu_header=cpu_header(),
-        cpu_src=f"gorgon::{function}(in0_p, in0_shape0, in0_shape1, out0_shape1, out0_p, out1_p);",
-    )
+    call = f"gorgon::{function}(in0_p, in0_shape0, in0_shape1, out0_shape1, out0_p, out1_p);"
+    shapes, dtypes = [(rows, k), (rows, k)], ["float32", "int32"]
+    return launch(shapes, dtypes, [logits], cpu=call, cuda=call, cuda_files=["select.h"])
 
 
 def reference_top_k_log_probabilities(logits, k: int):
@@ -55,8 +49,6 @@ def top_k_log_probabilities(logits, k: int):
     Returns their log softmax, (rows, k) float32, at most 0, and indices (rows, k) int32.
     """
     assert 1 <= k <= logits.shape[1], (k, logits.shape)
-    if not on_cpu():
-        return reference_top_k_log_probabilities(logits, k)
     return _select("top_k_log", logits, k)
 
 

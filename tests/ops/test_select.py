@@ -6,6 +6,7 @@ import pytest
 from ops.select import argmax, reference_top_k, reference_top_k_log_probabilities, top_k, top_k_log_probabilities
 from runtime import jt
 
+pytestmark = pytest.mark.usefixtures("body")
 WIDTHS = [10, 16, 31, 100, 1003]
 
 

@@ -1,0 +1,80 @@
+// What kernels are written with, on a GPU: CUDA itself and a few names for what it has no portable word for. The same
+// names, emulated on the CPU: emulator.h. A kernel that keeps to both is the same text in both.
+//
+//   GORGON_SHARED(T, name)      the block's dynamic shared memory, as T*; no other shared memory is used
+//   launch(kernel, grid, block, shared_bytes, arguments...)
+//   half_to_float, float_to_half, pack_halves(low, high)      halves are uint16_t in memory, two in a uint32_t
+//   load_once(const uint4*)     a load that leaves the first-level cache to others
+//   copy_async(shared, global)  16 bytes; copies_commit(), copies_wait<N>(): all groups but the last N have come
+//   mma(d, a, b)                d += a b of m16n8k16 in halves, sums in float32
+//   divide, exponential         of float32, the same whatever the flags for fast arithmetic say
+#pragma once
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#define GORGON_SHARED(T, name)                                     \
+    extern __shared__ __align__(128) unsigned char gorgon_shared[]; \
+    T* name = (T*)gorgon_shared
+
+namespace gorgon {
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+template <class T> struct storage { typedef uint16_t type; };
+template <> struct storage<float> { typedef float type; };
+template <> struct storage<int8_t> { typedef int8_t type; };
+template <> struct storage<uint8_t> { typedef uint8_t type; };
+template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
+
+// Attributes of a launch beyond the first 48 KB of shared memory have to be asked for.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
+    cudaError_t error = cudaSuccess;
+    if (shared > 48 * 1024)
+        error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (error == cudaSuccess) {
+        kernel<<<grid, block, shared>>>((P)arguments...);
+        error = cudaPeekAtLastError();
+    }
+    if (error != cudaSuccess) throw std::runtime_error(std::string("a kernel's launch failed: ") + cudaGetErrorString(error));
+}
+
+__device__ inline float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+__device__ inline uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ inline uint32_t pack_halves(float low, float high) {
+    return (uint32_t)float_to_half(low) | (uint32_t)float_to_half(high) << 16;
+}
+
+__device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline float exponential(float x) { return __expf(x); }
+
+__device__ inline uint4 load_once(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+__device__ inline void copy_async(void* shared, const void* global) {
+    unsigned target = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Fragments of a lane, g = lane / 4, t = lane % 4 (PTX ISA, mma.m16n8k16): a holds rows g, g + 8, g, g + 8 of columns
+// 2t (+1), 2t, 2t + 8, 2t + 8; b holds rows 2t (+1) and 2t + 8 of column g; d rows g, g, g + 8, g + 8 of columns 2t, 2t + 1.
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace gorgon
