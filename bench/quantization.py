@@ -19,18 +19,16 @@ from ops.quantize import BITS
 from ops.training import cross_entropy
 from runtime import jt
 from runtime.interrupt import check_interrupt
-from trainer.config import EMBEDDED_CORPUS, TrainConfig
-from trainer.data import TokenizedData, batches, encode_conversations, hold_out, load_conversations
+from trainer.config import TrainConfig
+from trainer.data import TokenizedData, batches
+from trainer.splits import split_text
 
 SCORED_TOKENS = 2048  # tokens of a pass
 
 
 def held_out_text(tokenizer, max_positions: int) -> TokenizedData:
     """The conversations of the embedded corpus that train.py holds out by default."""
-    defaults = TrainConfig()
-    conversations, report = load_conversations(EMBEDDED_CORPUS)
-    data = encode_conversations(conversations, tokenizer, min(defaults.max_length, max_positions), report)
-    return hold_out(data, defaults.held_out)[1]
+    return split_text(TrainConfig(), tokenizer, max_positions).held_out
 
 
 def perplexity(backbone: Backbone, data: TokenizedData) -> float:

@@ -19,9 +19,10 @@ from decoding.generate import generate_autoregressive
 from runtime import jt
 from runtime.interrupt import check_interrupt
 from trainer.config import EMBEDDED_CORPUS, TrainConfig
-from trainer.data import TokenizedData, batches, hold_out, load_conversations
+from trainer.data import TokenizedData, batches
 from trainer.features import OnlineFeatures
 from trainer.loss import head_loss, make_batch
+from trainer.splits import held_out_conversations, split_text
 
 SCORED_TOKENS = 4096  # tokens of a teacher-forced pass
 
@@ -42,26 +43,16 @@ def held_out_prompts(tokenizer, max_positions: int, num_prompts: int | None) -> 
     The split is train.py's with its default options: it depends on the tokenizer and on nothing else. The hash is what
     a checkpoint that was trained on this text has for ``data.sha256``.
     """
-    defaults = TrainConfig()
-    conversations, _ = load_conversations(EMBEDDED_CORPUS)
-    encoded = tokenizer.encode_many_with_mask([talk.messages for talk in conversations])
-    length, kept = min(defaults.max_length, max_positions), []
-    for talk, (token_ids, mask) in zip(conversations, encoded, strict=True):
-        if any(mask[:length]):
-            kept.append((talk, np.array(token_ids[:length], np.int32), np.array(mask[:length], np.bool_)))
-    data = TokenizedData.of((token_ids, mask) for _, token_ids, mask in kept)
-    _, held_out = hold_out(data, defaults.held_out)
-    chosen = {held_out.conversation(index)[0].tobytes() for index in range(len(held_out))}
-    prompts = []
-    for talk, token_ids, _ in kept:
-        if token_ids.tobytes() in chosen:
-            said = tuple(message["content"] for message in talk.messages if message["role"] == "user")
-            prompts.append(Prompt(talk.id, talk.category, said))
+    config = TrainConfig(data=[str(EMBEDDED_CORPUS)])
+    splits = split_text(config, tokenizer, max_positions)
+    prompts = [
+        Prompt(talk.id, talk.category, tuple(said["content"] for said in talk.messages if said["role"] == "user"))
+        for talk in held_out_conversations(config, splits)
+    ]
     if num_prompts is not None:
         prompts = spread(prompts, num_prompts)
     sha256 = hashlib.sha256(EMBEDDED_CORPUS.read_bytes()).hexdigest()
-    whole = hashlib.sha256(data.token_ids.tobytes() + data.mask.tobytes()).hexdigest()
-    return PromptSet(tuple(prompts), {}, f"{EMBEDDED_CORPUS} (held out)", sha256), whole
+    return PromptSet(tuple(prompts), {}, f"{EMBEDDED_CORPUS} (held out)", sha256), splits.sha256
 
 
 def decode_texts(setup: Setup, prompts: Sequence[Prompt], on_prompt=lambda: None) -> list[GreedyText]:

@@ -36,13 +36,14 @@ from trainer.data import (
 @dataclass
 class Splits:
     """training, held_out: tokens with their masks; report: what became of the text that was read; sha256: hash of all
-    tokens and masks before the split, as hexadecimal digits."""
+    tokens and masks before the split, as hexadecimal digits; max_length: tokens that a conversation was cut at."""
 
     tokenizer: ChatTokenizer
     training: TokenizedData
     held_out: TokenizedData
     report: DataReport
     sha256: str
+    max_length: int
 
 
 def data_files(config: TrainConfig) -> list[str]:
@@ -55,33 +56,42 @@ def load_splits(config: TrainConfig) -> Splits:
     backbone = read_config(Path(config.backbone) if config.backbone else EMBEDDED)
     tokenizer = load_tokenizer(config.backbone, config.template)
     tokenizer.check_fits(backbone)
+    return split_text(config, tokenizer, backbone.max_positions, backbone.vocab_size)
+
+
+def split_text(
+    config: TrainConfig, tokenizer: ChatTokenizer, max_positions: int, vocab_size: int | None = None
+) -> Splits:
+    """The same with a tokenizer that is there already, for a backbone of ``max_positions``. Raises ValueError
+    for a token outside of ``vocab_size``, where it is given."""
+    max_length = min(config.max_length, max_positions)
     data, report = load_data(
         data_files(config),
         tokenizer,
-        max_length=min(config.max_length, backbone.max_positions),
-        block_size=min(config.block_size, backbone.max_positions),
+        max_length=max_length,
+        block_size=min(config.block_size, max_positions),
         loss_on=config.loss_on,
         weights=config.data_weights,
     )
-    check_vocabulary(data, backbone.vocab_size)
+    if vocab_size is not None:
+        check_vocabulary(data, vocab_size)
     sha256 = hashlib.sha256(data.token_ids.tobytes() + data.mask.tobytes()).hexdigest()
-    return Splits(tokenizer, *hold_out(data, config.held_out), report, sha256)
+    return Splits(tokenizer, *hold_out(data, config.held_out), report, sha256, max_length)
 
 
-def held_out_conversations(config: TrainConfig) -> list[Conversation]:
-    """The conversations that a run holds out, in the order of the files. Plain text has none.
+def held_out_conversations(config: TrainConfig, splits: Splits) -> list[Conversation]:
+    """The conversations of the held-out part, in the order of the files. Plain text has none.
 
     Raises ValueError when there are none.
     """
-    splits = load_splits(config)
     chosen = {splits.held_out.conversation(index)[0].tobytes() for index in range(len(splits.held_out))}
-    longest = int(max(splits.training.lengths.max(), splits.held_out.lengths.max()))
-    found = []
-    for talk in load_conversations(data_files(config))[0]:
-        token_ids, _ = splits.tokenizer.encode_with_mask(list(talk.messages))
-        cut = np.array(token_ids, np.int32)[: min(longest, config.max_length)]
-        if cut.tobytes() in chosen:
-            found.append(talk)
+    talks, _ = load_conversations(data_files(config))
+    encoded = splits.tokenizer.encode_many_with_mask([talk.messages for talk in talks])
+    found = [
+        talk
+        for talk, (token_ids, _) in zip(talks, encoded, strict=True)
+        if np.array(token_ids[: splits.max_length], np.int32).tobytes() in chosen
+    ]
     if not found:
         raise ValueError("the held-out part has no conversation")
     return found
@@ -95,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(rest)
     if config is None:
         raise ValueError("--list-heads is train.py's")
-    talks = held_out_conversations(config)
+    talks = held_out_conversations(config, load_splits(config))
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     with open(given.out, "w", encoding="utf-8") as file:
         for talk in talks:

@@ -143,8 +143,8 @@ def test_more_ranks_than_sequences_are_refused(tmp_path):
 def test_the_held_out_conversations_can_be_written_as_prompts(tmp_path):
     data = write_talks(tmp_path / "talks.jsonl", 30)
     config = TrainConfig(head="mlp", data=[str(data)])
-    talks = held_out_conversations(config)
     splits = load_splits(config)
+    talks = held_out_conversations(config, splits)
     assert len(talks) == len(splits.held_out) == 3 and len({talk.id for talk in talks}) == 3
     lengths = [len(splits.tokenizer.encode_with_mask(list(talk.messages))[0]) for talk in talks]
     assert lengths == splits.held_out.lengths.tolist()
