@@ -13,17 +13,23 @@ import math
 
 import numpy as np
 
-from ops.decoder_layer import reference_rope
-from ops.kernel import cpu_header, on_cpu
+from ops.kernel import launch, on_cpu
 from runtime import jt
 
-HEADER = "cpu_attention.h"
+CPU_FILE = "cpu_attention.h"
 LANES = 16  # floats in a vector: the kernels take head widths that are a multiple of it
+WIDEST_CUDA = 256  # of a head: what the registers of a thread hold
+GRAD_QUERIES = 32  # of ops/kernels/cuda/train_attention_grad.h
 
 # The sizes that the kernels read, and a check of the ranges: they may be Vars, which nothing has looked at before.
 SIZES = """
 gorgon::Attention a{in0_shape0, in0_shape1, in1_shape1, in0_shape2, in1_shape0, %s, (float)data["scale"]};
 CHECK(gorgon::ranges_fit(a, in3_p, in4_p)) << "attention: first and count must name keys that there are";
+"""
+CUDA_SIZES = """
+int heads = in0_shape1, kv_heads = in1_shape1;
+gorgon::AttentionShape a{(int)in0_shape0, heads, kv_heads, heads / kv_heads, (int)in0_shape2, (int)in1_shape0, (int)%s,
+                         (float)data["scale"]};
 """
 
 
@@ -49,6 +55,11 @@ def reference_attention(q, k, v, first, count, own_k=None, own_v=None):
     return jt.stack(outputs, 1)
 
 
+def _cuda_width(q) -> int:
+    """The width that the CUDA kernels are compiled for. q: (rows, heads, d)."""
+    return -(-q.shape[2] // 32) * 32
+
+
 class _Attention(jt.Function):
     def __init__(self, scale: float):
         super().__init__()
@@ -57,15 +68,16 @@ class _Attention(jt.Function):
     def execute(self, q, k, v, first, count, *own):
         rows, heads, _ = q.shape
         own_pointers = "in5_p, in6_p" if own else "nullptr, nullptr"
-        y, log_sum = jt.code(
+        num_own = "in5_shape1" if own else "0"
+        call = f"in0_p, in1_p, in2_p, in3_p, in4_p, {own_pointers}, out0_p, out1_p);"
+        y, log_sum = launch(
             [tuple(q.shape), (rows, heads)],
             ["float32", "float32"],
             [q, k, v, first, count, *own],
-            cpu_header=cpu_header(HEADER),
-            cpu_src=SIZES % ("in5_shape1" if own else "0")
-            + f"""
-            gorgon::attention_forward(a, in0_p, in1_p, in2_p, in3_p, in4_p, {own_pointers}, out0_p, out1_p);
-            """,
+            cpu=SIZES % num_own + f"gorgon::attention_forward(a, {call}",
+            cuda=CUDA_SIZES % num_own + f"gorgon::attention_forward<{_cuda_width(q)}>(a, {call}",
+            cpu_files=CPU_FILE,
+            cuda_files=["train_attention.h"],
             data={"scale": self.scale},
         )
         self.saved = q, k, v, first, count, y, log_sum, *own
@@ -74,19 +86,24 @@ class _Attention(jt.Function):
     def grad(self, upstream):
         q, k, v, first, count, y, log_sum, *own = self.saved
         own_pointers, own_grads = ("in8_p, in9_p", "out3_p, out4_p") if own else ["nullptr, nullptr"] * 2
-        grads = jt.code(
-            [tuple(x.shape) for x in (q, k, v, *own)],
-            ["float32"] * (3 + len(own)),
+        num_own = "in8_shape1" if own else "0"
+        num = 3 + len(own)
+        queries = q.shape[0] * q.shape[1] // k.shape[1]
+        scratch = [] if on_cpu() else [tuple(log_sum.shape), (-(-queries // GRAD_QUERIES), 2)]
+        call = f"in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, in7_p, {own_pointers}"
+        call += f", {{out0_p, out1_p, out2_p, {own_grads}}}"
+        grads = launch(
+            [tuple(x.shape) for x in (q, k, v, *own)] + scratch,
+            ["float32"] * num + ["float32", "int32"][: len(scratch)],
             [q, k, v, first, count, y, log_sum, upstream, *own],
-            cpu_header=cpu_header(HEADER),
-            cpu_src=SIZES % ("in8_shape1" if own else "0")
-            + f"""
-            gorgon::attention_backward(a, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, in7_p, {own_pointers},
-                                       {{out0_p, out1_p, out2_p, {own_grads}}});
-            """,
+            cpu=SIZES % num_own + f"gorgon::attention_backward(a, {call});",
+            cuda=CUDA_SIZES % num_own
+            + f"gorgon::attention_backward<{_cuda_width(q)}>(a, {call}, out{num}_p, out{num + 1}_p);",
+            cpu_files=CPU_FILE,
+            cuda_files=["train_attention.h", "train_attention_grad.h"],
             data={"scale": self.scale},
         )
-        return *grads[:3], None, None, *grads[3:]
+        return *grads[:3], None, None, *grads[3:num]
 
 
 def _check_ranges(first, count, rows: int, tokens: int, own: int) -> None:
@@ -113,6 +130,8 @@ def attention(q, k, v, first, count, own_k=None, own_v=None):
     of three and one: first [0, 0, 0, 3], count [1, 2, 3, 1].
 
     A range outside the keys raises AssertionError where it can be read at once, RuntimeError from the kernel otherwise.
+    On a GPU the kernel traps then: what waits for its results next raises, and the process cannot use the GPU any more.
+    There d is at most 256.
     """
     (rows, heads, d), (tokens, kv_heads, _) = q.shape, k.shape
     own = 0 if own_k is None else own_k.shape[1]
@@ -124,8 +143,7 @@ def attention(q, k, v, first, count, own_k=None, own_v=None):
     if own:
         assert tuple(own_k.shape) == tuple(own_v.shape) == (rows, own, kv_heads, d), (own_k.shape, own_v.shape)
         owns = [own_k, own_v]
-    if not on_cpu():
-        return reference_attention(q, k, v, first, count, *owns)
+    assert on_cpu() or d <= WIDEST_CUDA, f"heads of {d}: the CUDA kernels take at most {WIDEST_CUDA}"
     first, count = (jt.array(x) if isinstance(x, np.ndarray) else x for x in (first, count))
     scale = 1 / math.sqrt(d)
     missing = -d % LANES
@@ -144,14 +162,17 @@ class _Rotary(jt.Function):
         return self.turn(upstream, -1), None, None
 
     def turn(self, x, direction: int):
-        return jt.code(
+        call = """
+        gorgon::rotary(in0_p, in0_shape0, in0_shape1, in0_shape2, in1_p, in2_p, (float)data["direction"], out0_p);
+        """
+        return launch(
             tuple(x.shape),
             "float32",
             [x, *self.saved],
-            cpu_header=cpu_header(HEADER),
-            cpu_src="""
-            gorgon::rotary(in0_p, in0_shape0, in0_shape1, in0_shape2, in1_p, in2_p, (float)data["direction"], out0_p);
-            """,
+            cpu=call,
+            cuda=call,
+            cpu_files=CPU_FILE,
+            cuda_files=["rotary.h"],
             data={"direction": direction},
         )
 
@@ -163,8 +184,6 @@ def rotary(x, cosine, sine):
     """
     rows, _, d = x.shape
     assert d % 2 == 0 and tuple(cosine.shape) == tuple(sine.shape) == (rows, d // 2), (x.shape, cosine.shape)
-    if not on_cpu():
-        return reference_rope(x, cosine, sine)
     return _Rotary()(x, cosine.stop_grad(), sine.stop_grad())
 
 
@@ -179,18 +198,17 @@ def write_rows(cache, rows, base: int) -> None:
         raise ValueError(f"rows {tuple(rows.shape)} do not fit into a cache {tuple(cache.shape)} at row {base}")
     if count == 0:
         return
-    if not on_cpu():
-        cache[base : base + count] = rows
-        cache.sync()
-        return
-    jt.code(
+    launch(
         (1,),
         "int32",
         [cache, rows],
-        cpu_header="#include <cstring>",
-        cpu_src="""
+        cpu="""
         memcpy(in0_p + (int64_t)data["base"] * in0_stride0, in1_p, in1->num * sizeof(float));
         out0_p[0] = 0;
         """,
+        cuda="""
+        gorgon::write_rows(in0_p + (int64_t)data["base"] * in0_stride0, in1_p, in1->num, out0_p);
+        """,
+        cuda_files=["rotary.h"],
         data={"base": base},
     ).sync()

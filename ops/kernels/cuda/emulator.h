@@ -6,6 +6,7 @@
 // and asynchronous copies arrive no sooner than they are waited for. Not shown: speed, memory beyond the arrays,
 // races between blocks.
 #pragma once
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -252,6 +253,20 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arg
     }
 }
 
+// ---- the host's ----
+
+class Stopwatch {
+    std::chrono::steady_clock::time_point begin, end;
+
+public:
+    void start() { begin = std::chrono::steady_clock::now(); }
+    void stop() { end = std::chrono::steady_clock::now(); }
+    double seconds() const { return std::chrono::duration<double>(end - begin).count(); }
+};
+
+static inline int64_t multiprocessors() { return 2; }
+static inline int64_t cache_bytes() { return 1 << 20; }
+
 // ---- halves ----
 
 static inline float half_to_float(uint16_t h) {
@@ -276,12 +291,26 @@ static inline uint16_t float_to_half(float x) {
 static inline uint32_t pack_halves(float low, float high) {
     return (uint32_t)float_to_half(low) | (uint32_t)float_to_half(high) << 16;
 }
-static inline float divide(float a, float b) { return a / b; }
-static inline float exponential(float x) { return expf(x); }
+static inline void halves_of_bytes(uint32_t four, uint32_t& low, uint32_t& high) {
+    low = pack_halves((int8_t)four, (int8_t)(four >> 8));
+    high = pack_halves((int8_t)(four >> 16), (int8_t)(four >> 24));
+}
+[[noreturn]] static inline void fail(const char* message) { throw std::runtime_error(message); }
+// Through memory: with fast arithmetic the compiler would divide several by one reciprocal, or vectorise exp, in one kernel
+// and not in another, and bits would differ where they do not on a GPU.
+static inline float divide(float a, float b) {
+    volatile float by = b;
+    return a / by;
+}
+static inline float exponential(float x) {
+    volatile float of = x;
+    return expf(of);
+}
 
 // ---- memory ----
 
 static inline uint4 load_once(const uint4* p) { return *p; }
+static inline void prefetch(const void*) {}
 static inline void copy_async(void* shared, const void* global) {
     emulator::block().fiber().open.push_back({shared, global});
 }
