@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ops.kernel import cpu_header, on_cpu
-from ops.linear import pack, pack_gated
-from ops.quantize import QUANTIZERS, dequantize
+from ops.kernel import launch, on_cpu
+from ops.linear import pack, pack_gated, random_matrices
+from ops.quantize import QUANTIZERS
+from ops.tiles import pack_matrices
 from runtime import jt
 
 HEADER = "pass.h"
@@ -35,33 +36,44 @@ class LayerShape:
 class LayerWeights:
     """The frozen weights of one layer. Matrices are (out, in), float16 or float32; norms are float32.
 
-    storage: a name of ``ops.quantize.QUANTIZERS``, else the matrices are kept as they come. On the CPU the packed
-    matrices lie behind each other in one Var, ``packed``, their scales in ``scales`` (None without) and both norms in
-    ``norms`` (2, dim); elsewhere each matrix has its own, in the dtype it came in.
+    storage: a name of ``ops.quantize.QUANTIZERS``, else the matrices are kept as they come. The packed matrices lie
+    behind each other in one Var, ``packed``, their scales in ``scales`` (None without) and both norms in ``norms``
+    (2, dim). How they are packed is for the bodies that run when they are made (``ops.linear``, ``ops.tiles``).
     """
 
     def __init__(self, shape: LayerShape, norm1, q, k, v, o, norm2, gate, up, down, storage: str | None = None):
-        self.shape = shape
-        self.norm1, self.norm2 = (jt.array(n.astype(np.float32)).stop_grad() for n in (norm1, norm2))
-        self.norms = jt.array(np.stack([norm1, norm2]).astype(np.float32)).stop_grad()
+        self._hold_norms(shape, norm1, norm2)
+        if not on_cpu():
+            self.packed, self.scales = pack_matrices([[q, k, v], [o], [gate, up], [down]], storage)
+            return
         parts, scales = {"qkv": np.concatenate([q, k, v]), "o": o, "gate": gate, "up": up, "down": down}, {}
         if storage in QUANTIZERS:
             for name, weight in parts.items():
                 parts[name], scales[name] = QUANTIZERS[storage](weight)
-        if not on_cpu():
-            for name, scale in scales.items():
-                parts[name] = dequantize(parts[name], scale).astype(q.dtype)
-            parts["gate_up"] = np.concatenate([parts.pop("gate"), parts.pop("up")])
-            self.qkv, self.o, self.gate_up, self.down = (
-                jt.array(parts[name]).stop_grad() for name in ("qkv", "o", "gate_up", "down")
-            )
-            return
         self.packed = _behind_each_other(parts)
         self.scales = _behind_each_other(scales) if scales else None
 
+    def _hold_norms(self, shape: LayerShape, norm1, norm2) -> None:
+        self.shape = shape
+        self.norm1, self.norm2 = (jt.array(n.astype(np.float32)).stop_grad() for n in (norm1, norm2))
+        self.norms = jt.array(np.stack([norm1, norm2]).astype(np.float32)).stop_grad()
+
+    @classmethod
+    def random(cls, shape: LayerShape, storage: str = "float16", seed: int = 0, std: float = 0.02) -> LayerWeights:
+        """A layer to measure with: random matrices of a standard deviation, norms of ones. storage: float16, float32
+        or a name of ``QUANTIZERS``. On a GPU the host never holds the matrices."""
+        self, ones = cls.__new__(cls), np.ones(shape.hidden_size, np.float32)
+        self._hold_norms(shape, ones, ones)
+        q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        gate_up = [(inner, hidden)] * 2 if on_cpu() else [(2 * inner, hidden)]
+        sizes = [(q + 2 * kv, hidden), (hidden, q), *gate_up, (hidden, inner)]
+        self.packed, self.scales = random_matrices(sizes, storage, seed, std)
+        return self
+
     @property
     def inputs(self) -> list:
-        """What a CPU kernel is given of them."""
+        """What a kernel is given of them."""
         return [self.norms, self.packed, *([] if self.scales is None else [self.scales])]
 
     def source(self, first: int) -> str:
@@ -128,15 +140,12 @@ class FrozenMatrix:
 
         after: a matrix that is to be there first, so that a lazy graph does not unpack its matrices all at once.
         """
-        if not on_cpu():
-            return getattr(self.layer, self.part)[self.first : self.first + self.shape[0]].float32()
-        s, alternating = self.layer.shape, self.part == "gate_up"  # its blocks are gate, up, gate, up, ...
-        return jt.code(
+        s, alternating = self.layer.shape, self.part == "gate_up"  # on the CPU its blocks are gate, up, gate, up, ...
+        return launch(
             self.shape,
             "float32",
             [self.layer.norms if after is None else after, *self.layer.inputs],
-            cpu_header=cpu_header(HEADER),
-            cpu_src=f"""
+            cpu=f"""
             gorgon::Shape s{{0, in1_shape1, (int64_t)data["heads"], (int64_t)data["kv_heads"],
                             (int64_t)data["head_dim"], (int64_t)data["inner"], 0}};
             {LAYER.format(packed=2)} layer{self.layer.source(1)};
@@ -144,10 +153,20 @@ class FrozenMatrix:
             gorgon::unpack(parts[(int)data["part"]], out0_shape1, (int64_t)data["first"], out0_shape0,
                            (int64_t)data["begin"], (int64_t)data["step"], out0_p);
             """,
+            cuda=f"""
+            gorgon::LayerSizes s{{in1_shape1, (int64_t)data["heads"], (int64_t)data["kv_heads"],
+                                 (int64_t)data["head_dim"], (int64_t)data["inner"]}};
+            {LAYER.format(packed=2)} layer{self.layer.source(1)};
+            decltype(layer.o(s)) parts[] = {{layer.qkv(s), layer.o(s), layer.gate_up(s), layer.down(s)}};
+            gorgon::unpack(parts[(int)data["part"]], (int64_t)data["output"], out0_shape0, out0_p);
+            """,
+            cpu_files=HEADER,
+            cuda_files=["linear.h"],
             data={
                 **s.data(),
                 "kv_heads": s.num_kv_heads,
                 "part": ("qkv", "o", "gate_up", "down").index(self.part),
+                "output": self.first,
                 "first": 0 if alternating else self.first,
                 "begin": self.first // s.intermediate_size if alternating else 0,
                 "step": 2 if alternating else 1,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ops.kernel import cpu_header, on_cpu
-from ops.quantize import dequantize
+from ops.kernel import launch, on_cpu
+from ops.quantize import GROUP, NF4
+from ops.tiles import Room, input_bytes, num_slices, packed_sizes, random_values, stretches
 from runtime import jt
 
 LANES = 16
@@ -48,7 +49,8 @@ def reference_linear(x, weight):
 
 class PackedLinear:
     """A frozen linear map without bias: weight (out, in) in float16, float32, or what ``ops.quantize`` makes of one,
-    int8 or NF4 codes with their scales; arithmetic in float32.
+    int8 or NF4 codes with their scales. On the CPU all arithmetic is in float32. On CUDA weights other than float32 are
+    multiplied with x rounded to float16 (+-65504 at most), NF4's values are rounded to it too, and sums are float32.
 
     A row's result is bitwise the same whatever rows run beside it.
     """
@@ -57,27 +59,100 @@ class PackedLinear:
         quantized = weight.dtype in (np.int8, np.uint8)
         assert quantized == (scale is not None), "quantized weights come with scales, others without"
         self.num_out, self.num_in = weight.shape
-        if not on_cpu() and quantized:
-            weight, scale = dequantize(weight, scale), None
         if on_cpu():
             weight = pack(weight)  # the one that came is let go
-        self.packed = jt.array(weight).stop_grad()
-        self.scale = None if scale is None else jt.array(pack(scale)).stop_grad()
+            self.packed = jt.array(weight).stop_grad()
+            self.scale = None if scale is None else jt.array(pack(scale)).stop_grad()
+            return
+        room = Room(weight.dtype.name, [weight.shape])
+        for part in zip(*(stretches([each]) for each in (weight, scale) if each is not None), strict=True):
+            room.append(*part)
+        del weight, part  # only the packed copy is left while it is handed over
+        self.packed, self.scale = room.variables()
+
+    @classmethod
+    def random(cls, num_out: int, num_in: int, storage: str = "float16", seed: int = 0, std: float = 0.02):
+        """A map to measure with: random weights of a standard deviation. storage: float16, float32, int8 or nf4. On a
+        GPU the host never holds them."""
+        self = cls.__new__(cls)
+        self.num_out, self.num_in = num_out, num_in
+        self.packed, self.scale = random_matrices([(num_out, num_in)], storage, seed, std)
+        return self
+
+    @property
+    def inputs(self) -> list:
+        """What a kernel is given of it."""
+        return [self.packed, *([] if self.scale is None else [self.scale])]
 
     def __call__(self, x):
         """x: (rows, in) float32 -> (rows, out) float32."""
-        if not on_cpu():
-            return reference_linear(x, self.packed)
         assert x.ndim == 2 and x.shape[1] == self.num_in, (x.shape, self.num_in)
-        scales, scale_p = ([], "nullptr") if self.scale is None else ([self.scale], "gorgon::raw(in2_p)")
-        return jt.code(
-            (x.shape[0], self.num_out),
-            "float32",
-            [x, self.packed, *scales],
-            cpu_header=cpu_header(),
-            cpu_src=f"""
+        scale = "nullptr" if self.scale is None else "gorgon::raw(in2_p)"
+        rows, shapes = x.shape[0], [(x.shape[0], self.num_out)]
+        if not on_cpu():
+            slices = num_slices(self.num_out, self.num_in)
+            shapes.append((input_bytes(str(self.packed.dtype), rows, self.num_in) // 4,))
+            shapes.append((slices, rows, self.num_out) if slices > 1 else (1, 1, 1))
+        found = launch(
+            shapes,
+            ["float32"] * len(shapes),
+            [x, *self.inputs],
+            cpu=f"""
             auto* w = gorgon::raw(in1_p);
-            gorgon::Matrix<std::remove_const_t<std::remove_reference_t<decltype(*w)>>> m{{w, {scale_p}}};
+            gorgon::Matrix<std::remove_const_t<std::remove_reference_t<decltype(*w)>>> m{{w, {scale}}};
             gorgon::linear(in0_p, in0_shape0, in0_shape1, m, out0_shape1, out0_p);
             """,
+            cuda=f"""
+            auto* w = gorgon::raw(in1_p);
+            gorgon::Matrix<std::remove_const_t<std::remove_reference_t<decltype(*w)>>> m{{
+                w, {scale}, out0_shape1, in0_shape1}};
+            gorgon::linear(in0_p, in0_shape0, m, out1_p, out2_p, out0_p);
+            """,
+            cuda_files=["linear.h"],
         )
+        return found[0]
+
+    def float32(self):
+        """(out, in) float32: the weights it computes with, bit for bit."""
+        scale = "nullptr" if self.scale is None else "gorgon::raw(in1_p)"
+        return launch(
+            (self.num_out, self.num_in),
+            "float32",
+            self.inputs,
+            cpu=f"""
+            auto* w = gorgon::raw(in0_p);
+            gorgon::Matrix<std::remove_const_t<std::remove_reference_t<decltype(*w)>>> m{{w, {scale}}};
+            gorgon::unpack(m, out0_shape1, 0, out0_shape0, 0, 1, out0_p);
+            """,
+            cuda=f"""
+            auto* w = gorgon::raw(in0_p);
+            gorgon::Matrix<std::remove_const_t<std::remove_reference_t<decltype(*w)>>> m{{
+                w, {scale}, out0_shape0, out0_shape1}};
+            gorgon::unpack(m, 0, out0_shape0, out0_p);
+            """,
+            cuda_files=["linear.h"],
+        )
+
+
+def random_matrices(shapes: list[tuple[int, int]], storage: str, seed: int, std: float):
+    """(packed, scales or None) of random matrices behind each other, as ``PackedLinear`` and a layer hold them.
+
+    shapes: [(out, in), ...]. storage: float16, float32, int8 or nf4. Weights are uniform, those of NF4 in their codes.
+    """
+    dtype = {"nf4": "uint8"}.get(storage, storage)
+    sizes = np.array([_packed_sizes(dtype, *shape) for shape in shapes]).sum(0)
+    packed = random_values(int(sizes[0]), dtype, seed, std * 3**0.5)
+    if not sizes[1]:
+        return packed, None
+    deviation = 254 / 12**0.5 if dtype == "int8" else float(NF4.std())
+    scales = jt.full((int(sizes[1]),), std / deviation, "float32" if dtype == "int8" else "float16")
+    return packed, scales.stop_grad()
+
+
+def _packed_sizes(dtype: str, num_out: int, num_in: int) -> tuple[int, int]:
+    """How many elements a packed matrix takes, and how many scales, for the bodies that run."""
+    if not on_cpu():
+        return packed_sizes(dtype, num_out, num_in)
+    outputs = -(-num_out // LANES) * LANES
+    groups = {"int8": 1, "uint8": -(-num_in // GROUP)}.get(dtype, 0)
+    return outputs * num_in // (2 if dtype == "uint8" else 1), outputs * groups

@@ -73,7 +73,9 @@ BITS = {"int8": 8, "nf4": 4}
 
 
 def dequantize(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(out, in) float32: what int8 weights or NF4 codes (uint8) stand for, as the kernels compute it, bit for bit."""
+    """(out, in) float32: what int8 or NF4 codes (uint8) stand for, as the CPU's kernels compute it, bit for bit.
+
+    The CUDA kernels differ in NF4, whose 16 values are rounded to float16 there."""
     if weight.dtype == np.int8:
         return weight * scale
     return NF4[weight] * np.repeat(scale.astype(np.float32), GROUP, 1)[:, : weight.shape[1]]

@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from ops.linear import PackedLinear
 from ops.select import argmax, top_k, top_k_log_probabilities
 from runtime import jt
 from tests.ops.cuda_programs import compile_unit, record, spills, translation_units
 
 ARCHS = [80, 90]
+STORAGES = ["float16", "float32", "int8", "nf4"]
 NVCC = shutil.which("nvcc")
 pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(NVCC is None, reason="no nvcc here")]
 
@@ -23,6 +25,8 @@ CALLS = [
     lambda: top_k(floats(2, 20), 3),
     lambda: top_k_log_probabilities(floats(2, 20), 3),
     lambda: argmax(floats(2, 20)),
+    *[lambda s=s: PackedLinear.random(10, 24, s)(floats(3, 24)) for s in STORAGES],
+    *[lambda s=s: PackedLinear.random(10, 24, s).float32() for s in STORAGES],
 ]
 
 
