@@ -4,6 +4,10 @@ The logits of a batch are the largest thing in training: 2,048 rows of 32,000 to
 again for their gradient. Here a chunk of rows at a time becomes logits, losses, and gradients of the rows and of the
 weight, before the next chunk takes its memory: the weights of the losses are known beforehand, so nothing has to be
 computed again (the way of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, section 3.2).
+
+On the CPU all of it is one kernel. On CUDA the products are cuBLAS's, and one kernel turns a chunk's logits into
+losses, ranks and, in their place, their gradient. Beside the gradients that are asked for it holds a chunk of logits,
+two where they are a sum, and the product that is added to a weight's gradient next. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -11,18 +15,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ops.kernel import cpu_header, on_cpu
-from ops.training import reference_cross_entropy
+from ops.kernel import cpu_header, launch, on_cpu
+from ops.training import outer_product, reference_cross_entropy
 from runtime import jt
 
 HEADER = "linear_loss.h"
+CUDA_FILES = ["loss.h"]
 # Logits of a chunk on the CPU: 6 MB stay in the last-level cache beside what they are multiplied with. 5,000 rows of
 # 4,096 tokens, 256 wide, took 143, 140, 138 and 160 ms in chunks of 3, 6, 13 and 25 MB. Where that would be fewer than
 # 384 rows, passing over weight and gradient again and again costs more: 768 rows of 32,000 tokens, 4,096 wide, took
 # 3.4, 3.2 and 2.8 s in chunks of 96, 192 and 384 rows, of which the last are 49 MB.
 CHUNK_BYTES, ENOUGH_ROWS, MOST_BYTES = 6 << 20, 384, 48 << 20
 ROW_STEP = 48  # whole tiles of 6 rows and vectors of 16
-PLAIN_CHUNK_BYTES = 128 << 20  # elsewhere: enough work for a launch
+CUDA_CHUNK_BYTES = 128 << 20  # logits of a chunk on CUDA: 1,048 rows of 32,000 tokens, enough for a product
 
 
 def linear_cross_entropy(terms, targets, row_weights, soft=None, soft_share: float = 0.0):
@@ -39,7 +44,8 @@ def linear_cross_entropy(terms, targets, row_weights, soft=None, soft_share: flo
 
     Returns total, a scalar with gradients; losses (rows,) float32, the cross-entropy in nats, 0 where ignored, without
     gradient; ranks (rows,) int32 as ``ops.training.cross_entropy`` defines them, -1 where ignored. Gradients are made
-    together with the losses, unless none can be wanted.
+    together with the losses, unless none can be wanted. On CUDA they are handed out once: whoever wants several asks
+    one ``jt.grad`` for all of them.
     """
     terms = [(hidden if isinstance(hidden, list) else [hidden], weight) for hidden, weight in terms]
     rows, vocab = targets.shape[0], terms[0][1].shape[0]
@@ -82,15 +88,23 @@ class _LinearCrossEntropy(jt.Function):
         self.problem = problem
 
     def execute(self, *factors):
-        sweep = _sweep_by_kernel if on_cpu() else sweep_by_reference
+        sweep = _sweep_by_kernel if on_cpu() else _sweep_by_products
         total, losses, self.ranks, self.grads = sweep(self.problem, factors)
         self.losses = losses.stop_grad()
         return total
 
     def grad(self, upstream):
-        # The usual scale is 1, and a second copy of a weight's gradient is worth a look at one number.
-        scale = float(upstream.item())
-        return tuple(grad if grad is None or scale == 1 else grad * scale for grad in self.grads)
+        if on_cpu():
+            # The usual scale is 1, and a second copy of a weight's gradient is worth a look at one number.
+            scale = float(upstream.item())
+            return tuple(grad if grad is None or scale == 1 else grad * scale for grad in self.grads)
+        # A look would wait for the device, which looks itself.
+        grads, self.grads = self.grads, None
+        assert grads is not None, "on CUDA the gradients are handed out once: ask one jt.grad for all of them"
+        for grad in grads:
+            if grad is not None:
+                _cuda_in_place([grad, upstream], "gorgon::scale(in0_p, in1_p, in0->num);")
+        return tuple(grads)
 
 
 def _sweep_by_kernel(problem: _Problem, factors):
@@ -134,46 +148,85 @@ def chunk_rows(vocab: int) -> int:
     return max(1, rows // ROW_STEP) * ROW_STEP
 
 
-def sweep_by_reference(problem: _Problem, factors, rows_at_once: int | None = None):
-    """The same in plain Jittor, where there is no kernel: the reference chunk by chunk, with Jittor's own gradients."""
+def _cuda_in_place(inputs: list, call: str, data: dict | None = None) -> None:
+    """Run a kernel body that writes into its inputs, of which there is none for the CPU. The one output is there
+    because a call needs one; what waits to read the old values has to be synced before."""
+    launch((1,), "int32", inputs, cpu='#error "for CUDA alone"', cuda=call, cuda_files=CUDA_FILES, data=data).sync()
+
+
+def _add(target, more, offset: int = 0) -> None:
+    """target[offset:] += more in place, both as if they had one dimension."""
+    call = 'gorgon::add(in0_p + (int64_t)data["offset"], in1_p, in1->num);'
+    _cuda_in_place([target, more], call, {"offset": offset})
+
+
+def _sweep_by_products(problem: _Problem, factors):
+    """The same on CUDA, chunk by chunk: products by Jittor, so by cuBLAS, and what is between them by a kernel. Every
+    chunk is launched before the next one is thought of, so that Jittor, which is lazy, never holds the logits of two.
+    """
     groups = problem.groups()
     rows, vocab = problem.targets.shape[0], factors[groups[0][1]].shape[0]
-    size = rows_at_once or max(1, PLAIN_CHUNK_BYTES // (4 * vocab))
-    # One hidden Var and one weight a term, outside of the graph.
-    hidden = [jt.concat([factors[i].detach() for i in parts], 0) for parts, _ in groups]
-    weights = [factors[i].detach() for _, i in groups]
-    asked_rows = [any(problem.wanted[i] for i in parts) for parts, _ in groups]
-    asked_weights = [problem.wanted[i] for _, i in groups]
-    total, losses, ranks = jt.zeros((1,)), [], []
-    row_grads, weight_grads = [[] for _ in groups], [None for _ in groups]
-    for first in range(0, rows, size):
-        chunk = slice(first, min(first + size, rows))
-        own = [(h[chunk].detach(), w.detach()) for h, w in zip(hidden, weights, strict=True)]
-        soft = (problem.soft[0][chunk], problem.soft[1][chunk]) if problem.soft else None
-        loss, hard, rank = reference_linear_cross_entropy(
-            own, problem.targets[chunk], problem.row_weights[chunk], soft, problem.soft_share
-        )
-        asked = [own[i][0] for i, ask in enumerate(asked_rows) if ask]
-        asked += [own[i][1] for i, ask in enumerate(asked_weights) if ask]
-        made = iter(jt.grad(loss, asked) if asked else [])
-        for i, ask in enumerate(asked_rows):
-            if ask:
-                row_grads[i].append(next(made).detach())
-        for i, ask in enumerate(asked_weights):
-            if ask:
-                more = next(made).detach()
-                weight_grads[i] = more if weight_grads[i] is None else weight_grads[i] + more
-        total = total + loss.detach()
-        losses.append(hard.detach())
-        ranks.append(rank)
-        # Jittor is lazy: without this the logits of all chunks would be alive at once.
-        jt.sync([total, hard, rank, *(g[-1] for g in row_grads if g), *(g for g in weight_grads if g is not None)])
-    grads = []
-    for (parts, _), made, weight_grad in zip(groups, row_grads, weight_grads, strict=True):
-        whole, num = jt.concat(made, 0) if made else None, rows // len(parts)
-        grads += [None if whole is None else whole[i * num : (i + 1) * num] for i in range(len(parts))]
-        grads.append(weight_grad)
-    return total, jt.concat(losses, 0), jt.concat(ranks, 0), grads
+    size = _evened(rows, max(1, CUDA_CHUNK_BYTES // (4 * vocab)))
+    with jt.no_grad():
+        hidden = [_stacked([factors[i] for i in parts]) for parts, _ in groups]
+        weights = [factors[i].detach() for _, i in groups]
+        hidden_grads = [
+            jt.zeros(tuple(x.shape)) if any(problem.wanted[i] for i in parts) else None
+            for x, (parts, _) in zip(hidden, groups, strict=True)
+        ]
+        weight_grads = [None for _ in groups]
+        losses, counted, ranks = jt.zeros((rows,)), jt.zeros((rows,)), jt.zeros((rows,), "int32")
+        for first in range(0, rows, size):
+            chunk = [x[first : first + size] for x in hidden]
+            logits = jt.nn.matmul_transpose(chunk[0], weights[0])
+            for x, weight in zip(chunk[1:], weights[1:], strict=True):
+                _add(logits, jt.nn.matmul_transpose(x, weight))
+            _finish_chunk(problem, logits, first, losses, counted, ranks)
+            for i, (x, weight) in enumerate(zip(chunk, weights, strict=True)):
+                if hidden_grads[i] is not None:
+                    _add(hidden_grads[i], jt.matmul(logits, weight), first * weight.shape[1])
+                if problem.wanted[groups[i][1]]:
+                    more = outer_product(logits, x)
+                    if weight_grads[i] is None:
+                        weight_grads[i] = more
+                        more.sync()
+                    else:
+                        _add(weight_grads[i], more)
+        grads = []
+        for (parts, _), whole, weight_grad in zip(groups, hidden_grads, weight_grads, strict=True):
+            num = rows // len(parts)
+            grads += [None if whole is None else whole[i * num : (i + 1) * num] for i in range(len(parts))]
+            grads.append(weight_grad)
+    call = "gorgon::total(in0_p, in0->num, out0_p);"
+    total = launch((1,), "float32", [counted], cpu='#error "for CUDA alone"', cuda=call, cuda_files=CUDA_FILES)
+    return total, losses, ranks, grads
+
+
+def _evened(rows: int, most: int) -> int:
+    """Rows of a chunk, at most ``most``, so that all chunks have about equally many."""
+    chunks = -(-rows // most)
+    return -(-rows // chunks)
+
+
+def _stacked(parts: list):
+    return parts[0].detach() if len(parts) == 1 else jt.concat([part.detach() for part in parts], 0)
+
+
+def _finish_chunk(problem: _Problem, logits, first: int, losses, counted, ranks) -> None:
+    """Turn the logits of the rows from ``first`` on into their gradient, where one is wanted, and write the rows'
+    losses, parts of the total, and ranks in their places."""
+    soft = problem.soft or ()
+    told = "in3_shape1, in1_p, in3_p, in2_p, in4_p" if soft else "0, in1_p, nullptr, in2_p, nullptr"
+    out = [f"in{3 + len(soft) + i}_p" for i in range(3)]
+    _cuda_in_place(
+        [logits, problem.targets, problem.row_weights, *soft, losses, counted, ranks],
+        f"""
+        gorgon::LinearLoss loss{{(int)in0_shape1, (int){told}, (float)data["soft_share"],
+                                 {out[1]}, {out[0]}, {out[2]}}};
+        gorgon::linear_loss(loss.from((int64_t)data["first"]), in0_p, in0_shape0, data["wants_grad"] != 0);
+        """,
+        {"soft_share": problem.soft_share, "first": first, "wants_grad": int(any(problem.wanted))},
+    )
 
 
 def reference_soft_cross_entropy(logits, targets, soft=None, soft_share: float = 0.0):

@@ -1,32 +1,34 @@
 """The elementwise work of the optimizers, in place, each beside the plain Jittor that it equals.
 
 A kernel writes into Vars that already exist, so no update builds a graph. Jittor does not know of such a write: what
-still waits to read the old values must be synced before (``jt.sync_all``).
+still waits to read the old values must be synced before (``jt.sync_all``). On CUDA nothing here waits for the device
+but ``squared_norm``, once for all gradients.
 """
 
 from __future__ import annotations
 
 import math
 
-from ops.kernel import cpu_header, on_cpu
+from ops.kernel import cpu_header, launch, on_cpu
 from runtime import jt
 
-HEADER = "optimizer.h"
+HEADER = "optimizer.h"  # of both bodies, whose functions have the same names
 # Of the polynomial a x + b x^3 + c x^5 that each Newton-Schulz iteration applies to the singular values (K. Jordan et
 # al., "Muon: an optimizer for hidden layers in neural networks", 2024; arXiv 2502.16982, section 2.1).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+SQUARE_BLOCKS = 1024  # as ops/kernels/cuda/optimizer.h says
 
 
-def _in_place(inputs: list, source: str, data: dict) -> None:
-    """Run a kernel body that writes into its inputs."""
-    jt.code((1,), "int32", inputs, cpu_header=cpu_header(HEADER), cpu_src=source + "\nout0_p[0] = 0;", data=data).sync()
+def _in_place(inputs: list, call: str, data: dict) -> None:
+    """Run a kernel body that writes into its inputs. The one output is there because a call needs one."""
+    _launch((1,), "int32", inputs, call, data, also_on_cpu="\nout0_p[0] = 0;").sync()
 
 
-def _replace(old, new) -> None:
-    """Give ``old`` the values of ``new`` where there are no kernels. Without ``detach`` the parameter would hold on to
-    the graph that made it, one update behind the other."""
-    old.update(new.detach())
+def _launch(shapes, dtypes, inputs: list, call: str, data: dict, also_on_cpu: str = ""):
+    """A kernel call that reads the same for both bodies."""
+    options = dict(cpu=call + also_on_cpu, cuda=call, cpu_files=HEADER, cuda_files=[HEADER], data=data)
+    return launch(shapes, dtypes, inputs, **options)
 
 
 def squared_norm(grads: list) -> float:
@@ -34,9 +36,20 @@ def squared_norm(grads: list) -> float:
     if on_cpu():
         source = "out0_p[0] = gorgon::sum_of_squares(in0_p, in0->num);"
         partial = [jt.code((1,), "float64", [g], cpu_header=cpu_header(HEADER), cpu_src=source) for g in grads]
-    else:
-        partial = [g.float64().sqr().sum() for g in grads]
-    return math.fsum(float(p.reshape(-1)[0]) for p in jt.fetch_sync(partial))
+        return math.fsum(float(p.reshape(-1)[0]) for p in jt.fetch_sync(partial))
+    if not grads:
+        return 0.0
+    # One array for all of them, so that one copy brings them to the host.
+    sums, partial = (jt.zeros((size,), "float64") for size in (len(grads), SQUARE_BLOCKS))
+    for place, grad in enumerate(grads):
+        call = 'gorgon::sum_of_squares(in0_p, in0->num, in1_p, in2_p + (int64_t)data["place"]);'
+        _cuda_in_place([grad, partial, sums], call, {"place": place})
+    return math.fsum(sums.numpy().tolist())
+
+
+def _cuda_in_place(inputs: list, call: str, data: dict) -> None:
+    """Run a kernel body of which there is none for the CPU, and which writes into its inputs."""
+    launch((1,), "int32", inputs, cpu='#error "for CUDA alone"', cuda=call, cuda_files=[HEADER], data=data).sync()
 
 
 def reference_adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step):
@@ -52,12 +65,6 @@ def adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, 
     """One AdamW update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first;
     ``step`` counts updates from 1."""
     options = dict(rate=rate, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, scale=scale, step=step)
-    if not on_cpu():
-        for var, new in zip(
-            (weight, mean, square), reference_adamw(weight, grad, mean, square, **options), strict=True
-        ):
-            _replace(var, new)
-        return
     _in_place(
         [grad, weight, mean, square],
         """
@@ -81,10 +88,6 @@ def reference_lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, 
 def lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale) -> None:
     """One Lion update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first."""
     options = dict(rate=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
-    if not on_cpu():
-        for var, new in zip((weight, momentum), reference_lion(weight, grad, momentum, **options), strict=True):
-            _replace(var, new)
-        return
     _in_place(
         [grad, weight, momentum],
         """
@@ -108,16 +111,20 @@ def reference_orthogonalize(matrix):
 
 def _weighted_sum(a: float, x, b: float, y):
     """a x + b y, a Var of its own."""
-    if not on_cpu():
-        return a * x + b * y
-    return jt.code(
-        tuple(x.shape),
-        "float32",
-        [x, y],
-        cpu_header=cpu_header(HEADER),
-        cpu_src='gorgon::weighted_sum((float)data["a"], in0_p, (float)data["b"], in1_p, out0_p, in0->num);',
-        data={"a": a, "b": b},
-    )
+    call = 'gorgon::weighted_sum((float)data["a"], in0_p, (float)data["b"], in1_p, out0_p, in0->num);'
+    return _launch(tuple(x.shape), "float32", [x, y], call, {"a": a, "b": b})
+
+
+def _unit_on_device(matrix):
+    """The matrix over its Frobenius norm, for which nobody waits; for CUDA alone."""
+    return launch(
+        [tuple(matrix.shape), (SQUARE_BLOCKS,), (1,)],
+        ["float32", "float64", "float32"],
+        [matrix],
+        cpu='#error "for CUDA alone"',
+        cuda="gorgon::unit(in0_p, in0->num, out1_p, out2_p, out0_p);",
+        cuda_files=[HEADER],
+    )[0]
 
 
 def orthogonalize(matrix):
@@ -132,7 +139,7 @@ def orthogonalize(matrix):
     with jt.no_grad():
         tall = matrix.shape[0] > matrix.shape[1]
         x = matrix.transpose(1, 0) if tall else matrix
-        x = x * (1 / (math.sqrt(squared_norm([matrix])) + 1e-7))
+        x = x * (1 / (math.sqrt(squared_norm([matrix])) + 1e-7)) if on_cpu() else _unit_on_device(x)
         for _ in range(ITERATIONS):
             gram = jt.nn.matmul_transpose(x, x)
             polynomial = _weighted_sum(b, gram, c, jt.nn.matmul_transpose(gram, gram))  # gram is symmetric
@@ -156,19 +163,8 @@ def muon(weight, grad, momentum, *, rate, beta, weight_decay, scale) -> None:
     shape, where AdamW's is 0.2 to 0.4, so that both go by one learning rate (arXiv 2502.16982, section 2.2).
     """
     factor = 0.2 * math.sqrt(max(weight.shape))
-    if not on_cpu():
-        options = dict(rate=rate, beta=beta, weight_decay=weight_decay, scale=scale)
-        for var, new in zip((weight, momentum), reference_muon(weight, grad, momentum, **options), strict=True):
-            _replace(var, new)
-        return
-    direction = jt.code(
-        tuple(weight.shape),
-        "float32",
-        [grad, momentum],
-        cpu_header=cpu_header(HEADER),
-        cpu_src='gorgon::nesterov((float)data["beta"], (float)data["scale"], in0_p, in1_p, out0_p, in0->num);',
-        data={"beta": beta, "scale": scale},
-    )
+    call = 'gorgon::nesterov((float)data["beta"], (float)data["scale"], in0_p, in1_p, out0_p, in0->num);'
+    direction = _launch(tuple(weight.shape), "float32", [grad, momentum], call, {"beta": beta, "scale": scale})
     _in_place(
         [orthogonalize(direction), weight],
         'gorgon::descend((float)data["rate"], (float)data["decay"], in0_p, in1_p, in0->num);',
@@ -178,9 +174,6 @@ def muon(weight, grad, momentum, *, rate, beta, weight_decay, scale) -> None:
 
 def move_average(average, value, decay: float) -> None:
     """average = decay average + (1 - decay) value, in place. Both Vars have one shape and are float32."""
-    if not on_cpu():
-        _replace(average, average + (1 - decay) * (value - average))
-        return
     _in_place(
         [value, average],
         'gorgon::move_average((float)data["share"], in0_p, in1_p, in0->num);',
@@ -190,10 +183,4 @@ def move_average(average, value, decay: float) -> None:
 
 def exchange(a, b) -> None:
     """Two float32 Vars of one shape change their values, bit for bit, in place."""
-    if not on_cpu():
-        held = a.copy().detach()
-        held.sync()
-        _replace(a, b)
-        _replace(b, held)
-        return
     _in_place([a, b], "gorgon::exchange(in0_p, in1_p, in0->num);", {})

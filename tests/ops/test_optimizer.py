@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import ops.optimizer
 from ops.optimizer import (
     ITERATIONS,
     NEWTON_SCHULZ,
@@ -24,15 +23,11 @@ from ops.optimizer import (
 )
 from runtime import jt
 
+pytestmark = pytest.mark.usefixtures("body")
+
 
 def normal(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
-@pytest.fixture
-def no_kernels(monkeypatch):
-    """The path of machines that the kernels do not serve."""
-    monkeypatch.setattr(ops.optimizer, "on_cpu", lambda: False)
 
 
 # The norm
@@ -47,6 +42,14 @@ def test_the_squared_norm_adds_over_all_gradients_in_double_precision():
         single += (g * g).sum(dtype=np.float32)
     assert abs(float(single) - exact) > 1e-12 * exact
     assert squared_norm([]) == 0
+
+
+def test_the_squared_norm_of_a_row_that_begins_anywhere():
+    values = normal(4, 5003)  # of which three do not begin where a load of 16 bytes may
+    whole = jt.array(values)
+    for row in range(4):
+        exact = (values[row].astype(np.float64) ** 2).sum()
+        assert squared_norm([whole[row]]) == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -70,9 +73,16 @@ def test_the_largest_numbers_of_float32_still_have_a_norm():
     assert squared_norm([jt.array(np.full(3, 3e38, np.float32))]) == pytest.approx(3 * 9e76, rel=1e-6)
 
 
-def test_without_kernels_the_norm_is_in_double_precision_too(no_kernels):
-    assert squared_norm([jt.array(np.full(3, 3e38, np.float32))]) == pytest.approx(3 * 9e76, rel=1e-6)
-    assert not math.isfinite(squared_norm([jt.array(np.array([1, np.nan], np.float32))]))
+def test_the_order_of_threads_changes_no_bit(monkeypatch):
+    """Nor does the one array of sums mix gradients up: each is found where it was put."""
+    grads = [jt.array(normal(count)) for count in (5, 5000, 9001, 4096)]
+    matrix, found = jt.array(normal(40, 30)), []
+    for order in ("ascending", "descending"):
+        monkeypatch.setenv("GORGON_EMULATOR_ORDER", order)
+        alone = [squared_norm([grad]) for grad in grads]
+        assert squared_norm(grads) == math.fsum(alone)
+        found.append((alone, orthogonalize(matrix).numpy().tolist()))
+    assert found[0] == found[1]
 
 
 # AdamW
@@ -274,23 +284,28 @@ def live():
 
 
 @pytest.mark.parametrize("shape", [(1,), (40,), (5, 9)])
-def test_updates_without_kernels_give_the_same(monkeypatch, shape):
+def test_a_parameter_is_updated_alike_wherever_it_lies(monkeypatch, body, shape):
+    """Also as a row of a larger array, which need not begin where a load of 16 bytes may, to rounding: a compiler fuses
+    what it sees together. And whatever CUDA's threads do first, there bit for bit."""
     for name, (count, update) in all_of_them(shape).items():
         results = []
-        for kernels in (True, False):
-            monkeypatch.setattr(ops.optimizer, "on_cpu", lambda kernels=kernels: kernels)
-            places = [jt.array(np.abs(normal(*shape, seed=seed))) for seed in range(2 + count)]
+        for row, order in ((0, "ascending"), (1, "ascending"), (1, "descending")):
+            monkeypatch.setenv("GORGON_EMULATOR_ORDER", order)
+            values = [np.abs(normal(*shape, seed=seed)) for seed in range(2 + count)]
+            wholes = [
+                jt.array(np.stack([value if place == row else value + 1 for place in range(3)])) for value in values
+            ]
+            places = [whole[row] for whole in wholes]
             jt.sync_all()
             update(*places)
             results.append([place.numpy() for place in places])
-        for with_kernels, without in zip(*results, strict=True):
-            np.testing.assert_allclose(with_kernels, without, atol=1e-6, err_msg=name)
-        assert np.abs(results[0][0] - np.abs(normal(*shape))).max() > 1e-3, name
+        for first, moved, descending in zip(*results, strict=True):
+            np.testing.assert_allclose(moved, first, rtol=1e-6, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(descending, moved, rtol=0 if body == "cuda" else 1e-6, err_msg=name)
+        assert np.abs(results[0][0] - values[0]).max() > 1e-3, name
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_updates_leave_no_graph_behind_and_parameters_that_have_gradients(monkeypatch, kernels):
-    monkeypatch.setattr(ops.optimizer, "on_cpu", lambda: kernels)
+def test_updates_leave_no_graph_behind_and_parameters_that_have_gradients():
     for name, (count, update) in all_of_them((5, 9)).items():
         places = [jt.array(np.abs(normal(5, 9, seed=seed))) for seed in range(2 + count)]
         update(*places)
