@@ -11,8 +11,12 @@ STEPS ?= 500
 PROMPTS ?= assets/prompts/chat.jsonl
 NUM_PROMPTS ?= 100
 COMPARISON ?= results/comparison
+# What `make wheels` gathers, and for which versions of Python.
+WHEELS ?= wheels
+WHEELS_FOR ?= 3.11 3.12
+WHEELS_OF ?= requirements.txt requirements-dev.txt requirements-cuda.txt
 
-.PHONY: quickstart test lint setup setup-dev comparison expected report clean
+.PHONY: quickstart test lint setup setup-dev comparison expected report setup-cuda doctor wheels gpu-check clean
 
 quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the autoregressive twin
 	$(RUN) train.py --head $(QUICK_HEAD) --max-steps $(QUICK_STEPS) --features online --out runs/quickstart --overwrite
@@ -48,8 +52,23 @@ expected: setup  ## what training expects a head to accept, beside what decoding
 report:  ## write the results tables of results/README.md and of both READMEs from results/*.json
 	$(RUN) bench/report.py results/*.json --out results/README.md --update README.md README_zh.md
 
+doctor: setup  ## what this machine has, which device a run takes and why, what is missing and how to mend it
+	$(RUN) -m runtime.doctor
+
+gpu-check: setup-dev setup-cuda  ## everything that a machine with a GPU is checked by; a table of pass, fail and figures at the end
+	$(RUN) bench/gpu_check.py $(GPU_CHECK)
+
+wheels: setup  ## gather all packages for a machine without a network; Jittor comes as source, so its wheel is built
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) $(filter jittor==%,$(file <requirements.txt))
+	@for version in $(WHEELS_FOR); do for list in $(WHEELS_OF); do \
+	  $(RUN) -m pip download --quiet --python-version $$version --only-binary=:all: --find-links $(WHEELS) \
+	    --dest $(WHEELS) -r $$list || exit 1; \
+	done; done
+	@du -sh $(WHEELS)
+
 setup: $(VENV)/.setup
 setup-dev: $(VENV)/.setup-dev
+setup-cuda: $(VENV)/.setup-cuda  ## CUDA 13's compiler and libraries, where there is a driver and no toolkit
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +80,10 @@ $(VENV)/.setup: requirements.txt | $(VENV)/bin/python
 $(VENV)/.setup-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.setup
+
+$(VENV)/.setup-cuda: requirements-cuda.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-cuda.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) .cache runs results/quickstart

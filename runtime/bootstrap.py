@@ -2,118 +2,37 @@
 
 Jittor reads its settings from the environment while it is being imported, downloads what it misses, and
 compiles its own core on the first import. This module settles all of that up front, so that importing works
-with no network, with or without a GPU, and with or without ``nvcc`` on the PATH.
+with no network, with or without a GPU, and with or without ``nvcc`` on the PATH. With a GPU, Jittor gets a toolkit that
+is put together for it (``runtime.toolkit``) and sources that CUDA 13 compiles (``runtime.jittor_source``).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 from pathlib import Path
 
-# The newest CUDA toolkit whose headers Jittor 1.3.11 was written for.
-NEWEST_KNOWN_CUDA = 12
-# The folder name Jittor 1.3.11 looks for before it tries to download oneDNN.
-ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
+from runtime.choice import Choice, choose_device
+from runtime.devices import Driver, find_driver
+from runtime.jittor_source import mended_sources
+from runtime.onednn import jittor_home, link_onednn, onednn_prefix
+from runtime.python_config import python_config
+from runtime.quiet import quiet_file_descriptors
+from runtime.toolkit import NAMED, find_toolkits
+from runtime.toolkit_folder import plan, put_together
+
 # Turns an OpenMP thread waits at a barrier before it sleeps. The library's own choice, about 4 ms, makes two processes
 # that share the cores spin against each other: a pass of 0.2 ms then took 338 ms. 2000 cost nothing when alone.
 SPIN_COUNT = "2000"
-
-
-class DeviceError(ValueError):
-    """The device that was asked for cannot be used here."""
-
-
-def count_cuda_devices() -> int:
-    """Number of CUDA devices the driver offers; 0 without a driver. Needs no toolkit and no other library."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
-def toolkit_major_version(nvcc: str) -> int | None:
-    """Major version of the CUDA toolkit behind ``nvcc``, or None where it does not answer."""
-    try:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    match = re.search(r"release (\d+)\.", text)
-    return int(match.group(1)) if match else None
-
-
-def choose_device(wanted: str, num_devices: int, nvcc: str | None, toolkit: int | None) -> tuple[str, str]:
-    """The device to run on and the reason, from what the machine has.
-
-    wanted: ``auto``, ``cpu`` or ``cuda``. Raises DeviceError when ``cuda`` is asked for and cannot be had, and
-    ValueError for another word.
-    """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"GORGON_DEVICE must be auto, cpu or cuda, got {wanted!r}")
-    if wanted == "cpu":
-        return "cpu", "asked for"
-    if num_devices == 0:
-        reason = "no usable CUDA device"
-    elif not nvcc:
-        reason = "a CUDA device but no nvcc on the PATH"
-    elif toolkit is None or toolkit > NEWEST_KNOWN_CUDA:
-        reason = f"the CUDA toolkit is {toolkit}; Jittor 1.3.11 knows up to {NEWEST_KNOWN_CUDA}"
-    else:
-        return "cuda", f"{num_devices} CUDA device(s), toolkit {toolkit}"
-    if wanted == "cuda":
-        raise DeviceError(f"GORGON_DEVICE=cuda cannot be served: {reason}")
-    return "cpu", reason
-
-
-def onednn_prefix() -> Path | None:
-    """The prefix that the oneDNN wheels were installed under, or None when they are not installed."""
-    for prefix in dict.fromkeys([sysconfig.get_path("data"), sys.prefix, sys.base_prefix]):
-        root = Path(prefix)
-        if (root / "lib" / "libdnnl.so.2").exists() and (root / "include" / "dnnl.hpp").exists():
-            return root
-    return None
-
-
-def jittor_home() -> Path:
-    """The folder under which Jittor keeps its ``.cache/jittor``."""
-    return Path(os.environ.get("JITTOR_HOME") or Path.home())
-
-
-def link_onednn(prefix: Path) -> None:
-    """Put oneDNN where Jittor looks for it, as links, and load it so that its symbols are found.
-
-    Links are replaced when they point at another environment, so two environments do not break each other.
-    """
-    folder = jittor_home() / ".cache" / "jittor" / "mkl" / ONEDNN_FOLDER
-    (folder / "lib").mkdir(parents=True, exist_ok=True)
-    for link, target in (
-        (folder / "include", prefix / "include"),
-        (folder / "lib" / "libmkldnn.so", prefix / "lib" / "libdnnl.so.2"),
-    ):
-        if link.is_symlink() and os.readlink(link) == str(target):
-            continue
-        if link.exists() and not link.is_symlink():
-            continue  # Jittor has downloaded its own copy: as good
-        fresh = link.with_name(f"{link.name}.{os.getpid()}")
-        fresh.symlink_to(target)
-        os.replace(fresh, link)
-    ctypes.CDLL(str(prefix / "lib" / "libdnnl.so.2"), mode=ctypes.RTLD_GLOBAL)
+# A CPU-only core would shadow a CUDA one.
+CACHE_NAMES = {"cpu": "gorgon-cpu", "cuda": "gorgon-cuda"}
 
 
 def under_mpi() -> bool:
@@ -129,34 +48,17 @@ def threads_per_rank(num_cores: int, allowed: int, num_ranks: int) -> int:
     return max(1, min(allowed, num_cores // num_ranks))
 
 
+def cache_folder() -> Path:
+    """Where toolkits and mended sources are kept."""
+    return jittor_home() / ".cache" / "gorgon"
+
+
 def core_is_compiled() -> bool:
-    """True when Jittor's core for this cache name already lies in the cache."""
+    """True when Jittor's core for this cache name already lies in the cache. With CUDA it lies one folder deeper."""
     cache = jittor_home() / ".cache" / "jittor"
     name = os.environ.get("cache_name", "default")
-    return any(path.parent.name == name for path in cache.glob("jt*/**/jittor_core*.so"))
-
-
-@contextlib.contextmanager
-def quiet_file_descriptors():
-    """Send what native code prints to a file; on an error, show its last lines and pass the error on."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = [os.dup(1), os.dup(2)]
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
-            if failed:
-                log.seek(0)
-                tail = log.read().decode(errors="replace").splitlines()[-30:]
-                sys.stderr.write("\n".join(tail) + "\n")
+    cores = cache.glob("jt*/**/jittor_core*.so")
+    return any(name in (path.parent.name, path.parent.parent.name) for path in cores)
 
 
 @contextlib.contextmanager
@@ -225,22 +127,33 @@ def import_torch():
     return importlib.import_module("torch")
 
 
-def start():
-    """Import Jittor with everything settled; returns the module and the chosen (device, reason)."""
-    if importlib.util.find_spec("jittor") is None:
-        raise ImportError("Jittor is not installed: run `make setup`, or pip install -r requirements.txt")
-    nvcc = os.environ.get("nvcc_path") or shutil.which("nvcc")
-    wanted = os.environ.get("GORGON_DEVICE", "auto")
-    num_devices = 0 if wanted == "cpu" else count_cuda_devices()
-    toolkit = toolkit_major_version(nvcc) if nvcc and num_devices else None
-    device, reason = choose_device(wanted, num_devices, nvcc, toolkit)
-    if device == "cpu":
-        os.environ["nvcc_path"] = ""  # with nvcc but no GPU Jittor dies on libcudart.so
-    # Without a name Jittor takes the git branch it happens to stand in, and compiles its core anew for each; and a
-    # CPU-only core would shadow a CUDA one.
-    os.environ.setdefault("cache_name", f"gorgon-{device}")
+def settle_cuda(choice: Choice) -> None:
+    """Give Jittor the chosen toolkit in one folder, and the sources that compile with it.
+
+    Of CUDA's libraries cuBLAS and cuRAND are used; without these settings Jittor wants cuDNN 8 and downloads others.
+    """
+    os.environ[NAMED] = str(choice.toolkit.nvcc)  # for child processes: nvcc_path is now a script of ours
+    toolkit = put_together(plan(choice.toolkit, choice.capabilities), cache_folder())
+    os.environ["nvcc_path"] = str(toolkit / "bin" / "nvcc")
+    os.environ["cuda_archs"] = " ".join(map(str, choice.capabilities))
+    os.environ.update(conv_opt="1", use_cutt="0", use_cutlass="0")
+    if not (os.environ.get("nccl_include_path") and os.environ.get("nccl_lib_path")):
+        os.environ["use_nccl"] = "0"
+    sys.path.insert(0, str(mended_sources(cache_folder())))
+
+
+def settle(choice: Choice) -> None:
+    """Set all that Jittor reads from the environment while it is imported; raises ImportError where it cannot work."""
     # Said outright: Jittor writes the last home it was given into a file and goes on using it without being told.
     os.environ.setdefault("JITTOR_HOME", str(Path.home()))
+    if choice.device == "cuda":
+        settle_cuda(choice)
+    else:
+        os.environ["nvcc_path"] = ""  # with nvcc but no GPU Jittor dies on libcudart.so
+    # Without a name Jittor takes the git branch it happens to stand in, and compiles its core anew for each. A name of
+    # ours may be that of the process that started this one.
+    if os.environ.get("cache_name") in (None, *CACHE_NAMES.values()):
+        os.environ["cache_name"] = CACHE_NAMES[choice.device]
     settle_threads()
     os.environ["FIX_TORCH_ERROR"] = "0"  # otherwise importing Jittor imports torch
     os.environ.setdefault("log_silent", "1")
@@ -250,18 +163,41 @@ def start():
             raise ImportError("mpirun started this, but mpicc is missing: install openmpi-bin and libopenmpi-dev")
     else:
         os.environ.setdefault("use_mpi", "0")
+    config = python_config(cache_folder())
+    if config:
+        os.environ.setdefault("python_config_path", str(config))
     prefix = onednn_prefix()
     if prefix is None:
         os.environ["use_mkl"] = "0"
         print("oneDNN is not installed: CPU training runs at about a tenth of its speed", file=sys.stderr)
     else:
         link_onednn(prefix)
+
+
+def decide() -> Choice:
+    """The device for this process, by ``GORGON_DEVICE``, the driver and the toolkits; raises as ``choose_device``."""
+    wanted = os.environ.get("GORGON_DEVICE", "auto")
+    return choose_device(wanted, Driver() if wanted == "cpu" else find_driver(), find_toolkits)
+
+
+def start():
+    """Import Jittor with everything settled; returns the module and the chosen (device, reason)."""
+    if importlib.util.find_spec("jittor") is None:
+        raise ImportError("Jittor is not installed: run `make setup`, or pip install -r requirements.txt")
+    choice = decide()
+    settle(choice)
     if not core_is_compiled():
         print("Compiling Jittor's core for this machine, once; this takes about three minutes ...", file=sys.stderr)
-    jittor = import_jittor()
+    try:
+        jittor = import_jittor()
+    except Exception:
+        if choice.device == "cuda":
+            advice = "`python -m runtime.doctor` looks into it, GORGON_DEVICE=cpu does without the GPU"
+            print(f"Jittor did not start with CUDA: {advice}", file=sys.stderr)
+        raise
     # Jittor's own handlers end the process on Ctrl-C, and when any child is stopped or killed.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    jittor.flags.use_cuda = int(device == "cuda")
-    return jittor, device, reason
+    jittor.flags.use_cuda = int(choice.device == "cuda")
+    return jittor, choice.device, choice.reason

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
 import runtime
 
 
@@ -26,6 +24,8 @@ def is_main() -> bool:
 
 def set_seed(seed: int) -> None:
     """Seed Python, NumPy and Jittor alike. All ranks get the same seed: initial weights must agree."""
+    import numpy as np  # here, so that the doctor runs where nothing is installed
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     runtime.jt.set_global_seed(seed, different_seed_for_mpi=False)

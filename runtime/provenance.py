@@ -10,8 +10,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import psutil
-
 import runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +60,8 @@ def provenance(seed: int | None = None) -> dict:
     ``git_sha`` and ``git_dirty`` are None in a copy without history. ``threads`` counts the cores this process
     may use; ``memory_bytes`` is the machine's.
     """
+    import psutil  # here, so that the doctor runs where nothing is installed
+
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "git_sha": _git("rev-parse", "HEAD"),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 import runtime
 from runtime.bootstrap import under_mpi
+
+if TYPE_CHECKING:  # the functions import it, so that the doctor runs where nothing is installed
+    import numpy as np
 
 
 def all_reduce_sum(var):
@@ -24,6 +26,8 @@ def sum_arrays(array: np.ndarray) -> np.ndarray:
     """The sum over all ranks of a NumPy array of one shape, float64 or int32."""
     if runtime.world_size() == 1:
         return array
+    import numpy as np
+
     assert array.dtype in (np.float64, np.int32), array.dtype
     flat = runtime.jt.array64(array.reshape(-1)) if array.dtype == np.float64 else runtime.jt.array(array.reshape(-1))
     return flat.mpi_all_reduce("add").numpy().reshape(array.shape)
@@ -31,6 +35,8 @@ def sum_arrays(array: np.ndarray) -> np.ndarray:
 
 def barrier() -> None:
     """Wait until every rank is here."""
+    import numpy as np
+
     sum_arrays(np.ones(1, np.int32))
 
 
@@ -46,6 +52,8 @@ def text_from_main(text: str) -> str:
     """The text that rank 0 has."""
     if runtime.world_size() == 1:
         return text
+    import numpy as np
+
     raw = text.encode() if runtime.is_main() else b""
     size = int(sum_arrays(np.array([len(raw)], np.int32))[0])
     numbers = np.frombuffer(raw.ljust(size, b"\0"), np.uint8).astype(np.int32)

@@ -10,72 +10,24 @@ import pytest
 
 import runtime
 from runtime import bootstrap
-from runtime.bootstrap import (
-    ONEDNN_FOLDER,
-    DeviceError,
-    choose_device,
-    core_is_compiled,
-    count_cuda_devices,
-    link_onednn,
-    onednn_prefix,
-    quiet_file_descriptors,
-    toolkit_major_version,
-    under_mpi,
-)
+from runtime.bootstrap import core_is_compiled, under_mpi
+from runtime.choice import Choice
+from runtime.devices import count_cuda_devices
 from runtime.entry import run_entry, suggest
+from runtime.onednn import ONEDNN_FOLDER, link_onednn, onednn_prefix
+from runtime.python_config import python_config
+from runtime.quiet import quiet_file_descriptors
+from runtime.toolkit import NAMED, Part, Toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a started process leaves in its environment for its children.
-SETTLED = ("nvcc_path", "cache_name", "use_mkl", "use_mpi", "log_silent", "GORGON_DEVICE")
-
-
-# The choice of a device
-
-
-@pytest.mark.parametrize(
-    ("wanted", "num_devices", "nvcc", "toolkit", "device", "reason"),
-    [
-        ("auto", 0, None, None, "cpu", "no usable CUDA device"),
-        ("auto", 0, "/usr/bin/nvcc", None, "cpu", "no usable CUDA device"),
-        ("auto", 1, None, None, "cpu", "no nvcc on the PATH"),
-        ("auto", 1, "", None, "cpu", "no nvcc on the PATH"),
-        ("auto", 1, "/usr/bin/nvcc", None, "cpu", "the CUDA toolkit is None"),
-        ("auto", 1, "/usr/bin/nvcc", 13, "cpu", "the CUDA toolkit is 13; Jittor 1.3.11 knows up to 12"),
-        ("auto", 2, "/usr/bin/nvcc", 12, "cuda", "2 CUDA device(s), toolkit 12"),
-        ("cuda", 1, "/usr/bin/nvcc", 11, "cuda", "toolkit 11"),
-        ("cpu", 2, "/usr/bin/nvcc", 12, "cpu", "asked for"),
-        ("cpu", 0, None, None, "cpu", "asked for"),
-    ],
-)
-def test_the_device_follows_from_what_the_machine_has(wanted, num_devices, nvcc, toolkit, device, reason):
-    chosen, why = choose_device(wanted, num_devices, nvcc, toolkit)
-    assert chosen == device and reason in why
-
-
-@pytest.mark.parametrize(("num_devices", "nvcc", "toolkit"), [(0, "nvcc", 12), (1, None, None), (1, "nvcc", 13)])
-def test_cuda_that_was_asked_for_and_cannot_be_had_raises(num_devices, nvcc, toolkit):
-    with pytest.raises(DeviceError, match="GORGON_DEVICE=cuda cannot be served: "):
-        choose_device("cuda", num_devices, nvcc, toolkit)
-
-
-@pytest.mark.parametrize("wanted", ["gpu", "CUDA", ""])
-def test_another_word_for_a_device_is_refused(wanted):
-    with pytest.raises(ValueError, match="GORGON_DEVICE must be auto, cpu or cuda, got"):
-        choose_device(wanted, 1, "nvcc", 12)
+SETTLED = ("nvcc_path", "cache_name", "use_mkl", "use_mpi", "log_silent", "GORGON_DEVICE", "cuda_archs", NAMED)
 
 
 def write_script(path, body):
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
     return str(path)
-
-
-def test_a_toolkit_says_its_version_or_nothing(tmp_path):
-    text = "Cuda compilation tools, release 13.1, V13.1.80"
-    assert toolkit_major_version(write_script(tmp_path / "a", f"echo '{text}'")) == 13
-    assert toolkit_major_version(write_script(tmp_path / "b", "echo 'hello'")) is None
-    assert toolkit_major_version(write_script(tmp_path / "c", f"echo '{text}'; exit 1")) is None
-    assert toolkit_major_version(str(tmp_path / "nowhere")) is None
 
 
 # oneDNN and the compiled core
@@ -138,11 +90,88 @@ def test_a_compiled_core_is_found_by_its_cache_name(home, monkeypatch):
     assert not core_is_compiled()
 
 
+def test_a_core_with_cuda_lies_one_folder_deeper(home, monkeypatch):
+    monkeypatch.setenv("cache_name", "gorgon-cuda")
+    deep = home / ".cache" / "jittor" / "jt1.3.11" / "g++12" / "7b6b" / "gorgon-cuda" / "cu13.0.88_sm_90"
+    deep.mkdir(parents=True)
+    assert not core_is_compiled()
+    (deep / "jittor_core.cpython-311-x86_64-linux-gnu.so").touch()
+    assert core_is_compiled()
+
+
 def test_mpirun_is_recognised(monkeypatch):
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
     assert not under_mpi()
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert under_mpi()
+
+
+# What Jittor reads from the environment
+
+
+@pytest.fixture
+def environment(home, monkeypatch):
+    """The environment of this process, put back afterwards together with its module path."""
+    kept = dict(os.environ)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in SETTLED:
+        monkeypatch.delenv(name, raising=False)
+    yield os.environ
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+def bare_toolkit(folder):
+    library = folder / "libcublas.so.13"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    library.touch()
+    return Toolkit(folder / "nvcc", (13, 0), folder, (90,), {"cublas": Part(folder, library, 13)}, None, None, ())
+
+
+def test_with_cuda_jittor_is_given_one_folder_and_mended_sources(environment, home, tmp_path):
+    bootstrap.settle(Choice("cuda", "", "", bare_toolkit(tmp_path / "cuda"), (80, 90)))
+    assert environment["cache_name"] == "gorgon-cuda" and environment["cuda_archs"] == "80 90"
+    assert environment["nvcc_path"].startswith(f"{home}/.cache/gorgon/toolkit-")
+    assert environment[NAMED] == str(tmp_path / "cuda" / "nvcc")
+    wanted = {"conv_opt": "1", "use_cutt": "0", "use_cutlass": "0", "use_nccl": "0"}  # cuBLAS and cuRAND, no downloads
+    assert {name: environment[name] for name in wanted} == wanted
+    assert sys.path[0].startswith(f"{home}/.cache/gorgon/jittor-") and (Path(sys.path[0]) / "jittor_utils").is_dir()
+
+
+def test_a_process_started_by_one_with_cuda_may_still_take_the_cpu(environment, home, tmp_path):
+    bootstrap.settle(Choice("cuda", "", "", bare_toolkit(tmp_path / "cuda"), (90,)))
+    bootstrap.settle(Choice("cpu", "asked for"))
+    assert environment["cache_name"] == "gorgon-cpu" and environment["nvcc_path"] == ""
+
+
+def test_a_cache_name_of_the_users_own_stays(environment):
+    environment["cache_name"] = "mine"
+    bootstrap.settle(Choice("cpu", "asked for"))
+    assert environment["cache_name"] == "mine"
+
+
+def test_nccl_is_used_where_the_user_says_where_it_lies(environment, tmp_path):
+    environment.update(nccl_include_path="/opt/nccl/include", nccl_lib_path="/opt/nccl/lib")
+    bootstrap.settle(Choice("cuda", "", "", bare_toolkit(tmp_path / "cuda"), (90,)))
+    assert "use_nccl" not in environment
+
+
+def test_python_headers_are_found_without_the_script_that_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr("runtime.python_config.places", lambda: [tmp_path / "nowhere"])
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(ImportError, match=r"Python\.h.*install python3\.\d+-dev"):
+        python_config(tmp_path / "cache")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    script = python_config(tmp_path / "cache")
+
+    def ask(word):
+        return subprocess.run([script, word], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert ask("--includes") == f"-I{tmp_path}/include -I{tmp_path}/platinclude"
+    assert ask("--extension-suffix").endswith(".so")
+    monkeypatch.setattr("runtime.python_config.places", lambda: [script])
+    assert python_config(tmp_path / "cache") is None
 
 
 # Quiet

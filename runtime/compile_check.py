@@ -1,0 +1,91 @@
+"""Compiles the CUDA build of Jittor's core where there is no GPU, and runs one product on the CPU with it.
+
+    python -m runtime.compile_check 80 90        # compute capabilities; `python -m runtime.doctor --compile` calls this
+
+That proves that the toolkit which ``runtime.toolkit`` found and the sources which ``runtime.jittor_source`` mended
+compile, link and load, and that a core with CUDA in it lives on a machine without a driver. It says nothing about what
+a GPU would compute. The build is kept apart from the one that a GPU uses; it takes minutes once, seconds afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from runtime.bootstrap import import_jittor, settle
+from runtime.choice import Choice
+from runtime.entry import Parser, run_entry
+from runtime.toolkit import WHEELS, Toolkit, find_toolkits, remedy
+
+CACHE_NAME = "gorgon-cuda-check"
+CAPABILITIES = (80, 90)
+TIMEOUT_S = 1800
+
+
+def usable_toolkit() -> Toolkit:
+    """The first toolkit that has all that Jittor wants. Raises ValueError that says what is missing."""
+    toolkits = find_toolkits()
+    for toolkit in toolkits:
+        if not toolkit.problems:
+            return toolkit
+    if not toolkits:
+        raise ValueError(f"no nvcc on the PATH; {WHEELS}")
+    raise ValueError(f"{toolkits[0].problems[0]}; {remedy(toolkits[0])}")
+
+
+def begin(capabilities: Sequence[int] = CAPABILITIES):
+    """Import the CUDA build of Jittor in this process, device or not; returns the module. Once per process.
+
+    Raises ValueError where the toolkit is incomplete or does not compile for a capability.
+    """
+    toolkit = usable_toolkit()
+    unknown = sorted(set(capabilities) - set(toolkit.codes)) if toolkit.codes else []
+    if unknown:
+        raise ValueError(f"nvcc does not compile for {unknown}; it knows {list(toolkit.codes)}")
+    os.environ["cache_name"] = CACHE_NAME
+    os.environ["use_cuda_host_allocator"] = "0"  # pinned memory wants a driver
+    settle(Choice("cuda", "compiled without a device", "", toolkit, tuple(sorted(set(capabilities)))))
+    return import_jittor()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The child's part: print one line of JSON."""
+    parser = Parser(prog="runtime.compile_check", description=__doc__.splitlines()[0])
+    parser.add_argument("capabilities", nargs="*", type=int, default=list(CAPABILITIES), help="80 90 for 8.0 and 9.0")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    jt = begin(options.capabilities)
+    jt.flags.use_cuda = 0
+    product = jt.matmul(jt.full((3, 4), 2.0), jt.full((4, 5), 3.0)).numpy()
+    found = {
+        "nvcc": jt.flags.nvcc_path,
+        "cuda_archs": list(jt.flags.cuda_archs),
+        "core_has_cuda": bool(jt.compiler.is_cuda),
+        "libraries": [name for name in ("cublas", "curand", "cub") if getattr(jt.compile_extern, name, None)],
+        "devices": jt.get_device_count(),
+        "product": product.tolist(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    print(json.dumps(found))
+    return 0
+
+
+def compile_core(capabilities: Sequence[int] = CAPABILITIES) -> dict:
+    """Run the check in a process of its own; returns what it found, as ``main`` prints it.
+
+    Raises ValueError where something is missing, and where the compilation fails, with the last lines of its output.
+    """
+    usable_toolkit()
+    words = [sys.executable, "-m", "runtime.compile_check", *map(str, capabilities)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if done.returncode:
+        raise ValueError(f"the CUDA build of Jittor failed: {' | '.join(done.stderr.splitlines()[-30:])}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main))
