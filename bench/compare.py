@@ -2,6 +2,7 @@
 
     python bench/compare.py results/*.json --plot comparison.png --frontier frontier.png
     python bench/compare.py results/*.json runs/*/*/train.json
+    python bench/compare.py --profile results/engine-7b.json --published
 
 Differences in device, dtype, backbone, prompts, tree budget or acceptance are warned about on stderr; a result whose
 parity check failed gets no speedup. From two results on, paired bootstrap intervals tell whether a ratio differs
@@ -25,7 +26,19 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.metrics import PairedRatio
-from bench.projection import ASSUMED, Profile, Projection, project, projection_table, projection_warnings, read_profile
+from bench.projection import (
+    ASSUMED,
+    PUBLISHED_ASSUMED,
+    Profile,
+    Projection,
+    PublishedProjection,
+    project,
+    project_published,
+    projection_table,
+    projection_warnings,
+    published_table,
+    read_profile,
+)
 from bench.record import check_writable, write_atomically
 from bench.summary import (
     AUTOREGRESSIVE,
@@ -50,7 +63,7 @@ REFUSED = "parity failed"
 def build_parser() -> Parser:
     """The options of this entry."""
     parser = Parser(prog="bench/compare.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("results", nargs="+", metavar="RESULT", help="result files of bench/run.py, and train.json")
+    parser.add_argument("results", nargs="*", metavar="RESULT", help="result files of bench/run.py, and train.json")
     parser.add_argument("--plot", metavar="FILE", help="draw accept length and cost per pass into a .png, .pdf or .svg")
     parser.add_argument(
         "--frontier", metavar="FILE", help="draw accept length against draft time into a .png, .pdf or .svg"
@@ -64,6 +77,9 @@ def build_parser() -> Parser:
         "--profile", metavar="FILE", help="a result of bench/engine.py: project the results onto that machine"
     )
     parser.add_argument("--profile-shape", metavar="NAME", help="shape of the profile (default: its first)")
+    parser.add_argument(
+        "--published", action="store_true", help="project what others have published onto the profile's 7b shape too"
+    )
     return parser
 
 
@@ -79,21 +95,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Read everything, decide everything, then print and write. Raises ValueError or OSError before any output."""
-    paths, train_records = read_train_records(options.results)
-    results, notes = load_results(paths)
+    if not options.results and not options.published:
+        raise ValueError("give result files of bench/run.py, or --published with --profile FILE")
+    results, notes, train_records = [], [], []
+    if options.results:
+        paths, train_records = read_train_records(options.results)
+        results, notes = load_results(paths)
     trainings, broken_promises = join(results, train_records)
     summaries = [summarise(result) for result in results]
     if options.sort:
         summaries = sort_summaries(summaries, options.sort)
     pairs, skipped = pair_up(results, options.head_to_head)
     warnings = differences(results) + skipped + _doubts(summaries) + broken_promises
-    projected = None
+    projected = published = profile = None
+    if options.published and not options.profile:
+        raise ValueError("--published needs the curve of a machine; give --profile FILE as well")
     if options.profile_shape and not options.profile:
         raise ValueError("--profile-shape names a shape of a profile; give --profile FILE as well")
     if options.profile:
         profile = read_profile(options.profile, options.profile_shape)
-        projected = profile, [project(result, profile) for result in results]
-        warnings += projection_warnings(results, profile)
+        if results:
+            projected = profile, [project(result, profile) for result in results]
+            warnings += projection_warnings(results, profile)
+        published = project_published(profile) if options.published else None
 
     targets = [target for target in (options.plot, options.frontier, options.json) if target is not None]
     for number, target in enumerate(targets):
@@ -103,17 +127,21 @@ def compare(options: argparse.Namespace) -> None:
     if options.plot is not None or options.frontier is not None:
         draw(results, options.plot, options.frontier)
     if options.json is not None:
-        write_atomically(options.json, comparison_json(summaries, pairs, warnings, projected, trainings))
+        write_atomically(options.json, comparison_json(summaries, pairs, warnings, projected, trainings, published))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    show_table(summary_table(summaries, trainings))
+    if results:
+        show_table(summary_table(summaries, trainings))
     if pairs:
         show_table(head_to_head_table(pairs))
     if projected:
         show_table(projection_table(projected[1], projected[0]))
         print(ASSUMED)
+    if published:
+        show_table(published_table(published, profile))
+        print(PUBLISHED_ASSUMED)
 
 
 def draw(results: Sequence[Result], plot: str | None, frontier: str | None) -> None:
@@ -219,8 +247,9 @@ def comparison_json(
     warnings: Sequence[str],
     projected: tuple[Profile, Sequence[Projection]] | None = None,
     trainings: Mapping[str, Training] | None = None,
+    published: Sequence[PublishedProjection] | None = None,
 ) -> str:
-    """The comparison as JSON text; ratios that are refused are null, and so is the projection where none was made.
+    """The comparison as JSON text; ratios that are refused are null, and so are projections where none were made.
     trainings: by the result's path."""
 
     def ratio(pair: PairedRatio | None) -> dict | None:
@@ -248,6 +277,11 @@ def comparison_json(
         profile, rows = projected
         named = {"profile": profile.path, "device": profile.device, "shape": profile.shape, "dtype": profile.dtype}
         content["projection"] = {**named, "assumed": ASSUMED, "results": [dataclasses.asdict(row) for row in rows]}
+    if published:
+        content["published"] = {
+            "assumed": PUBLISHED_ASSUMED,
+            "results": [dataclasses.asdict(row) for row in published],
+        }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

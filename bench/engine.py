@@ -6,6 +6,11 @@ Every pass stands beside the bytes that it must read and the operations that it 
 and the multiply-adds that small kernels reach in the same run. Then the decoding loop on the embedded backbone: what it
 costs outside the kernels, and whether its timers add up. transformers runs beside ours where torch is installed. Notes
 go to stderr; stdout gets tables and one line of JSON. Run it on a quiet machine.
+
+    python bench/engine.py --shape 7b --no-loop --out results/engine-7b.json
+
+On a GPU the weights of the random shapes are made on the device. The 7b shape and its cache take 16 GB, and 21 GB
+have to be free; a shape that does not fit is refused before anything is built.
 """
 
 from __future__ import annotations
@@ -44,7 +49,8 @@ def build_parser() -> Parser:
 
     add("--shape", "tiny-vicuna, 110m, 1.1b or 7b; several are allowed (default: the first three)", nargs="+")
     add("--rows", "rows of a pass, several with commas", default="1,2,4,8,16,32,64", metavar="N,N")
-    add("--contexts", "cached rows before a pass, several with commas", default="128,512,1024", metavar="N,N")
+    usual = "128,512,1024, and 128,1024,3968 where a shape has 4096 positions"
+    add("--contexts", f"cached rows before a pass, several with commas (default: {usual})", metavar="N,N")
     add("--repeats", "figures of which the median and the quartiles count", type=int, default=9, metavar="N")
     add("--dtype", "of the weights and the cache", choices=tuple(ITEM_BYTES), default="float16")
     add("--tokens", "of the texts that are decoded on the embedded backbone", type=int, default=256, metavar="N")
@@ -63,7 +69,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name in options.shape:
         shape_config(name)
     options.rows = read_counts("--rows", options.rows)
-    options.contexts = read_counts("--contexts", options.contexts)
+    if options.contexts is not None:
+        options.contexts = read_counts("--contexts", options.contexts)
     for name, least in (("repeats", 1), ("tokens", 2), ("steps", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
@@ -91,9 +98,10 @@ def measure(options: argparse.Namespace):
     )
     notes = check_shapes(options.shape, work)
     timed, threads, load = [], num_threads(), os.getloadavg()[0]
-    if load > BUSY * threads:
-        notes.append(f"the machine was busy: {load:.1f} processes ran on {threads} threads before this one began")
-    note(f"machine   {runtime.provenance()['device_name']}, {threads} threads")
+    cores = threads if runtime.device == "cpu" else len(os.sched_getaffinity(0))  # on a GPU the host's still launch
+    if load > BUSY * cores:
+        notes.append(f"the machine was busy: {load:.1f} processes ran on {cores} cores before this one began")
+    note(f"machine   {runtime.provenance()['device_name']}, {threads} threads or multiprocessors")
     for name in options.shape:
         note(f"shape     {name}, {options.dtype}, {options.repeats} repeats")
         timed.append(time_shape(name, work, threads, notes))
@@ -143,12 +151,17 @@ def pass_table(shape) -> Table:
 
 def summary_lines(record) -> list[str]:
     """What the tables do not hold, a line each."""
-    m = record.machine
+    m, workers = record.machine, "threads" if record.device == "cpu" else "multiprocessors"
     cache = "" if m.cache_read_gb_s is None else f", {m.cache_read_gb_s:.1f} from the cache"
     lines = [
         f"machine, at best: reads {m.read_gb_s:.1f} GB/s{cache}, copies {m.copy_gb_s:.1f} GB/s, "
-        f"multiplies {m.fma_gflop_s:.0f} GFLOP/s, {m.threads} threads"
+        f"multiplies {m.fma_gflop_s:.0f} GFLOP/s, {m.threads} {workers}"
     ]
+    if m.mma_tflop_s is not None:
+        lines.append(
+            f"machine, at best: multiplies halves at {m.mma_tflop_s:.0f} TFLOP/s; a launch takes the host "
+            f"{m.launch_host_us:.1f} us, the device {m.launch_device_us:.1f} us"
+        )
     for shape in record.shapes:
         memory, peer, matrix, bounds = shape.memory, shape.transformers, shape.largest_matrix, shape.bounds
         lines.append(
@@ -157,9 +170,13 @@ def summary_lines(record) -> list[str]:
         )
         products = ", ".join(f"{each.rows}: {each.ms:.3f}" for each in shape.linear)
         lines.append(f"{shape.name}: {matrix.name} {matrix.num_out} x {matrix.num_in}, ms by rows: {products}")
+        lines += floor_lines(shape) + host_lines(shape)
         if memory.ratio is not None:
             held = (memory.weight_bytes + memory.cache_bytes) / 1e6
-            lines.append(f"{shape.name}: memory grew by {memory.ratio:.2f} of weights and cache ({held:.0f} MB)")
+            text = f"{shape.name}: memory grew by {memory.ratio:.2f} of weights and cache ({held:.0f} MB)"
+            if memory.host_growth_bytes is not None:
+                text += f" on the device, on the host by {memory.host_growth_bytes / 1e6:.0f} MB"
+            lines.append(text)
         if peer:
             unit = "token" if peer.what == "generate" else "pass of one row"
             lines.append(
@@ -169,6 +186,29 @@ def summary_lines(record) -> list[str]:
     if record.loop:
         lines += loop_lines(record.loop)
     return lines
+
+
+def floor_lines(shape) -> list[str]:
+    """By context: a one-row pass over the least that reading its bytes once takes, and the most rows over one."""
+    lines = []
+    for context in sorted({each.context for each in shape.passes}):
+        found = {each.rows: each for each in shape.passes if each.context == context}
+        if 1 not in found:
+            continue
+        one, most = found[1], max(found)
+        text = f"{shape.name} behind {context}: one row takes {1 / one.bandwidth_share:.2f} of reading its bytes once"
+        lines.append(text + (f", {most} rows {found[most].ms / one.ms:.2f} of one" if most > 1 else ""))
+    return lines
+
+
+def host_lines(shape) -> list[str]:
+    """How long the host takes to hand a pass to the device, and whether that shows."""
+    return [
+        f"{shape.name}, {each.rows} rows: the call returns after {each.call.ms:.3f} ms, queued passes take "
+        f"{each.queued.ms:.3f} ms each: the host is {'hidden' if each.hidden else 'the slower one'}, "
+        f"{100 * each.share:.1f}% of a lone pass waits for it"
+        for each in shape.host
+    ]
 
 
 def loop_lines(loop) -> list[str]:

@@ -18,19 +18,29 @@ class _Model(BaseModel):
 
 class Bounds(_Model):
     """What the machine allowed, the median of readings taken in turns with what stands beside them. read_gb_s: of the
-    memory, 1e9 bytes; cache_read_gb_s: of half the last-level cache; fma_gflop_s: float32, two operations each."""
+    memory, 1e9 bytes; cache_read_gb_s: of half the last-level cache; fma_gflop_s: float32, two operations each;
+    mma_tflop_s: on a GPU, products of halves with sums in float32, two operations each."""
 
     read_gb_s: Amount
     cache_read_gb_s: Amount | None
     fma_gflop_s: Amount
+    mma_tflop_s: Amount | None = None
+
+    def peak_gflop_s(self, dtype: str) -> float:
+        """What multiplies weights of a dtype: on a GPU halves have units of their own."""
+        return 1e3 * self.mma_tflop_s if self.mma_tflop_s and dtype == "float16" else self.fma_gflop_s
 
 
 class Machine(Bounds):
-    """The best readings of the whole run. copy_gb_s counts what a copy reads and what it writes."""
+    """The best readings of the whole run. copy_gb_s counts what a copy reads and what it writes. threads: on a GPU its
+    multiprocessors. launch_host_us: of a GPU's kernel that does nothing, until the call returns; launch_device_us: from
+    one to the next while the host is far ahead."""
 
     threads: Annotated[int, Field(ge=1)]
     last_level_cache_bytes: Count | None
     copy_gb_s: Amount
+    launch_host_us: Amount | None = None
+    launch_device_us: Amount | None = None
 
 
 class Time(_Model):
@@ -43,7 +53,7 @@ class Time(_Model):
 
 class Bounded(Time):
     """A time beside what it was needed for. bytes, flops: ``bench.shapes``. bandwidth_share: bytes per second over the
-    memory's, above 1 where data comes from a cache. peak_share: operations per second over the multiply-adds'."""
+    memory's, above 1 where data comes from a cache. peak_share: operations per second over ``Bounds.peak_gflop_s``."""
 
     rows: Annotated[int, Field(ge=1)]
     flops: Count
@@ -86,10 +96,26 @@ class Peer(_Model):
     speedup: Amount
 
 
+class Host(_Model):
+    """What handing a pass to a GPU takes, behind ``context`` cached rows. call: until the call returns, its kernels
+    launched. queued: a pass where several wait for each other, so what the slower of host and device needs. hidden:
+    the host is ahead of the device (call below queued). share: the part of a lone pass in which the device waits for
+    the host: what it takes beyond a queued one where the host is ahead, else what the call takes."""
+
+    rows: Annotated[int, Field(ge=1)]
+    context: Count
+    call: Time
+    queued: Time
+    hidden: bool
+    share: Amount
+
+
 class Memory(_Model):
-    """Bytes of a process of its own. before: without the backbone; peak: while it was built and ran every row count;
-    after: then. growth: peak less before. ratio: growth over weights and cache. late_kernels: those that the timed
-    process compiled or loaded on the clock."""
+    """Bytes. On the host, of a process of its own: before: without the backbone; peak: while it was built and ran every
+    row count; after: then. On a device (``where``) the same of what Jittor took of its memory, in the timed process;
+    host_growth_bytes: what the process's own memory grew by meanwhile, small where no weight stays on the host. growth:
+    peak less before. ratio: growth over weights and cache. late_kernels: those that the timed process compiled or
+    loaded on the clock."""
 
     weight_bytes: Count
     cache_bytes: Count
@@ -99,10 +125,13 @@ class Memory(_Model):
     growth_bytes: Count | None
     ratio: Amount | None
     late_kernels: Count | None
+    where: Literal["host", "device"] = "host"
+    host_growth_bytes: Count | None = None
 
 
 class Shape(_Model):
-    """fits_in_cache: the weights of a pass fit into the last-level cache, whose bandwidth then bounds it."""
+    """fits_in_cache: the weights of a pass fit into the last-level cache, whose bandwidth then bounds it. host: by rows
+    behind the first context; only on a GPU, as on the CPU it is the host that computes."""
 
     name: str
     dtype: str
@@ -121,6 +150,7 @@ class Shape(_Model):
     linear: list[Bounded]
     transformers: Peer | None
     memory: Memory
+    host: list[Host] = Field(default_factory=list)
 
 
 class Stages(_Model):

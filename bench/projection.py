@@ -10,10 +10,16 @@ curve of another shape says what such a tree would cost there, not what such a b
 its price in one-row passes, which is too much where a head is small beside the backbone; the speedup with free drafts,
 a c(1) / c(r), is the bound from above. And a pass is nothing but both. c is interpolated between the rows that were
 timed and not continued behind them.
+
+Accept lengths that others have published (``bench/published.py``) are projected likewise, with a draft that takes as
+long as reading its weights at the bandwidth that was measured beside the curve:
+
+    speedup = a c(1) / (c(r) + draft bytes / bandwidth)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +29,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from bench.published import PUBLISHED, Published
 from bench.record import Record
 from bench.summary import Result, format_number, num_passes, parity_failed
 
@@ -31,16 +38,26 @@ ASSUMED = (
     "the backbone is larger (with free drafts: the bound from above); nothing else of a pass counts"
 )
 
+PUBLISHED_SHAPE = "7b"
+PUBLISHED_CONTEXT = 512  # rows in the cache half-way through a turn of MT-bench, about
+PUBLISHED_ASSUMED = (
+    "projection of published results: accept lengths as published (temperature 0, batch 1), not measured here; trees "
+    "as published or, for Hydra, taken to be Medusa's; a draft takes as long as reading its weights (halves) once for "
+    "each use at the bandwidth measured beside the curve; nothing else of a pass counts"
+)
+
 
 @dataclass(frozen=True)
 class Profile:
-    """One shape of an engine's measurement. curves: for each context, (rows, milliseconds), rows ascending."""
+    """One shape of an engine's measurement. curves: for each context, (rows, milliseconds), rows ascending. read_gb_s:
+    what the memory gave meanwhile, where the file says so."""
 
     path: str
     device: str
     shape: str
     dtype: str
     curves: dict[int, tuple[list[int], list[float]]]
+    read_gb_s: float | None = None
 
     def nearest(self, context: float) -> int:
         """The context timed that is nearest to this one; of equals the shorter."""
@@ -84,7 +101,8 @@ def read_profile(path: str, shape: str | None = None) -> Profile:
             raise ValueError(f"{path}: no shape {shape!r}; there are {', '.join(shapes)}")
         chosen = shapes[shape or next(iter(shapes), None)]
         device = (data.get("provenance") or {}).get("device_name") or data["device"]
-        return Profile(path, device, chosen["name"], chosen["dtype"], _curves(chosen["passes"]))
+        read_gb_s = (chosen.get("bounds") or {}).get("read_gb_s")
+        return Profile(path, device, chosen["name"], chosen["dtype"], _curves(chosen["passes"]), read_gb_s)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: a profile needs shapes with name, dtype and passes of rows, context, ms") from error
 
@@ -169,3 +187,69 @@ def projection_warnings(results: Sequence[Result], profile: Profile) -> list[str
         if decoding.tree is None:
             found.append(f"projection: the tree of {result.label} changes by step; {decoding.num_nodes} rows are used")
     return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class PublishedProjection:
+    """A published result on the profile's machine. refused: why there is no speedup, else None."""
+
+    name: str
+    backbone: str
+    accept_length: float
+    rows: int
+    draft_mb: float
+    source: str
+    published_speedup: float | None
+    context: int
+    verify_ms: float | None = None
+    draft_ms: float | None = None
+    speedup: float | None = None
+    refused: str | None = None
+
+
+def project_published(profile: Profile, results: Sequence[Published] = PUBLISHED) -> list[PublishedProjection]:
+    """Every published result on a curve of the 7b shape. Raises ValueError for another shape, and for a profile that
+    does not say what the memory gave.
+
+    Worked example: 4 tokens a pass; passes of 5 ms for 1 row and 6 ms for the tree's; a draft of 2 GB at 2000 GB/s
+    takes 1 ms: 4 * 5 / (6 + 1) = 2.86.
+    """
+    if profile.shape != PUBLISHED_SHAPE:
+        raise ValueError(
+            f"{profile.path}: published accept lengths are those of a 7B backbone, the profile is of {profile.shape}; "
+            "give --profile-shape 7b, or a profile of bench/engine.py --shape 7b"
+        )
+    if not profile.read_gb_s:
+        raise ValueError(f"{profile.path}: it does not say what the memory gave (bounds.read_gb_s); measure it again")
+    context = profile.nearest(PUBLISHED_CONTEXT)
+    one, found = profile.ms(1, context), []
+    for each in results:
+        verify, draft = profile.ms(each.rows, context), each.draft_bytes / profile.read_gb_s / 1e6
+        known = each.name, each.backbone, each.accept_length, each.rows, each.draft_bytes / 1e6, each.source
+        row = PublishedProjection(*known, each.speedup, context)
+        if verify is None:
+            ends = profile.curves[context][0][-1]
+            found.append(dataclasses.replace(row, refused=f"the profile ends at {ends} rows"))
+            continue
+        speedup = each.accept_length * one / (verify + draft)
+        found.append(dataclasses.replace(row, verify_ms=verify, draft_ms=draft, speedup=speedup))
+    return found
+
+
+def published_table(projections: Sequence[PublishedProjection], profile: Profile) -> Table:
+    """One row per published result; the speedup is projected, and the published one is another machine's."""
+    context = projections[0].context
+    title = f"Projection of published accept lengths, not measured: {profile.shape}, {profile.dtype}, behind {context} "
+    table = Table(title=title + f"rows, on {profile.device} ({profile.path})", title_justify="left", title_style="bold")
+    table.add_column("system")
+    table.add_column("backbone")
+    for name in ("accept length", "rows", "draft MB", "draft ms", "verify ms", "projected speedup"):
+        table.add_column(name, justify="right")
+    table.add_column("published speedup, elsewhere", justify="right")
+    table.add_column("source")
+    for each in projections:
+        figures = [format_number(each.accept_length), str(each.rows), f"{each.draft_mb:.0f}"]
+        figures += [format_number(value) for value in (each.draft_ms, each.verify_ms)]
+        figures += [each.refused or format_number(each.speedup), format_number(each.published_speedup)]
+        table.add_row(*(Text(cell) for cell in (each.name, each.backbone, *figures, each.source)))
+    return table

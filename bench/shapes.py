@@ -20,7 +20,7 @@ ITEM_BYTES = {"float16": 2, "float32": 4}
 BUILD_FACTOR = 1.4
 
 
-def _llama(layers: int, hidden: int, heads: int, kv_heads: int, inner: int) -> BackboneConfig:
+def _llama(layers: int, hidden: int, heads: int, kv_heads: int, inner: int, positions: int = 2048) -> BackboneConfig:
     return BackboneConfig(
         vocab_size=32000,
         hidden_size=hidden,
@@ -32,7 +32,7 @@ def _llama(layers: int, hidden: int, heads: int, kv_heads: int, inner: int) -> B
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
         rope_scaling=None,
-        max_positions=2048,
+        max_positions=positions,
         tie_embeddings=False,
         model_type="llama",
         bos_id=1,
@@ -43,7 +43,7 @@ def _llama(layers: int, hidden: int, heads: int, kv_heads: int, inner: int) -> B
 SHAPES = {
     "110m": _llama(12, 768, 12, 12, 2048),
     "1.1b": _llama(22, 2048, 32, 4, 5632),  # TinyLlama 1.1B's
-    "7b": _llama(32, 4096, 32, 32, 11008),  # Llama-1/2 7B's
+    "7b": _llama(32, 4096, 32, 32, 11008, 4096),  # Llama-2 7B's, so Vicuna v1.5 7B's
 }
 
 
@@ -54,6 +54,12 @@ def shape_config(name: str) -> BackboneConfig:
     if name not in SHAPES:
         raise suggest("shape", name, [TINY, *SHAPES])
     return SHAPES[name]
+
+
+def usual_contexts(config: BackboneConfig) -> list[int]:
+    """Cached rows before a pass, where nobody says how many: short, usual, and as long as still leaves room for 64 rows
+    (or 1,024 rows where the positions do not reach far beyond)."""
+    return [128, 1024, 3968] if config.max_positions == 4096 else [128, 512, 1024]
 
 
 def config_from(plain: dict) -> BackboneConfig:
@@ -153,10 +159,15 @@ def random_weights(config: BackboneConfig, dtype: str, seed: int = 0) -> dict[st
 
 
 def build_backbone(name: str, config: BackboneConfig, dtype: str):
-    """The backbone of a shape: the embedded one's own weights, random ones for the others."""
+    """The backbone of a shape: the embedded one's own weights, random ones for the others. For the CUDA bodies those
+    are made on the device."""
     from backbone.model import Backbone, load_backbone
+    from bench.random_backbone import RandomBackbone
+    from ops.kernel import on_cpu
 
     if name == TINY:
         return load_backbone(dtype=dtype)
+    if not on_cpu():
+        return RandomBackbone(config, dtype)
     with given_back_at_once():
         return Backbone(config, random_weights(config, dtype), dtype, f"random {name}")

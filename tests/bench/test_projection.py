@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bench.compare import main
-from bench.projection import project, read_profile, typical_context
+from bench.projection import project, project_published, read_profile, typical_context
+from bench.published import PUBLISHED, Published, eagle, medusa
 from bench.summary import load_results
 
 PASSES = [(1, 8, 2.0), (4, 8, 2.5), (64, 8, 4.5), (1, 500, 3.0), (64, 500, 9.0), (16, 999, 1.0)]
@@ -129,3 +130,66 @@ def test_a_mistake_in_the_options_is_one_line(write_result, write_profile, capsy
         assert main([good, *arguments]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and said in err
+
+
+# What others have published -------------------------------------------------------------------------------------------
+
+
+def seven_b(**changes):
+    """The curve of a made-up card: 5 ms a row, 6 ms for 64, 2000 GB/s."""
+    passes = [{"rows": rows, "context": 500, "ms": ms} for rows, ms in ((1, 5.0), (64, 6.0))]
+    shape = {"name": "7b", "dtype": "float16", "passes": passes, "bounds": {"read_gb_s": 2000.0}, **changes}
+    return engine(shapes=[shape])
+
+
+def test_a_published_result_is_projected_as_in_the_worked_example(write_profile):
+    profile = read_profile(write_profile(seven_b()))
+    result = Published("a", 4.0, None, 64, 10**9, "once", "a paper")
+    (found,) = project_published(profile, [result])
+    assert (found.verify_ms, found.draft_ms, found.context) == (6.0, 1.0, 500)
+    assert found.speedup == pytest.approx(20 / 7)
+    (wide,) = project_published(profile, [Published("b", 4.0, None, 65, 1, "once", "a paper")])
+    assert wide.refused == "the profile ends at 64 rows" and wide.speedup is None
+
+
+def test_the_weights_of_published_heads_are_those_that_their_papers_give():
+    # Medusa's head: 4096^2 and 32000 x 4096; EAGLE's draft model for a 7B has 0.24 billion weights beside the LM head
+    assert medusa(1) == 147_849_216
+    assert eagle(1) - 32000 * 4096 == pytest.approx(0.24e9, rel=0.02)
+
+
+def test_every_published_number_names_its_source():
+    for each in PUBLISHED:
+        assert "arXiv" in each.source and each.accept_length > 1 and 1 < each.rows <= 64
+    others = [each for each in PUBLISHED if each.backbone != "Vicuna 7B"]
+    assert [each.name for each in others] == ["EAGLE-3"] and "no Vicuna 7B" in others[0].source
+
+
+def test_published_results_are_told_apart_from_measured_ones(write_result, write_profile, tmp_path, capsys):
+    profile = write_profile(seven_b())
+    assert main(["--profile", profile, "--published", "--json", str(tmp_path / "out.json")]) == 0
+    out, _ = capsys.readouterr()
+    assert "Projection of published accept lengths, not measured: 7b" in out and "arXiv 2406.16858" in out
+    assert "accept lengths as published (temperature 0, batch 1), not measured here" in out and "Results" not in out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in content["published"]["results"]] == [each.name for each in PUBLISHED]
+    assert content["results"] == [] and content["projection"] is None
+    assert main([write_result("a.json"), "--profile", profile, "--published"]) == 0
+    both = capsys.readouterr().out
+    assert "Results" in both and "Projection, not measured: 7b" in both and "published accept lengths" in both
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "said"),
+    [
+        ([], None, "give result files of bench/run.py, or --published with --profile FILE"),
+        (["--published"], None, "--published needs the curve of a machine; give --profile FILE as well"),
+        (["--published"], engine(), "those of a 7B backbone, the profile is of tiny-vicuna"),
+        (["--published"], seven_b(bounds=None), "does not say what the memory gave"),
+    ],
+)
+def test_what_cannot_be_projected_from_papers_is_one_line(arguments, content, said, write_profile, capsys):
+    profile = ["--profile", write_profile(content)] if content else []
+    assert main(arguments + profile) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and said in err
