@@ -1,7 +1,7 @@
 """Accept lengths that others have published, with what it takes to say what they would cost on a machine of ours.
 
 All at temperature 0, one text at a time, tokens per pass of the backbone (the bonus token included). Nothing here was
-measured by this project. What a number was read from stands beside it: a table of the paper, or a figure that was
+measured by this project. Where a number comes from stands beside it: a paper, or a figure that was
 computed from data that the paper's project ships.
 """
 
@@ -19,7 +19,7 @@ LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
 class Published:
     """One result. rows: of a verification pass, root included. draft_weights: those that a draft reads before its first
     token can be verified, each as often as it is read; drafting is taken to be bound by reading them. drafts: how that
-    number comes about. source: paper and table. backbone: whose accept length it is."""
+    number comes about. source: where it was read. backbone: whose accept length it is."""
 
     name: str
     accept_length: float
@@ -65,7 +65,7 @@ def eagle3(depth: int) -> int:
     return 3 * WIDTH * WIDTH + depth * (LAYER + 3 * WIDTH * WIDTH + LM_HEAD)
 
 
-EAGLE_2 = "arXiv 2406.16858, table 1 (V 7B, T=0)"
+EAGLE_2 = "arXiv 2406.16858 (Vicuna 7B, temperature 0)"
 HYDRA = "arXiv 2402.05109 and its repository"
 PUBLISHED = (
     Published(
@@ -89,7 +89,7 @@ PUBLISHED = (
         rows=61,
         draft_weights=eagle3(8),
         drafts="8 passes of a decoder layer",
-        source="arXiv 2503.01840, table 1 (V 13B, T=0); it has no Vicuna 7B, whose accept length need not be the same",
+        source="arXiv 2503.01840 (Vicuna 13B, temperature 0); the accept length of a 7B need not be the same",
         backbone="Vicuna 13B",
     ),
 )

@@ -162,7 +162,7 @@ def test_every_published_number_names_its_source():
     for each in PUBLISHED:
         assert "arXiv" in each.source and each.accept_length > 1 and 1 < each.rows <= 64
     others = [each for each in PUBLISHED if each.backbone != "Vicuna 7B"]
-    assert [each.name for each in others] == ["EAGLE-3"] and "no Vicuna 7B" in others[0].source
+    assert [each.name for each in others] == ["EAGLE-3"] and "Vicuna 13B" in others[0].source
 
 
 def test_published_results_are_told_apart_from_measured_ones(write_result, write_profile, tmp_path, capsys):

@@ -1,9 +1,9 @@
-/* Stand-ins for libcudart, libcublas and libcurand with one device of compute capability 9.0 on which nothing happens.
+/* Stand-ins for libcudart, libcublas, libcurand and the driver with one device of compute capability 9.0 on which nothing happens.
 
    Device memory is host memory, copies copy, and a launched kernel does nothing: its results are whatever the memory
    held, zeros at first. So Jittor, started on a machine without a GPU, generates the CUDA source of every operation
-   and has it compiled and linked, which is all that can be learned here. Built once for each of the three libraries,
-   with PART_CUDART, PART_CUBLAS or PART_CURAND defined. Each counts what it was asked to compute, for the test to read. */
+   and has it compiled and linked, which is all that can be learned here. Built once for each of the libraries,
+   with PART_CUDART, PART_CUBLAS, PART_CURAND or PART_CUDA (the driver) defined. Each counts what it was asked to compute, for the test to read. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -183,4 +183,18 @@ int curandGenerateUniform() { return fake_calls++, 0; }
 int curandGenerateUniformDouble() { return fake_calls++, 0; }
 int curandGenerateNormal() { return fake_calls++, 0; }
 int curandGenerateNormalDouble() { return fake_calls++, 0; }
+#endif
+
+#ifdef PART_CUDA
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 99000; return 0; } /* younger than every toolkit */
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return index; }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "a device that does nothing", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *size, int device) { *size = 80ull << 30; return 0; }
+int cuMemGetInfo_v2(size_t *left, size_t *total) { *left = *total = 80ull << 30; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { /* 75, 76: compute capability 9.0 */
+    *value = attribute == 75 ? 9 : 0;
+    return 0;
+}
 #endif

@@ -5,7 +5,6 @@ was compiled stays in the home's cache.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +12,10 @@ from pathlib import Path
 import pytest
 
 from runtime.compile_check import compile_core, usable_toolkit
-from runtime.toolkit import NAMED
 from runtime.toolkit_folder import plan, put_together
+from tests.runtime.stand_ins import ROOT, SETTLED, build_libraries, preloading
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-FAKES = {"cudart": "PART_CUDART", "cublas": "PART_CUBLAS", "curand": "PART_CURAND"}
-# What the process that runs the tests has settled for itself.
-SETTLED = ("nvcc_path", "cache_name", "cuda_archs", "GORGON_DEVICE", "use_cuda_host_allocator", NAMED)
 
 pytestmark = pytest.mark.nvcc
 
@@ -62,26 +57,10 @@ def test_the_real_compiler_gets_cpp_17_and_the_architectures(toolkit, tmp_path):
     assert "-std=c++17" in done.stderr and "-std=c++14" not in done.stderr
 
 
-def build_fakes(folder, toolkit):
-    """The stand-ins, under the names and symbol versions of the libraries that they stand in for."""
-    built = []
-    for name, part in FAKES.items():
-        header, major = toolkit.parts["cudart"].header, toolkit.parts[name].major
-        soname = f"lib{name}.so.{major}" if (name, major) != ("cudart", 11) else "libcudart.so.11.0"
-        versions, library = folder / f"{name}.map", folder / soname
-        versions.write_text(f"{soname} {{ global: *; }};\n")
-        words = ["gcc", "-shared", "-fPIC", "-O1", "-w", f"-D{part}", f"-I{header}", f"-Wl,-soname,{soname}"]
-        words += [f"-Wl,--version-script={versions}", "-o", str(library), str(HERE / "fake_cuda.c")]
-        subprocess.run(words, check=True)
-        built.append(str(library))
-    return built
-
-
 def test_the_cuda_source_of_operations_compiles_and_is_not_run(core, toolkit, tmp_path):
     if toolkit.version[0] < 13:
         pytest.skip(f"the stand-in libraries are written for CUDA 13's headers, nvcc is {toolkit.version[0]}")
-    inherited = {key: value for key, value in os.environ.items() if key not in SETTLED}
-    environment = inherited | {"LD_PRELOAD": " ".join(build_fakes(tmp_path, toolkit)), "PYTHONPATH": str(ROOT)}
+    environment = preloading(build_libraries(tmp_path, toolkit))
     words = [sys.executable, str(HERE / "cuda_ops_program.py")]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]

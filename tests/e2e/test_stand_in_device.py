@@ -1,0 +1,50 @@
+"""Training and measuring on a CUDA device that does nothing: every CUDA source on the way compiles and starts.
+
+Jittor writes the source of each operation around our bodies and its own; nvcc compiles it as on a machine with a GPU.
+Takes minutes the first time: pytest -m "nvcc and slow" tests/e2e.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from runtime.compile_check import usable_toolkit
+from tests.runtime.stand_ins import ROOT, SETTLED, build_driver, build_libraries, preloading
+
+pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    for name in SETTLED:
+        monkeypatch.delenv(name, raising=False)
+    try:
+        toolkit = usable_toolkit()
+    except ValueError as error:
+        pytest.skip(str(error))
+    if toolkit.version[0] < 13:
+        pytest.skip("the stand-in libraries are written for CUDA 13's headers")
+    libraries = [build_driver(tmp_path, toolkit), *build_libraries(tmp_path, toolkit)]
+    return preloading(libraries) | {"GORGON_DEVICE": "cuda"}
+
+
+def run(environment, *words):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, (words, done.stderr[-3000:])
+    return done.stdout
+
+
+@pytest.mark.parametrize("head", ["mlp", "eagle"])
+def test_a_head_is_trained_and_measured_on_the_device(environment, tmp_path, head):
+    out = tmp_path / "run"
+    words = ("--head", head, "--max-steps", 2, "--features", "online", "--held-out", 4, "--out", out)
+    summary = json.loads(run(environment, "train.py", *words).splitlines()[-1])
+    assert summary["status"] == "done" and summary["steps"] == 2
+    words = ("--num-prompts", 1, "--max-new-tokens", 6, "--nodes", 8, "--out", tmp_path / "result.json")
+    run(environment, "bench/run.py", "--greedy", "--checkpoint", out, *words)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["provenance"]["device"] == "cuda"
