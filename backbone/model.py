@@ -39,15 +39,16 @@ class BackboneOutput:
 
 
 class Backbone:
-    """A frozen Llama with weights in float16 or float32; arithmetic is float32 on the CPU.
+    """A frozen Llama with weights in float16 or float32; sums are in float32. On CUDA, what is multiplied with weights other
+    than float32, and with a float16 cache, is rounded to float16 first; on the CPU nothing is.
 
     storage: how the layers' matrices are kept, and so what a pass computes: in the dtype, as ``int8`` with a scale per
     output, or as ``nf4``, 4 bits with a scale per 64 inputs of an output (``ops.quantize``). Embedding, language-model
     head, norms and cache are in the dtype always. Rounded it is another model, with the same ``fingerprint``, which
     names the weights as they were read.
 
-    On the CPU a row's hidden state and logits are bitwise the same whatever rows run beside it, and whether its
-    ancestors came in this pass or lie in the cache.
+    A row's hidden state and logits are bitwise the same whatever rows run beside it, and whether its ancestors came in
+    this pass or lie in the cache.
     """
 
     def __init__(
@@ -107,11 +108,10 @@ class Backbone:
     def lm_head_weight(self):
         """(vocab, dim) float32: what a training graph through the language-model head multiplies with.
 
-        Made when it is first asked for, because decoding needs no second copy of the matrix; it is what the packed one
-        makes of the identity, bit for bit.
+        Made when it is first asked for, because decoding needs no second copy of the matrix; its numbers are the packed
+        one's.
         """
-        identity = jt.array(np.eye(self.config.hidden_size, dtype=np.float32))
-        weight = self.lm_head(identity).transpose(1, 0).stop_grad()
+        weight = self.lm_head.float32().stop_grad()
         weight.sync()
         return weight
 

@@ -1,21 +1,23 @@
-"""One Llama decoder layer over a key-value cache, as one kernel on the CPU.
+"""One Llama decoder layer over a key-value cache: one kernel on the CPU, ten launches in one call on CUDA.
 
     h = x + W_o attention(rope(W_q n1(x)), rope(W_k n1(x)), W_v n1(x))
     y = h + W_down (silu(W_gate n2(h)) * W_up n2(h))
 
 (Llama, arXiv 2302.13971, with grouped-query attention, arXiv 2305.13245.) ``reference_decoder_layer`` reads like these
-equations; ``decoder_layer`` computes the same in one call, so that a pass costs one launch per layer.
+equations; ``decoder_layer`` computes the same in one call, with weights packed for the bodies that run.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from ops.kernel import cpu_header, on_cpu
-from ops.layer_weights import HEADER, LAYER, LayerWeights
+from ops.kernel import launch, on_cpu
+from ops.layer_weights import HEADER, LAYER, LayerShape, LayerWeights
+from ops.tiles import input_bytes, num_slices
 from runtime import jt
 
 # C++ text shared by the kernels over layers.
@@ -23,6 +25,31 @@ SHAPE = """
         gorgon::Shape s{{{rows}, {hidden}, (int64_t)data["heads"], in{cache}_shape2, (int64_t)data["head_dim"],
                         (int64_t)data["inner"], in{cache}_shape3}};
 """
+CUDA_FILES = ("linear.h", "norm.h", "attention.h", "attention_halves.h", "select.h", "pass.h")
+DEALT = """
+        gorgon::Dealt dealt{{in{tiles}_p, (int64_t)data["stretch"], in{tiles}_shape1, (int64_t)data["parts"],
+                             (int64_t)data["keys"], data["whole"] != 0}};
+        gorgon::Workspace work(out{scratch}_p, out{scratch}->num);
+"""
+# On CUDA: rows that go through a layer together; keys of a chunk of attention, as attention.h has it; queries that an
+# mma takes; and how many times those there have to be for blocks to take all keys of their queries: blocks are then
+# enough for 132 multiprocessors, and what split keys leave would be large. Only the second of them decides bits.
+STRETCH, CHUNK_KEYS, TILE_QUERIES, MANY_TILES = 512, 128, 16, 512
+NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the queries of a pass are dealt out to blocks on CUDA. A tile's rows begin at the same slot.
+
+    table: (stretches, most tiles of one, 4) int32: the first query, counted within the stretch; how many, 0 past the
+    end; and, base apart, the keys that all rows have in common for as long as they go on, and the most keys of a row.
+    parts: a tile has up to 16 * parts queries. keys: the most that any row sees, base apart.
+    """
+
+    table: object
+    parts: int
+    keys: int
 
 
 class RowPlan:
@@ -66,6 +93,7 @@ class RowPlan:
         self.meta_array, self.extras_array = meta, extras
         self.meta, self.extras = jt.array(meta), jt.array(extras)
         self.max_position = int(self.positions.max())
+        self._tiles: dict[int, Tiles] = {}
 
     @classmethod
     def chain(cls, num_rows: int) -> RowPlan:
@@ -118,6 +146,35 @@ class RowPlan:
         extras = np.where(extras < 0, -1, extras + (begin + length)[:, None])
         plan._hold(meta.astype(np.int32), extras.astype(np.int32))
         return plan
+
+    def tiles(self, group: int) -> Tiles:
+        """The queries of a key-value head that ``group`` query heads share, row by row, in tiles.
+
+        Worked example, tiles of 16 queries, group 4: the tree of the class's example has one tile, [0, 16, 1, 3]: rows
+        2 and 3 have extras behind 1 common key, row 3 sees 3 keys. Two chains of 2 rows behind prefixes of 3 and 5 have
+        the tiles [0, 8, none, 5] and [8, 8, none, 7].
+        """
+        if group not in self._tiles:
+            starts, contiguous = self.meta_array[:, 2], self.meta_array[:, 3]
+            more = (self.extras_array >= 0).sum(1)
+            keys, shared = contiguous + more, np.where(more > 0, contiguous, NO_LIMIT)
+            rows = np.arange(self.num_rows)
+            begins = np.flatnonzero((rows % STRETCH == 0) | np.append(True, starts[1:] != starts[:-1]))
+            ends = np.append(begins[1:], self.num_rows)
+            longest = int((ends - begins).max()) * group
+            parts = min(4, 1 << max(0, (-(-longest // TILE_QUERIES) - 1).bit_length()))
+            stretches: list[list] = [[] for _ in range(-(-self.num_rows // STRETCH))]
+            for begin, end in zip(begins * group, ends * group, strict=True):
+                for first in range(begin, end, TILE_QUERIES * parts):
+                    last = min(end, first + TILE_QUERIES * parts)
+                    seen, stretch = slice(first // group, (last - 1) // group + 1), first // group // STRETCH
+                    tile = (first - stretch * STRETCH * group, last - first, shared[seen].min(), keys[seen].max())
+                    stretches[stretch].append(tile)
+            table = np.zeros((len(stretches), max(map(len, stretches)), 4), np.int32)
+            for place, tiles in enumerate(stretches):
+                table[place, : len(tiles)] = tiles
+            self._tiles[group] = Tiles(jt.array(table), parts, int(keys.max()))
+        return self._tiles[group]
 
     def mask(self, base: int, num_slots: int) -> np.ndarray:
         """The same as a boolean matrix (rows, num_slots): True where the row may look. For the reference."""
@@ -174,6 +231,51 @@ def reference_decoder_layer(x, w: LayerWeights, plan: RowPlan, cosine, sine, cac
     return h + linear(gate * gate.sigmoid() * up, w.down), plane
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the CUDA bodies need beyond weights and cache. tiles: those of the plan. data: the numbers that go with
+    them. scratch: bytes for the buffers that the layers share, as ``Scratch`` in ``pass.h`` takes them, which refuses
+    any other number."""
+
+    tiles: object
+    data: dict
+    scratch: int
+
+
+def aligned(*sizes: int) -> int:
+    """Bytes of buffers behind each other, each a multiple of 256."""
+    return sum(-(-size // 256) * 256 for size in sizes)
+
+
+def plan_work(plan: RowPlan, s: LayerShape, weights: LayerWeights, cache, base: int, own_state: bool) -> Work:
+    """For a pass of ``plan`` over ``cache`` behind ``base`` rows. own_state: whether the scratch holds x too."""
+    tiles = plan.tiles(s.num_heads // s.num_kv_heads)
+    stretches, most, _ = tiles.table.shape
+    keys = base + tiles.keys
+    chunks, whole = -(-keys // CHUNK_KEYS), most * tiles.parts * s.num_kv_heads >= MANY_TILES
+    if whole or chunks == 1:
+        chunks = 0
+    rows, dtype, padded = min(plan.num_rows, STRETCH), str(weights.packed.dtype), cache.shape[4]
+    q_width, queries = s.num_heads * s.head_dim, rows * s.num_heads
+    products = [
+        (q_width + 2 * s.num_kv_heads * s.head_dim, s.hidden_size),
+        (s.hidden_size, q_width),
+        (2 * s.intermediate_size, s.hidden_size),
+        (s.hidden_size, s.intermediate_size),
+    ]
+    scratch = aligned(
+        4 * plan.num_rows * s.hidden_size if own_state else 0,
+        stretches * input_bytes(dtype, rows, s.hidden_size),
+        input_bytes(dtype, rows, q_width),
+        input_bytes(dtype, rows, s.intermediate_size),
+        queries * padded * (4 if str(cache.dtype) == "float32" else 2),
+        4 * rows * max(num_slices(*product) * product[0] for product in products),
+        4 * chunks * queries * padded,
+        4 * chunks * queries * 2,
+    )
+    return Work(tiles.table, {"stretch": STRETCH, "parts": tiles.parts, "keys": keys, "whole": int(whole)}, scratch)
+
+
 def decoder_layer(x, w: LayerWeights, plan: RowPlan, cosine, sine, cache, layer: int, base: int):
     """One layer; writes the keys and values of the rows into ``cache`` in place.
 
@@ -181,37 +283,44 @@ def decoder_layer(x, w: LayerWeights, plan: RowPlan, cosine, sine, cache, layer:
     head_dim rounded up to 16) float16 or float32, already computed; base: rows in the cache before this pass.
     Returns y: (rows, dim) float32.
     """
-    if not on_cpu():
-        y, plane = reference_decoder_layer(x, w, plan, cosine, sine, cache, layer, base)
-        cache[layer] = plane
-        return y
     assert x.shape[0] == plan.num_rows, (x.shape, plan.num_rows)
-    return jt.code(
-        tuple(x.shape),
-        "float32",
-        [x, plan.meta, plan.extras, cosine, sine, cache, *w.inputs],
-        cpu_header=cpu_header(HEADER),
-        cpu_src=f"""
+    inputs = [x, plan.meta, plan.extras, cosine, sine, cache, *w.inputs]
+    work = None if on_cpu() else plan_work(plan, w.shape, w, cache, base, own_state=False)
+    source = f"""
         {SHAPE.format(rows="in0_shape0", hidden="in0_shape1", cache=5)}
         gorgon::Plan plan{{in1_p, in2_p, in2_shape1, (int64_t)data["base"]}};
         auto* cache = gorgon::raw(in5_p) + (int64_t)data["layer"] * in5_stride0;
         {LAYER.format(packed=7)} layer{w.source(6)};
-        gorgon::decoder_layer(s, plan, in0_p, layer, in3_p, in4_p, (float)data["eps"], cache, out0_p);
+        """
+    found = launch(
+        tuple(x.shape) if work is None else [tuple(x.shape), (work.scratch,)],
+        "float32" if work is None else ["float32", "uint8"],
+        inputs if work is None else [*inputs, work.tiles],
+        cpu=source
+        + """gorgon::decoder_layer(s, plan, in0_p, layer, in3_p, in4_p, (float)data["eps"], cache, out0_p);
         """,
-        data={**w.shape.data(), "layer": layer, "base": base},
+        cuda=source
+        + DEALT.format(tiles=len(inputs), scratch=1)
+        + f"""
+        gorgon::decoder_layer<{cache.shape[4]}>(s, plan, dealt, in0_p, layer, in3_p, in4_p, (float)data["eps"], cache,
+                                               work, out0_p);
+        """,
+        cpu_files=HEADER,
+        cuda_files=CUDA_FILES,
+        data={**w.shape.data(), "layer": layer, "base": base, **({} if work is None else work.data)},
     )
+    return found if work is None else found[0]
 
 
 def rms_norm(x, weight, eps: float):
     """x / sqrt(mean(x^2) + eps) * weight. x: (rows, dim) float32, weight: (dim,) float32."""
-    if not on_cpu():
-        return reference_rms_norm(x, weight, eps)
-    return jt.code(
+    return launch(
         tuple(x.shape),
         "float32",
         [x, weight],
-        cpu_header=cpu_header(),
-        cpu_src='gorgon::rms_norm_share(in0_p, in0_shape0, in0_shape1, in1_p, (float)data["eps"], out0_p, 0, 1);',
+        cpu='gorgon::rms_norm_share(in0_p, in0_shape0, in0_shape1, in1_p, (float)data["eps"], out0_p, 0, 1);',
+        cuda='gorgon::rms_norm(in0_p, in0_shape0, in0_shape1, in1_p, (float)data["eps"], out0_p);',
+        cuda_files=["linear.h", "norm.h"],
         data={"eps": eps},
     )
 
@@ -219,18 +328,17 @@ def rms_norm(x, weight, eps: float):
 def keep_rows(cache, sources: np.ndarray, targets: np.ndarray) -> None:
     """Move cache rows from ``sources`` to ``targets``, (moved,) int32 each, in place, in every layer, in this order:
     no row may be a target before it has been a source."""
-    if not on_cpu():
-        cache[:, :, :, jt.array(targets)] = cache[:, :, :, jt.array(sources)].copy()
-        return
-    done = jt.code(
+    call = """
+        gorgon::keep_rows(gorgon::raw(in0_p), in0_shape0 * in0_shape1 * in0_shape2, in0_shape3, in0_shape4, in1_p,
+                          in1_p + in1_shape1, in1_shape1);
+        """
+    done = launch(
         (1,),
         "int32",
         [cache, jt.array(np.stack([sources, targets]).astype(np.int32))],
-        cpu_header=cpu_header(HEADER),
-        cpu_src="""
-        gorgon::keep_rows(gorgon::raw(in0_p), in0_shape0 * in0_shape1 * in0_shape2, in0_shape3, in0_shape4, in1_p,
-                          in1_p + in1_shape1, in1_shape1);
-        out0_p[0] = 0;
-        """,
+        cpu=call + "out0_p[0] = 0;\n        ",
+        cuda=call,
+        cpu_files=HEADER,
+        cuda_files=CUDA_FILES,
     )
     done.sync()

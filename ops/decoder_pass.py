@@ -1,7 +1,8 @@
-"""A whole pass of the frozen decoder in one kernel on the CPU: embedding, layers, final norm, logits, their argmax.
+"""A whole pass of the frozen decoder in one call: embedding, layers, final norm, logits, their argmax.
 
 A pass of the embedded backbone takes a tenth of a millisecond, and each operation handed to Jittor some microseconds of
-it, so one call serves all layers. ``reference_decoder_pass`` is the same, layer by layer, from the references.
+it, so one call serves all layers; on CUDA it makes all launches. ``reference_decoder_pass`` is the same, layer by
+layer, from the references.
 """
 
 from __future__ import annotations
@@ -11,11 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ops.decoder_layer import SHAPE, RowPlan, reference_decoder_layer, reference_rms_norm
-from ops.kernel import cpu_header, on_cpu
+from ops.decoder_layer import (
+    CUDA_FILES,
+    DEALT,
+    SHAPE,
+    RowPlan,
+    aligned,
+    plan_work,
+    reference_decoder_layer,
+    reference_rms_norm,
+)
+from ops.kernel import launch, on_cpu
 from ops.layer_weights import HEADER, LAYER, LayerWeights
 from ops.linear import PackedLinear, reference_linear
 from ops.select import argmax
+from ops.tiles import input_bytes, num_slices
 from runtime import jt
 
 
@@ -77,11 +88,6 @@ def decoder_pass(
     return; 0 is the embedding, i the output of layer i. logit_rows: the last rows that get logits.
     """
     wanted, layers = tuple(wanted), decoder.layers
-    if not on_cpu():
-        output, planes = reference_decoder_pass(decoder, token_ids, plan, cosine, sine, cache, base, wanted, logit_rows)
-        for index, plane in enumerate(planes if cache.shape[0] > 1 else []):
-            cache[index] = plane
-        return output
     rows, shape = token_ids.shape[0], layers[0].shape
     assert rows == plan.num_rows, (rows, plan.num_rows)
     assert 0 <= logit_rows <= rows, (logit_rows, rows)
@@ -89,29 +95,28 @@ def decoder_pass(
     first = 10
     per_layer = len(layers[0].inputs)
     listed = ",\n        ".join(layer.source(first + i * per_layer) for i, layer in enumerate(layers))
-    hidden, taken, logits, chosen = jt.code(
-        [
-            (rows, dim),
-            (max(1, len(wanted)), rows if wanted else 1, dim),
-            (max(1, logit_rows), vocab if logit_rows else 1),
-            (max(1, logit_rows),),
-        ],
-        ["float32", "float32", "float32", "int32"],
-        [
-            token_ids,
-            plan.meta,
-            plan.extras,
-            decoder.embedding,
-            decoder.norm,
-            decoder.lm_head.packed,
-            cosine,
-            sine,
-            cache,
-            _places(wanted, len(layers)),
-            *[each for layer in layers for each in layer.inputs],
-        ],
-        cpu_header=cpu_header(HEADER),
-        cpu_src=f"""
+    shapes = [
+        (rows, dim),
+        (max(1, len(wanted)), rows if wanted else 1, dim),
+        (max(1, logit_rows), vocab if logit_rows else 1),
+        (max(1, logit_rows),),
+    ]
+    dtypes = ["float32", "float32", "float32", "int32"]
+    inputs = [
+        token_ids,
+        plan.meta,
+        plan.extras,
+        decoder.embedding,
+        decoder.norm,
+        decoder.lm_head.packed,
+        cosine,
+        sine,
+        cache,
+        _places(wanted, len(layers)),
+        *[each for layer in layers for each in layer.inputs],
+    ]
+    data = {**shape.data(), "base": base, "vocab": vocab, "logit_rows": logit_rows}
+    source = f"""
         {SHAPE.format(rows="in0_shape0", hidden="out0_shape1", cache=8)}
         gorgon::Plan plan{{in1_p, in2_p, in2_shape1, (int64_t)data["base"]}};
         auto* embedding = gorgon::raw(in3_p);
@@ -119,9 +124,36 @@ def decoder_pass(
             in0_p, embedding, in4_p, gorgon::raw(in5_p), (int64_t)data["vocab"], (int64_t)data["logit_rows"], in9_p}};
         std::vector<{LAYER.format(packed=first + 1)}> layers = {{
         {listed}}};
-        gorgon::decoder_pass(s, plan, ends, layers, in6_p, in7_p, (float)data["eps"], gorgon::raw(in8_p),
+        """
+    cuda = f"""
+        {DEALT.format(tiles=len(inputs), scratch=len(shapes))}
+        gorgon::decoder_pass<{cache.shape[4]}>(s, plan, dealt, ends, layers, in6_p, in7_p, (float)data["eps"],
+                                              gorgon::raw(in8_p), in8_shape0 > 1 ? in8_stride0 : 0, work, out0_p,
+                                              out1_p, out2_p, out3_p);
+        """
+    if not on_cpu():
+        work = plan_work(plan, shape, layers[0], cache, base, own_state=True)
+        split, head = num_slices(vocab, dim), str(decoder.lm_head.packed.dtype)
+        around = aligned(
+            input_bytes(head, logit_rows, dim),
+            4 * split * min(logit_rows, work.data["stretch"]) * vocab if split > 1 else 0,
+            4 * logit_rows,
+        )
+        shapes.append((work.scratch + around,))
+        dtypes.append("uint8")
+        inputs.append(work.tiles)
+        data |= work.data
+    hidden, taken, logits, chosen = launch(
+        shapes,
+        dtypes,
+        inputs,
+        cpu=source
+        + """gorgon::decoder_pass(s, plan, ends, layers, in6_p, in7_p, (float)data["eps"], gorgon::raw(in8_p),
                              in8_shape0 > 1 ? in8_stride0 : 0, out0_p, out1_p, out2_p, out3_p);
         """,
-        data={**shape.data(), "base": base, "vocab": vocab, "logit_rows": logit_rows},
-    )
+        cuda=source + cuda,
+        cpu_files=HEADER,
+        cuda_files=CUDA_FILES,
+        data=data,
+    )[:4]
     return PassOutput(hidden, taken if wanted else None, *((logits, chosen) if logit_rows else (None, None)))

@@ -1,14 +1,19 @@
 """A small random backbone, text for it, and tensors of every type that a checkpoint may hold."""
 
+import contextlib
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
+import runtime
 from backbone.model import Backbone
+from ops.kernel import emulated_cuda
 from tests.small import draw_weights, small_config
 
 CONFIG = small_config(head_dim=12)  # a width that is no multiple of a vector's 16 lanes
+MADE = [(dtype, body) for body in ("cpu", "cuda") for dtype in ("float32", "float16")]
 
 
 def draw_tensors(seed=0):
@@ -27,10 +32,26 @@ def random_tensors():
     return draw_tensors
 
 
-@pytest.fixture(scope="module", params=["float32", "float16"])
-def small(request):
-    """The small backbone in either type."""
-    return Backbone(CONFIG, draw_tensors(), request.param)
+def bodies(which):
+    """Within, the operations run these bodies: the CPU's, or CUDA's, emulated where there is no GPU."""
+    return emulated_cuda() if which == "cuda" and runtime.device == "cpu" else contextlib.nullcontext()
+
+
+@pytest.fixture(scope="module", params=MADE, ids="-".join)
+def made(request):
+    dtype, body = request.param
+    if runtime.device == "cuda" and body == "cpu":
+        pytest.skip("on a GPU the CPU's bodies are not used")
+    with bodies(body):
+        return Backbone(CONFIG, draw_tensors(), dtype), body
+
+
+@pytest.fixture
+def small(made):
+    """The small backbone in either type, for either bodies, which serve during the test."""
+    backbone, body = made
+    with bodies(body):
+        yield backbone
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from backbone.differentiable import DifferentiableBackbone
 from backbone.model import Backbone, load_backbone
 from backbone.tokenizer import load_tokenizer
 from ops.decoder_layer import RowPlan
+from ops.kernel import emulated_cuda
 from ops.quantize import QUANTIZERS, dequantize
 from runtime import jt
 from tests.small import draw_weights, small_config
@@ -109,11 +110,15 @@ def test_training_through_it_holds_no_matrix_of_its_own(quantized):
             assert not [value for value in vars(matrix).values() if isinstance(value, jt.Var)]
 
 
-def test_without_the_cpu_kernels_it_is_the_backbone_of_its_rounded_weights(quantized, monkeypatch):
-    expected = logits(quantized)
-    monkeypatch.setattr(runtime, "device", "none")
-    found = logits(Backbone(CONFIG, draw_weights(CONFIG), "float32", storage=quantized.storage))
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+@pytest.mark.skipif(runtime.device == "cuda", reason="on a GPU the fixture's is the one with CUDA's bodies")
+def test_with_cuda_bodies_it_is_the_backbone_of_its_rounded_weights(quantized):
+    expected = logits(of_rounded_weights(quantized.storage))
+    exact = logits(Backbone(CONFIG, draw_weights(CONFIG), "float32"))
+    with emulated_cuda():
+        found = logits(Backbone(CONFIG, draw_weights(CONFIG), "float32", storage=quantized.storage))
+    # Rows are rounded to float16 before eight products, NF4's values too; logits have a standard deviation of 2.
+    assert np.abs(found - expected).max() < 1e-1
+    assert np.abs(found - exact).max() > 3e-1
 
 
 def test_8_bits_take_half_the_bytes_4_bits_a_quarter_and_real_text_hardly_changes():

@@ -1,0 +1,40 @@
+"""One random layer, packed for the kernels and plain for the reference."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from ops.layer_weights import LayerShape, LayerWeights
+from runtime import jt
+
+
+def make_layer(s: LayerShape, dtype: str):
+    """(packed weights, plain (out, in) weights) of one random layer, for the bodies that serve now."""
+    random = np.random.default_rng(0)
+    sizes = {
+        "q": (s.num_heads * s.head_dim, s.hidden_size),
+        "k": (s.num_kv_heads * s.head_dim, s.hidden_size),
+        "v": (s.num_kv_heads * s.head_dim, s.hidden_size),
+        "o": (s.hidden_size, s.num_heads * s.head_dim),
+        "gate": (s.intermediate_size, s.hidden_size),
+        "up": (s.intermediate_size, s.hidden_size),
+        "down": (s.hidden_size, s.intermediate_size),
+    }
+    parts = {n: (random.standard_normal(size) * 1.5 / np.sqrt(size[1])).astype(dtype) for n, size in sizes.items()}
+    norms = {n: random.uniform(0.5, 1.5, s.hidden_size).astype(np.float32) for n in ("norm1", "norm2")}
+    plain = SimpleNamespace(
+        shape=s,
+        qkv=jt.array(np.concatenate([parts[n] for n in "qkv"])),
+        o=jt.array(parts["o"]),
+        gate_up=jt.array(np.concatenate([parts["gate"], parts["up"]])),
+        down=jt.array(parts["down"]),
+        **{n: jt.array(v) for n, v in norms.items()},
+    )
+    return LayerWeights(s, **norms, **parts), plain
+
+
+def rotary(head_dim: int, positions: int):
+    """cos and sin of position * frequency, (positions, head_dim / 2) float32."""
+    half = head_dim // 2
+    angles = np.arange(positions, dtype=np.float32)[:, None] * 100.0 ** (-np.arange(half, dtype=np.float32) / half)
+    return jt.array(np.cos(angles)), jt.array(np.sin(angles))
