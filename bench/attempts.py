@@ -19,6 +19,7 @@ from backbone.tokenizer import ChatTokenizer
 from bench.prompts import Prompt
 from bench.rules import Acceptance
 from decoding.batch import generate_batch
+from decoding.drafter import ChainDrafter, make_drafter
 from decoding.generate import Generation, Timers, first_difference, generate, generate_autoregressive
 from decoding.rules import Rule
 from decoding.tree import DynamicTree, Tree
@@ -31,7 +32,8 @@ BASELINE, ADAPTED, HEAD = "baseline", "adapted", "head"
 @dataclass
 class Setup:
     """What all sides share. backbone: the original. head: None measures the baseline alone; tree: a lone root then.
-    decoder: the backbone that the head decodes with, asked for once. batch_size: prompts that are decoded at once."""
+    decoder: the backbone that the head decodes with, asked for once. batch_size: prompts that are decoded at once.
+    draft_dtype: as ``generate`` takes it."""
 
     backbone: Backbone
     tokenizer: ChatTokenizer
@@ -42,6 +44,7 @@ class Setup:
     batch_size: int = 1
     head: Head | None = None
     tree: Tree | DynamicTree = field(default_factory=Tree.autoregressive)
+    draft_dtype: str = "float16"
     decoder: Backbone = field(init=False)
 
     def __post_init__(self):
@@ -59,6 +62,14 @@ class Setup:
         """Who decodes a prompt; the two on the clock first."""
         adapted = self.adapts and self.acceptance.exact  # texts that are drawn are not compared
         return (BASELINE, *((HEAD,) if self.head is not None else ()), *((ADAPTED,) if adapted else ()))
+
+    @property
+    def drafts_in_one_call(self) -> bool:
+        """Whether the head drafts its tree in one call, in the draft dtype."""
+        rule = self.acceptance.rule()
+        return bool(self.tree.depth) and isinstance(
+            make_drafter(self.head, self.tree, rule, self.draft_dtype), ChainDrafter
+        )
 
     @functools.cached_property
     def lanes(self) -> BatchCache:
@@ -82,6 +93,7 @@ class Setup:
         """One reply, greedy without a rule."""
         settings = {**self.settings, "cache": self.cache, "rule": rule}
         if side == HEAD:
+            settings["draft_dtype"] = self.draft_dtype
             return generate(self.decoder, self.head, prompt_ids, self.tree, **settings)
         return generate_autoregressive(self.backbone if side == BASELINE else self.decoder, prompt_ids, **settings)
 
@@ -91,7 +103,8 @@ class Setup:
         if self.batch_size == 1:
             return [self.decode(ids, side, rule) for ids, rule in zip(prompts, rules, strict=True)]
         backbone, head = (self.backbone if side == BASELINE else self.decoder), (self.head if side == HEAD else None)
-        found = generate_batch(backbone, head, prompts, self.tree, **self.settings, cache=self.lanes, rules=rules)
+        settings = {**self.settings, "cache": self.lanes, "rules": rules, "draft_dtype": self.draft_dtype}
+        found = generate_batch(backbone, head, prompts, self.tree, **settings)
         total = sum(len(each.token_ids) for each in found)
         for each in found:
             each.timers = scale_timers(each.timers, len(each.token_ids) / total)

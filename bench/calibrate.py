@@ -36,7 +36,7 @@ from bench.calibration import (
     write_calibration,
 )
 from bench.compare import show_table
-from bench.options import DEFAULT_CACHE, DEFAULT_PROMPTS, project_path, read_prompts
+from bench.options import DEFAULT_CACHE, DEFAULT_PROMPTS, DRAFT_DTYPES, project_path, read_prompts
 from bench.prompts import PromptSet
 from bench.record import check_writable
 from bench.trees import check_room, describe_tree, subject_of
@@ -73,6 +73,8 @@ def build_parser() -> Parser:
     add("--max-nodes", "largest tree to consider, root included", metavar="N", type=int, default=64)
     add("--cache-length", "rows of the key-value cache, as bench/run.py takes it", metavar="N", type=int)
     add("--candidates", "trees to time in the loop, that of one node among them", metavar="N", type=int, default=6)
+    chains = "of the copy of the head's matrices that drafts a chain in one call"
+    add("--draft-dtype", chains, choices=DRAFT_DTYPES, default=DRAFT_DTYPES[0])
     add("--timed", "replies to time each of them on", metavar="N", type=int, default=16)
     add("--repeats", "times each of these is decoded; the median counts", metavar="N", type=int, default=3)
     add("--out", "where the calibration goes; without: where bench/run.py looks for it", metavar="FILE")
@@ -194,7 +196,8 @@ def calibrate(options: argparse.Namespace) -> tuple[Calibration, Path]:
         head = load_head(directory, backbone)[0]
     else:
         head = build(head_config["head"], head_config["head_config"], backbone)
-    setup = Setup(backbone, tokenizer, backbone.new_cache(cache_length), options.max_new_tokens, head=head)
+    cache = backbone.new_cache(cache_length)
+    setup = Setup(backbone, tokenizer, cache, options.max_new_tokens, head=head, draft_dtype=options.draft_dtype)
     subject = subject_of(directory, head_config, backbone)
     note(f"device    {runtime.device} ({runtime.device_reason})")
     note(f"backbone  {options.backbone or 'embedded tiny-vicuna'} {backbone.fingerprint}, {backbone.storage}")
@@ -264,7 +267,7 @@ def measure(options: argparse.Namespace, setup, prompts: PromptSet) -> dict:
     return {
         "texts": {"texts": len(texts), "tokens": picked[0].replay.tokens},
         "acceptance": _acceptance(ranked, options.max_nodes),
-        "latency": dataclasses.asdict(curve),
+        "latency": {**dataclasses.asdict(curve), "draft_dtype": setup.draft_dtype if curve.chain_s else None},
         "loop": {"texts": len(timed), "repeats": options.repeats, "agreeing": agreeing},
         "autoregressive_tokens_per_s": speed,
         "candidates": candidates,
@@ -273,9 +276,14 @@ def measure(options: argparse.Namespace, setup, prompts: PromptSet) -> dict:
 
 
 def improve(picked: Sequence[Candidate], ranked: Sequence[RankedText], curve, cache_length: int) -> list[Candidate]:
-    """The candidates with their trees refined."""
-    trees = [refine(ranked, each.tree, cache_length) for each in picked]
-    return [Candidate(tree, replay(ranked, tree, None, cache_length), curve.seconds_per_pass(tree)) for tree in trees]
+    """The candidates with their trees refined, where that is expected to be faster: a chain drafts in less time than
+    other trees of its size."""
+    found = []
+    for each in picked:
+        tree = refine(ranked, each.tree, cache_length)
+        other = Candidate(tree, replay(ranked, tree, None, cache_length), curve.seconds_per_pass(tree))
+        found.append(max(each, other, key=lambda candidate: candidate.tokens_per_s))
+    return found
 
 
 def _typical(texts: Sequence) -> list[int]:

@@ -65,7 +65,7 @@ class Acceptance(_Model):
 
 
 class Latency(_Model):
-    """The fields of ``decoding.search.LatencyCurve``, in seconds."""
+    """The fields of ``decoding.search.LatencyCurve``, in seconds. draft_dtype: of what took ``chain_s``."""
 
     context: Count
     rows: list[Count]
@@ -75,6 +75,8 @@ class Latency(_Model):
     draft_s: list[list[Seconds]]
     rest_s: float
     root_rest_s: float
+    chain_s: list[Seconds] | None = None
+    draft_dtype: str | None = None
 
 
 class CandidateTree(_Model):

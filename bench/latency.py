@@ -14,7 +14,8 @@ from bench.attempts import ADAPTED, HEAD, Setup
 from bench.measure import warm_up
 from bench.texts import GreedyText
 from decoding.draft import draft
-from decoding.generate import Generation, Timers, accepted_features
+from decoding.drafter import accepted_features
+from decoding.generate import Generation, Timers
 from decoding.search import LatencyCurve
 from decoding.tree import Tree, default_tree
 from heads.base import Features
@@ -54,12 +55,15 @@ def measure_curve(
         cache.commit(np.arange(len(context)))
         told = Features(output.hidden, output.layers), jt.array(np.append(context[1:], root)[None].astype(np.int32))
         accepted = accepted_features(output, np.array([len(context) - 1], np.int32))
-        verify, begin, drafts = [], [], []
+        chains = [head.chain(depth, setup.draft_dtype) for depth in range(1, 1 + min(head.num_depths, max_nodes - 1))]
+        verify, begin, drafts, one_call = [], [], [], []
         for number in range(rounds + 1):  # the first one warms up
             verify.append([_time_verification(setup, count) for count in rows])
             first, levels = _time_drafting(head, told, accepted, root, widths)
             begin.append(first)
             drafts.append(levels)
+            if chains and all(chains):
+                one_call.append([_time_chain(chain, accepted, root) for chain in chains])
             if number == 0:
                 warm()
             check_interrupt()
@@ -75,6 +79,7 @@ def measure_curve(
         draft_s=levels.tolist(),
         rest_s=rest,
         root_rest_s=root_rest,
+        chain_s=np.median(one_call[1:], axis=0).tolist() if one_call else None,
     )
 
 
@@ -108,6 +113,11 @@ def _time_drafting(head, told, accepted: Features, root: int, widths: Sequence[i
         bundles = [bundle(width, depth) for depth in range(1, 1 + head.num_depths)]
         levels.append([_seconds(functools.partial(draft, head, state, root, tree)) for tree in bundles])
     return first, levels
+
+
+def _time_chain(chain, accepted: Features, root: int) -> float:
+    """Seconds of a chain in one call behind an accepted row, until the host has its tokens."""
+    return _seconds(lambda: chain(accepted.hidden, 0, root).numpy())
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -33,8 +33,8 @@ from bench.attempts import (
 from bench.metrics import agreement, comparable_rows
 from bench.prompts import Prompt
 from bench.record import Adaptation, AdaptedText, Baseline, Failure, FirstDifference, Parity, PromptRow, Timing
-from decoding.dynamic import fill
-from decoding.generate import Timers, accepted_features, first_difference, logit_gap
+from decoding.drafter import make_drafter
+from decoding.generate import Timers, first_difference, logit_gap
 from decoding.tree import Tree
 from runtime import jt, synchronize, warm
 from runtime.interrupt import check_interrupt, deferred_interrupts
@@ -249,11 +249,11 @@ def warm_acceptance(setup: Setup) -> None:
     with jt.no_grad():
         tokens, plan = np.zeros((1, num_nodes), np.int32), Tree.chain(num_nodes - 1).plan
         output = setup.decoder.forward(tokens, cache=cache, attend=plan, layers=head.layers)
-        path, state = np.array([0, num_nodes - 1], np.int32), None
+        path = np.array([0, num_nodes - 1], np.int32)
+        drafter = make_drafter(head, setup.tree, setup.acceptance.rule(), setup.draft_dtype)
         for rows in (path, path, path[:1]):
-            following = jt.array(np.zeros((1, len(rows)), np.int32))
-            state = head.begin(accepted_features(output, rows), following, state)
-            fill(setup.acceptance.rule(), head, state, 0, setup.tree)
+            drafter.accept(output, rows, [0] * len(rows))
+            drafter.draft(0)
         cache.commit(path)
         synchronize()
     cache.rewind(0)

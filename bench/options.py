@@ -18,6 +18,7 @@ DEFAULT_PROMPTS = ROOT / "assets" / "prompts" / "chat.jsonl"
 DEFAULT_NODES = 16
 # Rows of the key-value cache where the backbone has that many positions; a 7B's then takes 1 GiB in float16.
 DEFAULT_CACHE = 2048
+DRAFT_DTYPES = ("float16", "float32")
 DESCRIPTION = "Measure trained heads against autoregressive decoding of the same prompts; one result file per head."
 
 
@@ -46,6 +47,8 @@ def build_parser() -> Parser:
     add("--tree", "auto: as bench/calibrate.py chose; dynamic; chain:K; or a JSON file of rank paths", metavar="TREE")
     least = "leave nodes out of a dynamic tree that the head is less sure of, 0 to 1 (default: 0)"
     add("--min-confidence", least, metavar="P", type=float)
+    chains = "of the copy of the head's matrices that drafts a chain in one call (--tree chain:K, or auto)"
+    add("--draft-dtype", chains, choices=DRAFT_DTYPES, default=DRAFT_DTYPES[0])
     add("--batch-size", "prompts that are decoded at once", metavar="N", type=int, default=1)
     cache_help = f"rows of the key-value cache (default: the backbone's positions, at most {DEFAULT_CACHE})"
     add("--cache-length", cache_help, metavar="N", type=int)

@@ -56,7 +56,7 @@ class BackboneInfo(_Model):
 class Decoding(_Model):
     """num_nodes counts the root; tree lists the paths of child ranks below it, null when it changes by step; then
     tree_width nodes are expanded at each depth and nodes below min_confidence left out. batch_size: prompts that were
-    decoded at once.
+    decoded at once. draft_dtype: of the matrices where the head drafted a chain in one call, null where it did not.
 
     accept: how drafts were accepted, ``bench.rules``; greedy says whether it is that. draft: the head's best guesses or
     drawn ones. temperature, top_p, top_k: of drawn texts, null for greedy ones; epsilon, alpha: of typical acceptance.
@@ -79,6 +79,7 @@ class Decoding(_Model):
     draft: Literal["top", "sampled"] = "top"
     epsilon: Rate | None = None
     alpha: Annotated[float, Field(ge=0)] | None = None
+    draft_dtype: Literal["float16", "float32"] | None = None
 
     @model_validator(mode="after")
     def _greedy_is_a_rule(self):

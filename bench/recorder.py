@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ class Recorder:
         from bench.metrics import aggregate
 
         metrics, categories = aggregate(rows)
-        shape = shape_fields(tree)
+        shape = {**shape_fields(tree), "draft_dtype": own.pop("draft_dtype", None)}
         config = {"backbone": self.backbone, "decoding": {**self.decoding, **shape}, "repeats": self.setup.repeats}
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -122,6 +123,7 @@ class Recorder:
     def head(self, trained: Trained, measured: Measurement) -> Record:
         """The record of a head, with what the baseline did on the same prompts."""
         stats = read_stats(trained.config, trained.name)
+        decoded = dataclasses.replace(self.setup, head=trained.head, tree=trained.tree)
         return self._record(
             trained.name,
             measured,
@@ -133,6 +135,7 @@ class Recorder:
             baseline=measured.baseline,
             parity=measured.parity,
             head_stats=stats,
+            draft_dtype=decoded.draft_dtype if decoded.drafts_in_one_call else None,
             adaptation=measured.adaptation(stats),
             prediction=trained.choice.prediction if self.setup.acceptance.exact else None,
         )

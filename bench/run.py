@@ -295,7 +295,8 @@ def main(arguments: Sequence[str]) -> int:
     trained = load_trained(options, found, backbone, tokenizer, tree)
     check_room(max((each.tree.num_nodes for each in trained), default=1), cache_length)
     cache = backbone.new_cache(cache_length)
-    setup = Setup(backbone, tokenizer, cache, options.max_new_tokens, options.repeats, acceptance, options.batch_size)
+    sizes = options.max_new_tokens, options.repeats
+    setup = Setup(backbone, tokenizer, cache, *sizes, acceptance, options.batch_size, draft_dtype=options.draft_dtype)
     card(options, setup, trained, prompts)
     quantization = quantize_report(options, setup, prompts) if backbone.quantized else None
     written, interrupted = measure_all(options, setup, trained, prompts, quantization)

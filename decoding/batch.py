@@ -6,29 +6,29 @@ it gets alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from backbone.cache import BatchCache
-from decoding.dynamic import check_shape, fill
-from decoding.generate import Clock, Generation, accepted_features, count_depths, evaluating
+from decoding.drafter import make_drafter
+from decoding.dynamic import check_shape
+from decoding.generate import Clock, Generation, count_depths, evaluating
 from decoding.rules import Greedy, Rule
 from decoding.text import Text
 from decoding.tree import DynamicTree, Tree
-from heads.base import Features
 from ops.decoder_layer import RowPlan
 from runtime import jt
 from runtime.interrupt import check_interrupt
 
 
 class Stream:
-    """One text of a batch, and what its head knows of it. head: None drafts nothing."""
+    """One text of a batch, and what its head knows of it. drafter: None drafts nothing."""
 
-    def __init__(self, lane: int, prompt: np.ndarray, text: Text, rule: Rule, head, tree: Tree | DynamicTree):
+    def __init__(self, lane: int, prompt: np.ndarray, text: Text, rule: Rule, drafter, tree: Tree | DynamicTree):
         self.lane, self.prompt, self.text, self.rule = lane, prompt, text, rule
-        self.head, self.tree, self.depth = head, tree, tree.depth
-        self.state = self.features = None
+        self.drafter, self.tree, self.depth = drafter, tree, tree.depth
         self.drawn = self.tokens = self.drawn_from = None
         self.accepted_per_pass: list[int] = []
         self.ends: list[tuple[int, bool]] = []
@@ -37,14 +37,13 @@ class Stream:
         """Take the prompt's pass. row: what the rule read of its last row."""
         self.root = self.rule.choose(row)
         self.text.add([self.root])
-        if self.head:
-            self.features = Features(output.hidden, output.layers)
-            self.following = np.append(self.prompt[1:], self.root)
+        if self.drafter:
+            self.drafter.begin(output, self.prompt, self.root)
 
     def fit(self, room: int) -> bool:
         """Go on without a head where the tree no longer fits; False, and the text is over, where nothing does."""
         if room < self.tree.num_nodes:
-            self.tree, self.head = Tree.autoregressive(), None
+            self.tree, self.drafter = Tree.autoregressive(), None
         if room < self.tree.num_nodes:
             self.text.finish_reason = "cache"
         return self.text.finish_reason is None
@@ -52,23 +51,21 @@ class Stream:
     def draft(self) -> None:
         """Fill the tree."""
         self.drawn, self.tokens, self.drawn_from = Tree.autoregressive(), np.array([self.root], np.int32), None
-        if self.head:
-            following = jt.array(self.following[None].astype(np.int32))
-            self.state = self.head.begin(self.features, following, self.state)
-            self.drawn, self.tokens, self.drawn_from = fill(self.rule, self.head, self.state, self.root, self.tree)
+        if self.drafter:
+            self.drawn, self.tokens, _, self.drawn_from = self.drafter.draft(self.root)
 
     def accept(self, rows: np.ndarray) -> np.ndarray:
         """The accepted path of this text's rows of a pass, (accepted + 1,) int32. rows: what the rule read of them."""
         path, self.root = self.rule.accept(self.drawn, self.tokens, rows, self.drawn_from)
         self.ends.append((len(path) - 1, self.drawn.has_children[path[-1]]))
-        self.following = np.append(self.tokens[path[1:]], self.root)
+        self.following = [*self.tokens[path[1:]].tolist(), self.root]
         return path
 
     def add(self, output, first: int, path: np.ndarray) -> None:
         """Take the accepted tokens, and their features, from the pass whose row ``first`` is this text's root."""
-        self.accepted_per_pass.append(self.text.add(self.following.tolist()))
-        if self.head:
-            self.features = accepted_features(output, (first + path).astype(np.int32))
+        self.accepted_per_pass.append(self.text.add(self.following))
+        if self.drafter:
+            self.drafter.accept(output, (first + path).astype(np.int32), self.following)
 
     def generation(self) -> Generation:
         """What the text came to; its timers are filled in by the batch."""
@@ -94,13 +91,14 @@ def generate_batch(
     tokenizer=None,
     cache: BatchCache | None = None,
     rules: Sequence[Rule] | None = None,
+    draft_dtype: str = "float16",
 ) -> list[Generation]:
     """``decoding.generate.generate`` for several prompts: each gets the tokens that it gets alone, bit for bit.
 
     head: None decodes autoregressively. cache: a BatchCache with a lane for each prompt at least, to use instead of a
     new one with room for the longest text, at most the backbone's positions; it is emptied first. rules: one per
-    prompt; default: greedy. The pass of the backbone is shared, each text drafts for itself, and a text that is over
-    leaves the batch. The timers of every Generation are those of the whole batch.
+    prompt; default: greedy. draft_dtype: as ``generate`` takes it. The pass of the backbone is shared, each text drafts
+    for itself, and a text that is over leaves the batch. The timers of every Generation are those of the whole batch.
 
     Raises ValueError as ``generate`` does, naming the prompt by its number, and for no prompts at all.
     """
@@ -123,20 +121,16 @@ def generate_batch(
         if len(ids) > max_length:
             raise ValueError(f"prompt {number} has {len(ids)} tokens, its cache {max_length} rows; shorten it")
     stop_ids, stop_strings = list(stop_ids), list(stop_strings)
-    drafting = head if tree.depth else None
-    streams = [
-        Stream(lane, ids, Text(max_new_tokens, stop_ids, stop_strings, tokenizer), rule, drafting, tree)
-        for lane, (ids, rule) in enumerate(zip(arrays, rules, strict=True))
-    ]
     if cache is None:
-        cache = BatchCache(backbone.config, len(streams), max_length, backbone.dtype)
+        cache = BatchCache(backbone.config, len(arrays), max_length, backbone.dtype)
     cache.clear()
-    with jt.no_grad():
-        if head is None:
-            _decode(backbone, streams, cache, clock)
-        else:
-            with evaluating(head):
-                _decode(backbone, streams, cache, clock)
+    with jt.no_grad(), evaluating(head) if head else contextlib.nullcontext():
+        streams = []
+        for lane, (ids, rule) in enumerate(zip(arrays, rules, strict=True)):
+            text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer)
+            drafter = make_drafter(head, tree, rule, draft_dtype) if tree.depth else None
+            streams.append(Stream(lane, ids, text, rule, drafter, tree))
+        _decode(backbone, streams, cache, clock)
     timers = clock.stop()
     generations = [stream.generation() for stream in streams]
     for each in generations:
@@ -157,7 +151,7 @@ def _checked(backbone, prompt_ids: Sequence[int], number: int) -> np.ndarray:
 
 def _decode(backbone, streams: list[Stream], cache: BatchCache, clock: Clock) -> None:
     """The loop over passes, until every text is over."""
-    layers = streams[0].head.layers if streams[0].head else ()
+    layers = streams[0].drafter.layers if streams[0].drafter else ()
     clock.lap("host_s")
     for stream in streams:
         stream.rule.start()

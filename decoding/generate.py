@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from decoding.dynamic import check_shape, fill
+from decoding.drafter import make_drafter
+from decoding.dynamic import check_shape
 from decoding.rules import Greedy, Rule
 from decoding.text import Text
 from decoding.tree import DynamicTree, Tree
-from heads.base import Features
 from ops.select import top_k
 from runtime import jt
 from runtime.interrupt import check_interrupt
@@ -113,6 +113,7 @@ def generate(
     on_tokens: OnTokens | None = None,
     cache=None,
     rule: Rule | None = None,
+    draft_dtype: str = "float16",
 ) -> Generation:
     """Tree decoding: the text of ``generate_autoregressive``, several tokens a backbone pass.
 
@@ -123,6 +124,8 @@ def generate(
     text. cache: a KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an
     exception, it holds the prompt and all tokens of the text so far but the last. When the tree no longer fits into
     the cache, the rest is decoded without a head. The head drafts in evaluation mode and without gradients.
+    draft_dtype: of the copy of the head's matrices that drafts where the tree is a chain and the head can draft one in
+    one call (``Head.chain``); what is drafted may change with it, and the text does not.
 
     Raises ValueError for a tree that the head cannot fill, an empty prompt, tokens outside the vocabulary, a prompt
     longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
@@ -132,7 +135,8 @@ def generate(
     check_shape(tree, head, rule)
     text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
     with evaluating(head):
-        return _decode(backbone, head if tree.depth else None, prompt_ids, tree, text, cache, clock, rule)
+        drafter = make_drafter(head, tree, rule, draft_dtype) if tree.depth else None
+        return _decode(backbone, drafter, prompt_ids, tree, text, cache, clock, rule)
 
 
 def generate_autoregressive(
@@ -154,12 +158,12 @@ def generate_autoregressive(
     return _decode(backbone, None, prompt_ids, Tree.autoregressive(), text, cache, clock, rule or Greedy())
 
 
-def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Clock, rule: Rule) -> Generation:
-    """The loop. head: None drafts nothing, and the tree is then a lone root."""
+def _decode(backbone, drafter, prompt_ids, tree: Tree, text: Text, cache, clock: Clock, rule: Rule) -> Generation:
+    """The loop. drafter: None drafts nothing, and the tree is then a lone root."""
     prompt, cache = _prepare(backbone, prompt_ids, tree, text, cache)
     accepted_per_pass: list[int] = []
     ends: list[tuple[int, bool]] = []  # per pass: the depth of the last accepted node, and whether it has children
-    depth, layers, state = tree.depth, head.layers if head else (), None
+    depth, layers = tree.depth, drafter.layers if drafter else ()
     rule.start()
     with jt.no_grad(), consistent(cache, len(prompt), text):
         clock.lap("host_s")
@@ -168,23 +172,23 @@ def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Cl
         cache.commit(np.arange(len(prompt)))
         clock.lap("prefill_s")
         text.add([root])
-        if head:
-            features, following = Features(output.hidden, output.layers), np.append(prompt[1:], root)
+        if drafter:
+            drafter.begin(output, prompt, root)
         while text.finish_reason is None:
             check_interrupt()
             if cache.room < tree.num_nodes:
-                tree, head, layers = Tree.autoregressive(), None, ()
+                tree, drafter, layers = Tree.autoregressive(), None, ()
             if cache.room < tree.num_nodes:
                 text.finish_reason = "cache"
                 break
             clock.lap("host_s")
-            if head:
-                state = head.begin(features, jt.array(following[None].astype(np.int32)), state)
-                drawn, tokens, drawn_from = fill(rule, head, state, root, tree)
+            if drafter:
+                drawn, tokens, ids, drawn_from = drafter.draft(root)
                 clock.lap("draft_s")
             else:
                 drawn, tokens, drawn_from = Tree.autoregressive(), np.array([root], np.int32), None
-            output = backbone.forward(tokens[None], cache=cache, attend=drawn.plan, layers=layers)
+                ids = tokens[None]
+            output = backbone.forward(ids, cache=cache, attend=drawn.plan, layers=layers)
             rows = rule.read(output)
             clock.lap("verify_s")
             path, root = rule.accept(drawn, tokens, rows, drawn_from)
@@ -192,10 +196,10 @@ def _decode(backbone, head, prompt_ids, tree: Tree, text: Text, cache, clock: Cl
             cache.commit(path)
             clock.lap("cache_s")
             ends.append((len(path) - 1, drawn.has_children[path[-1]]))
-            following = np.append(tokens[path[1:]], root)
-            accepted_per_pass.append(text.add(following.tolist()))
-            if head:
-                features = accepted_features(output, path)
+            following = [*tokens[path[1:]].tolist(), root]
+            accepted_per_pass.append(text.add(following))
+            if drafter:
+                drafter.accept(output, path, following)
     reached, accepted = count_depths(ends, depth)
     result = Generation(text.token_ids, text.decode(), text.finish_reason, len(prompt), len(ends), accepted_per_pass)
     result.reached_by_depth, result.accepted_by_depth, result.timers = reached, accepted, clock.stop()
@@ -241,12 +245,6 @@ def consistent(cache, prompt_tokens: int, text: Text):
         yield
     finally:
         cache.rewind(min(cache.length, prompt_tokens + max(len(text.token_ids), 1) - 1))
-
-
-def accepted_features(output, path: np.ndarray) -> Features:
-    """The rows of the accepted path, on the device. output: BackboneOutput of a pass; path: (accepted,) int32."""
-    rows = jt.array(path)
-    return Features(output.hidden[:, rows], {index: layer[:, rows] for index, layer in output.layers.items()})
 
 
 def count_depths(ends: Sequence[tuple[int, bool]], depth: int) -> tuple[list[int], list[int]]:

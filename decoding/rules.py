@@ -25,6 +25,7 @@ class Rule:
     """
 
     total_variation: float | None = None
+    sampled = False  # whether drafts are drawn, and so have to come from ``draft``
 
     def start(self) -> None:
         """Begin a text."""

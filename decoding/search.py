@@ -36,7 +36,8 @@ class LatencyCurve:
 
     rows, verify_s: the backbone over so many rows. begin_s: the head's ``begin``. widths, draft_s: drafting down to
     depth d + 1 takes draft_s[i][d] where every depth below the root's scores widths[i] nodes. rest_s: everything else
-    of a drafting pass; root_rest_s: of a pass that drafts nothing.
+    of a drafting pass; root_rest_s: of a pass that drafts nothing. chain_s: ``begin`` and a chain of 1, 2, .. tokens
+    where the head drafts chains in one call, else None.
     """
 
     context: int
@@ -47,6 +48,7 @@ class LatencyCurve:
     draft_s: list[list[float]]
     rest_s: float
     root_rest_s: float
+    chain_s: list[float] | None = None
 
     def verify(self, num_rows: int) -> float:
         """Seconds of the backbone over ``num_rows`` rows."""
@@ -56,6 +58,8 @@ class LatencyCurve:
         """Seconds of the head: ``begin``, and each depth with as many nodes to score as the tree has there."""
         if tree.depth == 0:
             return 0.0
+        if self.chain_s and tree.is_chain:
+            return self.chain_s[tree.depth - 1]
         per_depth = np.diff(np.maximum.accumulate(np.array(self.draft_s), axis=1), axis=1, prepend=0.0)
         inner = np.bincount(tree.depths[np.array(tree.has_children)], minlength=tree.depth)
         scored = zip(inner.tolist(), per_depth.T.tolist(), strict=False)

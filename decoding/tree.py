@@ -120,6 +120,11 @@ class Tree:
         inner = set(self.parents.tolist())
         return tuple(node in inner for node in range(self.num_nodes))
 
+    @functools.cached_property
+    def is_chain(self) -> bool:
+        """Whether every node but the last has one child, the best guess; a lone root is one."""
+        return self.depth == self.num_nodes - 1 and self.max_rank == 0
+
     @property
     def paths(self) -> list[list[int]]:
         """The ranks from below the root down to each node but the root, in node order."""

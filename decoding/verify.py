@@ -27,17 +27,14 @@ def verify_greedy(parents: np.ndarray, node_tokens: np.ndarray, chosen: np.ndarr
     bonus 6.
     """
     assert parents.shape == node_tokens.shape == chosen.shape, (parents.shape, node_tokens.shape, chosen.shape)
-    if len(parents) == 1:
-        return np.zeros(1, np.int32), int(chosen[0])
-    tail, path = 0, [0]
-    # Parents come before their children, so one look at the fitting nodes in order is enough; once a child has become
-    # the tail, its later siblings have another parent than the tail.
-    fits = node_tokens[1:] == chosen[parents[1:]]
-    for node in (np.flatnonzero(fits) + 1).tolist():
-        if parents[node] == tail:
+    # Plain lists: a tree is small, and arrays cost more to call than to loop over. Parents come before their children,
+    # and once a child has become the tail, its later siblings have another parent than the tail.
+    wanted, tail, path = chosen.tolist(), 0, [0]
+    for node, (parent, token) in enumerate(zip(parents.tolist(), node_tokens.tolist(), strict=True)):
+        if parent == tail and token == wanted[tail]:
             tail = node
             path.append(node)
-    return np.array(path, np.int32), int(chosen[tail])
+    return np.array(path, np.int32), wanted[tail]
 
 
 def verify_lossless(

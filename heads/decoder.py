@@ -100,17 +100,17 @@ class HeadCache:
 
     def _allocate(self, capacity: int) -> None:
         self.capacity = capacity
-        self.keys, self.values = (jt.array(np.zeros((capacity, *self.shape), np.float32)) for _ in range(2))
-        jt.sync([self.keys, self.values])
+        self.keys, self.values = (jt.zeros((capacity, *self.shape)) for _ in range(2))
+        jt.sync([self.keys, self.values])  # they are written in place: each needs memory of its own
 
     def append(self, k, v) -> None:
         """Add rows. k, v: (rows, kv_heads, head_dim)."""
         rows = k.shape[0]
         if self.length + rows > self.capacity:
-            old = self.keys[: self.length].numpy(), self.values[: self.length].numpy()
+            old = self.keys, self.values
             self._allocate(max(2 * self.capacity, self.length + rows))
             for cache, part in zip((self.keys, self.values), old, strict=True):
-                write_rows(cache, jt.array(part), 0)
+                write_rows(cache, part[: self.length], 0)
         write_rows(self.keys, k, self.length)
         write_rows(self.values, v, self.length)
         self.length += rows

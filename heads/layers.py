@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from heads.base import Projection, option
+from ops.draft import Tape, Value
 from ops.linear import PackedLinear
 from ops.training import trainable_linear
 from runtime import jt
@@ -39,14 +40,24 @@ class Linear(jt.Module):
             self._packed = None
             y = trainable_linear(x, self.weight)
         else:
-            if self._packed is None:
-                self._packed = PackedLinear(self.weight.numpy())
-            y = self._packed(x)
+            y = self.packed()(x)
         return y + self.bias if self.has_bias else y
+
+    def packed(self) -> PackedLinear:
+        """The weight as it is multiplied with in evaluation."""
+        if self._packed is None:
+            self._packed = PackedLinear(self.weight.numpy())
+        return self._packed
+
+    def write(self, tape: Tape, x: Value) -> Value:
+        """``execute`` on a tape. x: (in,)."""
+        return tape.linear(x, self.packed(), self.bias if self.has_bias else None)
 
     def project(self, x) -> Projection:
         """``execute`` of a map without bias, for the loss to multiply. x: (rows, in)."""
         assert not self.has_bias
+        if self.is_training():
+            self._packed = None
         return Projection([(x, self.weight)])
 
 
@@ -62,6 +73,10 @@ class ResidualBlock(jt.Module):
         y = self.linear(x)
         return x + y * y.sigmoid()
 
+    def write(self, tape: Tape, x: Value) -> Value:
+        """``execute`` on a tape. x: (dim,)."""
+        return tape.add(x, tape.silu(self.linear.write(tape, x)))
+
 
 class RMSNorm(jt.Module):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
@@ -75,6 +90,10 @@ class RMSNorm(jt.Module):
         """x: (rows, dim) -> (rows, dim)."""
         return x * jt.rsqrt(x.sqr().mean(-1, keepdims=True) + self.eps) * self.weight
 
+    def write(self, tape: Tape, x: Value) -> Value:
+        """``execute`` on a tape. x: (dim,)."""
+        return tape.norm(x, self.weight, self.eps)
+
 
 class LowRank(jt.Module):
     """B A x, zero at the start: A is drawn small, B begins as zero (the form of LoRA, arXiv 2106.09685)."""
@@ -87,6 +106,10 @@ class LowRank(jt.Module):
     def execute(self, x):
         """x: (rows, in) -> (rows, out)."""
         return self.up(self.down(x))
+
+    def write(self, tape: Tape, x: Value) -> Value:
+        """``execute`` on a tape. x: (in,)."""
+        return self.up.write(tape, self.down.write(tape, x))
 
 
 @dataclass
@@ -107,26 +130,48 @@ class DepthLMHeads(jt.nn.ModuleList):
     own: W_k y, with W_k a copy of the backbone's; shared: LM(y), no parameters; low_rank: LM(y) + B_k A_k y.
     """
 
-    def __init__(self, kind: str, rank: int, num_depths: int, backbone, lm_logits):
-        """lm_logits: the head's ``Head.lm_logits``. Raises ValueError for an unknown kind or a rank below 1."""
+    def __init__(self, kind: str, rank: int, num_depths: int, backbone, lm_logits, draft_vocab_size: int = 0):
+        """lm_logits: the head's ``Head.lm_logits``. draft_vocab_size: columns of the logits, for ``own`` alone; 0: all
+        tokens. They are the first tokens until ``take_rows`` says which.
+
+        Raises ValueError for an unknown kind, a rank below 1, and a draft vocabulary that is too large or that the
+        kind does not have.
+        """
         if kind not in LM_HEADS:
             raise ValueError(f"lm_head must be one of {', '.join(LM_HEADS)}, got {kind!r}")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         num_out, dim = backbone.config.vocab_size, backbone.config.hidden_size
+        if not 0 <= draft_vocab_size <= num_out:
+            raise ValueError(f"draft_vocab_size must lie in 0 to {num_out}, got {draft_vocab_size}")
+        if draft_vocab_size and kind != "own":
+            raise ValueError(f"draft_vocab_size {draft_vocab_size} needs lm_head own, got {kind}; set it to 0")
         if kind == "own":
-            weight = backbone.lm_head_weight.numpy()
+            num_out = draft_vocab_size or num_out
+            weight = backbone.lm_head_weight.numpy()[:num_out]
             own = [Linear(dim, num_out, bias=False, weight=weight) for _ in range(num_depths)]
         else:
             own = [LowRank(dim, num_out, rank) for _ in range(num_depths if kind == "low_rank" else 0)]
         super().__init__(own)
         self.kind, self.lm_logits, self.borrowed = kind, lm_logits, backbone
 
+    def take_rows(self, token_ids: np.ndarray) -> None:
+        """Begin anew as the rows of the backbone's for these tokens, (draft vocabulary,) int32."""
+        for each in self:
+            each.weight.update(self.borrowed.lm_head_weight.numpy()[token_ids])
+
     def execute(self, y, depth: int):
         """y: (rows, dim) -> (rows, vocab) for one depth."""
         if self.kind == "own":
             return self[depth](y)
         return self.lm_logits(y) + self[depth](y) if self.kind == "low_rank" else self.lm_logits(y)
+
+    def write(self, tape: Tape, y: Value, depth: int) -> Value:
+        """``execute`` on a tape. y: (dim,)."""
+        if self.kind == "own":
+            return self[depth].write(tape, y)
+        shared = tape.linear(y, self.borrowed.lm_head)
+        return tape.add(shared, self[depth].write(tape, y)) if self.kind == "low_rank" else shared
 
     def project(self, y, depth: int) -> Projection:
         """The same for the loss to multiply: low_rank is two products, LM(y) and B_k (A_k y)."""

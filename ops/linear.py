@@ -6,7 +6,7 @@ import numpy as np
 
 from ops.kernel import launch, on_cpu
 from ops.quantize import GROUP, NF4
-from ops.tiles import Room, input_bytes, num_slices, packed_sizes, random_values, stretches
+from ops.tiles import Room, input_bytes, num_slices, pack_on_device, packed_sizes, random_values, stretches
 from runtime import jt
 
 LANES = 16
@@ -69,6 +69,19 @@ class PackedLinear:
             room.append(*part)
         del weight, part  # only the packed copy is left while it is handed over
         self.packed, self.scale = room.variables()
+
+    @classmethod
+    def of(cls, weight) -> PackedLinear:
+        """The map of a weight that is a Var, (out, in) float32, as it is now: what becomes of the Var later does not
+        matter. On a GPU the weight stays there."""
+        assert weight.ndim == 2 and weight.dtype == "float32", (weight.shape, weight.dtype)
+        if on_cpu():
+            return cls(weight.numpy())
+        self = cls.__new__(cls)
+        self.num_out, self.num_in = weight.shape
+        with jt.no_grad():
+            self.packed, self.scale = pack_on_device(weight), None
+        return self
 
     @classmethod
     def random(cls, num_out: int, num_in: int, storage: str = "float16", seed: int = 0, std: float = 0.02):

@@ -67,6 +67,21 @@ def pack_tiles(weight: np.ndarray) -> np.ndarray:
     return lanes[0::2] | lanes[1::2] << 4 if weight.dtype == np.uint8 else lanes
 
 
+def pack_on_device(weight):
+    """``pack_tiles`` of a Var (out, in) float32, at once and where it lies; for CUDA alone."""
+    num_out, num_in = weight.shape
+    packed = launch(
+        (packed_sizes("float32", num_out, num_in)[0],),
+        "float32",
+        [weight],
+        cpu='#error "for CUDA alone"',
+        cuda="gorgon::pack_weight(in0_p, in0_shape0, in0_shape1, out0_p);",
+        cuda_files=["linear.h", "pack.h"],
+    ).stop_grad()
+    packed.sync()
+    return packed
+
+
 def pack_tile_scales(scale: np.ndarray) -> np.ndarray:
     """int8: (out, 1) float32 -> (tiles, 16). NF4: (out, groups) float16 -> (tiles, groups, 8, 2), outputs g and g + 8
     beside each other. Flat."""

@@ -27,7 +27,8 @@ class Average:
         assert 0 <= decay < 1, decay
         self.parameters, self.decay, self.head = dict(parameters), decay, head
         self.updates, self._swapped = 0, False
-        self.averages = {name: jt.array(p.numpy()).stop_grad() for name, p in self.parameters.items()}
+        # Copies, on the device: the parameters are updated in place.
+        self.averages = {name: p.copy().stop_grad() for name, p in self.parameters.items()}
         jt.sync_all()
 
     def update(self) -> None:

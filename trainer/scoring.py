@@ -69,11 +69,12 @@ class _Passes:
                 self._add(index, batch, head_loss(self.head, batch, 1.0), own[batch.positions + 1])
 
     def _add(self, index: int, batch, parts, own: np.ndarray) -> None:
-        ranks = np.stack([r.numpy() for r in parts.ranks])
+        found = jt.fetch_sync([*parts.ranks, *parts.depth_losses])
+        ranks, losses = np.stack(found[: len(parts.ranks)]), found[len(parts.ranks) :]
         labelled = (ranks >= 0).sum(1)
         begins = np.diff(batch.positions, prepend=-2) != 1
         ranks = np.concatenate([ranks, np.stack([begins, own]).astype(np.int32)])
-        self.losses += np.array([float(x.item()) for x in parts.depth_losses]) * labelled
+        self.losses += np.array([loss.item() for loss in losses]) * labelled
         self.labelled += labelled
         self.ranks[index], self.counts[index] = ranks, len(batch.positions)
         for name, values in parts.stats.items():

@@ -175,14 +175,18 @@ class ShardStore:
     # Reading --------------------------------------------------------------------------------------------------------
 
     def read(self, name: str, sequences: Sequence[int], out: np.ndarray) -> None:
-        """Rows of these sequences, one behind the other, into ``out``: (tokens, dim) float32, of exactly that size."""
+        """Rows of these sequences, one behind the other, into ``out``: (tokens, dim) float32, or float16 as they lie on
+        disk, of exactly that size."""
         done = 0
         for sequence in sequences:
             index = int(self._shard_of[sequence])
             begin = int(self.offsets[sequence] - self.offsets[self.boundaries[index]])
             length = int(self.offsets[sequence + 1] - self.offsets[sequence])
             bits = self._rows(name, index)[begin : begin + length]
-            np.take(FLOAT32_OF, bits, out=out[done : done + length], mode="wrap")  # the mode that needs no check
+            if out.dtype == np.float16:
+                out[done : done + length] = bits.view(np.float16)
+            else:
+                np.take(FLOAT32_OF, bits, out=out[done : done + length], mode="wrap")  # the mode that needs no check
             done += length
         assert done == len(out), (done, out.shape)
 

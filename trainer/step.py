@@ -57,18 +57,32 @@ class _Sums:
         self.depths = np.zeros((3, num_depths))  # loss, first, among the first five: shares of the step's labels
         self.aux, self.names = np.zeros(AUX_SLOTS), []
         self.used = 0
+        self._waiting: list[tuple[Batch, list]] = []  # what is not read yet of passes: losses, ranks, further losses
 
     def add(self, batch: Batch, parts) -> None:
-        counted = batch.label_counts[: len(parts.ranks)]
-        for depth, (loss, rank) in enumerate(zip(parts.depth_losses, parts.ranks, strict=True)):
-            found, total = rank.numpy(), max(1, int(counted[depth]))
-            hits = [((found >= 0) & (found < top)).sum() / total for top in (1, 5)]
-            self.depths[:, depth] += [float(loss.item()), *hits]
+        """Take in a pass. Its figures are computed, and read when all are wanted, so that no pass waits for them."""
         self.used, self.names = len(parts.ranks), list(parts.aux)
         assert len(self.names) <= AUX_SLOTS, self.names
-        self.aux[: len(self.names)] += [batch.share * float(term.item()) for term in parts.aux.values()]
+        # Detached, or they would hold the pass's graph, and with it all its activations.
+        figures = [each.detach() for each in (*parts.depth_losses, *parts.ranks, *parts.aux.values())]
+        jt.sync(figures)
+        self._waiting.append((batch, figures))
+
+    def _read(self) -> None:
+        if not self._waiting:
+            return
+        read = iter(jt.fetch_sync([figure for _, figures in self._waiting for figure in figures]))
+        for batch, _ in self._waiting:
+            losses, ranks, terms = ([next(read) for _ in range(n)] for n in (self.used, self.used, len(self.names)))
+            for depth, (loss, found) in enumerate(zip(losses, ranks, strict=True)):
+                total = max(1, int(batch.label_counts[depth]))
+                hits = [((found >= 0) & (found < top)).sum() / total for top in (1, 5)]
+                self.depths[:, depth] += [loss.item(), *hits]
+            self.aux[: len(self.names)] += [batch.share * term.item() for term in terms]
+        self._waiting = []
 
     def flat(self) -> np.ndarray:
+        self._read()
         return np.concatenate([self.depths.reshape(-1), self.aux, [interrupt_requested()]]).astype(np.float32)
 
     def metrics(self, flat: np.ndarray) -> Metrics:

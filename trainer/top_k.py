@@ -27,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ops.decoder_layer import RowPlan
+from ops.kernel import on_cpu
 from ops.select import top_k_log_probabilities
 from runtime import jt
 from runtime.interrupt import check_interrupt
 
-LOGIT_BYTES = 32 << 20  # of the logits that exist at a time
+LOGIT_BYTES, CUDA_LOGIT_BYTES = 32 << 20, 128 << 20  # of the logits that exist at a time; a GPU wants larger products
 PASS_TOKENS = 4096  # of a forced pass
 SHARD_TOKENS = 1 << 18  # 51 MB a file with 32 tokens a row; a run that is killed computes at most one file again
 SHARD_NAME = re.compile(r"\d{5,}\.safetensors")
@@ -51,7 +52,7 @@ def likeliest(backbone, hidden, k: int):
     the softmax over the whole vocabulary, (rows, k) float32.
     """
     rows, vocab_size = hidden.shape[0], backbone.config.vocab_size
-    pieces = -(-rows * vocab_size * 4 // LOGIT_BYTES)
+    pieces = -(-rows * vocab_size * 4 // (LOGIT_BYTES if on_cpu() else CUDA_LOGIT_BYTES))
     edges = np.linspace(0, rows, min(pieces, rows) + 1).astype(int).tolist()
     found = []
     with jt.no_grad():

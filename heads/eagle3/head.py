@@ -53,6 +53,7 @@ class Eagle3Head(LayerHead):
             self.residual = Linear(2 * self.dim, self.dim, bias=False)
         if config.draft_vocab_size:
             self.drafted = jt.array(np.arange(config.draft_vocab_size, dtype=np.int32)).stop_grad()
+        self._draft_vocab = None, None  # the Var it was read from, by its id, and the array
         size = config.draft_vocab_size or self.vocab_size
         self.lm_head = Linear(self.dim, size, bias=False, weight=backbone.lm_head_weight.numpy()[:size])
 
@@ -60,11 +61,16 @@ class Eagle3Head(LayerHead):
         if self.config.draft_vocab_size:
             frequent = np.argsort(-token_counts, kind="stable")[: self.config.draft_vocab_size]
             self.drafted.update(np.sort(frequent).astype(np.int32))
-            self.lm_head.weight.update(self.borrowed.lm_head_weight.numpy()[self.draft_vocab])
+            self.lm_head.weight.update(self.borrowed.lm_head_weight[self.drafted].detach())
+            self.lm_head.weight.sync()
 
     @property
     def draft_vocab(self):
-        return self.drafted.numpy() if self.config.draft_vocab_size else None
+        if not self.config.draft_vocab_size:
+            return None
+        if self._draft_vocab[0] != self.drafted.id:  # a Var that is updated has another id
+            self._draft_vocab = self.drafted.id, self.drafted.numpy()
+        return self._draft_vocab[1]
 
     def context(self, features):
         parts = [features.layers[index].reshape(-1, self.dim) for index in self.fused]

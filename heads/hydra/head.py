@@ -9,6 +9,7 @@ import numpy as np
 from heads.base import Head, HeadOutput, option
 from heads.decoder import DecoderBlock, HeadCache
 from heads.layers import DepthLMHeads, Linear, LMHeadOptions, ResidualBlock, RMSNorm
+from ops.draft import Tape, Value
 from runtime import jt
 
 
@@ -20,6 +21,9 @@ class Config(LMHeadOptions):
     num_layers: int = option(1, "blocks per depth: the one that takes the tokens in, then residual ones")
     token_norm: bool = option(True, "norm the embeddings; false: as published, and as Hydra's files have it")
     prefix_layer: bool = option(False, "a decoder layer over the last hidden states before the networks, as in Hydra++")
+    draft_vocab_size: int = option(
+        0, "tokens it can draft, with lm_head=own: the most frequent of the training replies; 0: all"
+    )
 
 
 class InputBlock(jt.Module):
@@ -41,6 +45,11 @@ class InputBlock(jt.Module):
         kept, new = y[:, : self.dim], y[:, self.dim :]
         return kept + new * new.sigmoid()
 
+    def write(self, tape: Tape, x: Value) -> Value:
+        """``execute`` on a tape. x: (num_inputs dim,)."""
+        y = self.linear.write(tape, x)
+        return tape.add(y.part(0, self.dim), tape.silu(y.part(self.dim, self.dim)))
+
 
 class HydraHead(Head):
     """x_k = [h'; n(e_0); .. n(e_k)];  y = R_k x_k + r_k + SiLU(L_k x_k + b_k);  logits_k = W_k (residual blocks of y)
@@ -52,6 +61,7 @@ class HydraHead(Head):
     """
 
     Config = Config
+    buffers = ("drafted",)
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
@@ -68,7 +78,20 @@ class HydraHead(Head):
                 for depth in range(config.num_depths)
             ]
         )
-        self.lm_heads = DepthLMHeads(config.lm_head, config.rank, config.num_depths, backbone, self.lm_logits)
+        sizes = config.rank, config.num_depths
+        self.lm_heads = DepthLMHeads(config.lm_head, *sizes, backbone, self.lm_logits, config.draft_vocab_size)
+        if config.draft_vocab_size:
+            self.drafted = jt.array(np.arange(config.draft_vocab_size, dtype=np.int32)).stop_grad()
+
+    def prepare(self, token_counts):
+        if self.config.draft_vocab_size:
+            frequent = np.argsort(-token_counts, kind="stable")[: self.config.draft_vocab_size]
+            self.drafted.update(np.sort(frequent).astype(np.int32))
+            self.lm_heads.take_rows(self.draft_vocab)
+
+    @property
+    def draft_vocab(self):
+        return self.drafted.numpy() if self.config.draft_vocab_size else None
 
     def context(self, features, positions):
         """The h' that every depth sees, at the wanted positions, (num, dim)."""
@@ -100,3 +123,16 @@ class HydraHead(Head):
         x, depth, cache = state
         x = self.append(x[parents], token_ids)
         return self.lm_heads(self.blocks[depth](x), depth), (x, depth + 1, cache)
+
+    def write_chain(self, tape, num_depths):
+        if self.config.prefix_layer:
+            return False  # a depth then sees rows before the last
+        x = tape.hidden
+        for depth in range(num_depths):
+            e = tape.token(depth)
+            x = tape.join(x, e if self.token_norm is None else self.token_norm.write(tape, e))
+            y = x
+            for block in self.blocks[depth]:
+                y = block.write(tape, y)
+            tape.choose(self.lm_heads.write(tape, y, depth))
+        return True

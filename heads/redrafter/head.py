@@ -65,3 +65,17 @@ class ReDrafterHead(RecurrentHead):
         if self.config.lm_head == "own":
             return HeadOutput([self.output.project(x) for x in xs])
         return HeadOutput([self.lm_projection(self.output(x)) for x in xs])
+
+    def write_start(self, tape):
+        return tape.hidden, tape.zeros(self.dim)
+
+    def write_advance(self, tape, state, token):
+        context, s = state
+        return context, tape.silu(self.recurrence.write(tape, tape.join(self.token_norm.write(tape, token), s)))
+
+    def write_score(self, tape, state):
+        x = tape.join(*state)
+        for block in self.blocks:
+            x = block.write(tape, x)
+        y = self.output.write(tape, x)
+        return y if self.config.lm_head == "own" else tape.linear(y, self.borrowed.lm_head)

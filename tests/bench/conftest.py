@@ -80,6 +80,7 @@ def build_record(rows=None, **changes):
                 "draft": "top",
                 "epsilon": None,
                 "alpha": None,
+                "draft_dtype": None,
             },
             "head": {"hidden_size": 256},
             "repeats": 1,

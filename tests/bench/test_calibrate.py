@@ -15,13 +15,14 @@ import bench.calibrate
 import bench.run
 import bench.texts
 from backbone.tokenizer import load_tokenizer
-from bench.calibrate import choose, interval, sample
+from bench.calibrate import choose, improve, interval, sample
 from bench.calibration import CandidateTree, read_calibration
 from bench.latency import bundle, row_counts
 from bench.record import read_record
 from bench.texts import GreedyText, distinct, held_out_prompts, rank_texts
 from decoding.acceptance import RankedText, replay
 from decoding.generate import generate, generate_autoregressive
+from decoding.search import Candidate, LatencyCurve, refine
 from decoding.tree import Tree, default_tree
 from heads.checkpoint import save_checkpoint
 from heads.registry import build
@@ -154,6 +155,21 @@ def test_the_fastest_tree_is_chosen_only_if_it_beats_decoding_without_one():
     assert choose(candidates[:1], 200.0) == 0
 
 
+def test_a_chain_that_drafts_fast_is_not_refined_into_a_tree_that_does_not():
+    # Where passes start, the second guess is right twice as often as the guess behind the first.
+    ranked = [RankedText(np.array([[0, 1, 1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]))]
+    slow = LatencyCurve(10, [1, 2, 3], [1.0, 1.0, 1.0], 0.5, [1], [[0.5, 1.0]], 0.1, 0.1)
+    pair = Tree.from_paths([[0], [1]])
+    assert refine(ranked, Tree.chain(2)) == pair
+
+    def improved(curve):
+        tree = Tree.chain(2)
+        return improve([Candidate(tree, replay(ranked, tree), curve.seconds_per_pass(tree))], ranked, curve, 99)[0].tree
+
+    assert improved(slow) == pair
+    assert improved(dataclasses.replace(slow, chain_s=[0.1, 0.1])) == Tree.chain(2)
+
+
 def test_the_interval_draws_prompts_with_all_their_turns():
     random = np.random.default_rng(0)
     texts = [RankedText(random.integers(0, 2, (2, 30))) for _ in range(40)]
@@ -238,6 +254,8 @@ def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(folde
     assert found.loop == {"texts": 2, "repeats": 1, "agreeing": 2}
     assert found.latency.rows == [1, 2, 3, 4, 6] and len(found.latency.verify_s) == 5
     assert found.latency.widths == [1, 4] and np.shape(found.latency.draft_s) == (2, 2)
+    assert len(found.latency.chain_s) == 2 and min(found.latency.chain_s) > 0
+    assert found.latency.draft_dtype == "float16"
     assert min(found.latency.verify_s) > 0 and np.min(found.latency.draft_s) > 0
     assert len(found.candidates) == 3 and found.candidates[0].tree == [] and found.candidates[0].accept_length == 1
     assert (

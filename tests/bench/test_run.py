@@ -122,6 +122,16 @@ def test_a_run_writes_the_head_and_its_autoregressive_twin(whole_run, record):
     assert "accept length" in out
 
 
+def test_a_chain_is_drafted_in_one_call_and_the_record_says_in_which_dtype(folder, tmp_path, record):
+    assert record.config.decoding.draft_dtype is None  # its tree branches
+    for given, dtype in ((), "float16"), (("--draft-dtype", "float32"), "float32"):
+        status, _, err = run(folder, "--head", "gated_rnn", "--tree", "chain:2", *given, "--out", tmp_path / "out.json")
+        assert status == 0, err
+        found = read_record(tmp_path / "out.json")
+        assert found.config.decoding.draft_dtype == dtype and found.config.decoding.tree == [[0], [0, 0]]
+        assert found.parity.identical == found.parity.prompts == 3
+
+
 def test_greedy_decoding_with_a_head_gives_the_tokens_of_its_twin(record):
     assert (record.parity.prompts, record.parity.identical, record.parity.first_difference) == (3, 3, None)
     assert [row.turns for row in record.per_prompt] == [1, 2, 1]

@@ -1,5 +1,6 @@
 """Ranks foretell decoding: pass for pass what generate counts, the fastest tree under any cost, and nothing else."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -246,6 +247,14 @@ CURVE = LatencyCurve(
 def test_points_between_and_behind_a_curve():
     assert [interpolate(x, (1, 3), (10, 20)) for x in (0, 1, 2, 3, 5)] == [10, 10, 15, 20, 30]
     assert interpolate(9, (1,), (4,)) == 4 and interpolate(9, (1, 2), (4, 3)) == 3  # never cheaper behind the end
+
+
+def test_a_chain_in_one_call_costs_what_was_timed_of_it():
+    curve = dataclasses.replace(CURVE, chain_s=[0.05, 0.08, 0.11])
+    assert curve.seconds_per_pass(Tree.chain(2)) == pytest.approx(2.5 + 0.08 + 0.25)
+    pair = Tree.from_paths([[0], [1]])  # as before: no chain
+    assert curve.seconds_per_pass(pair) == CURVE.seconds_per_pass(pair)
+    assert curve.seconds_per_pass(Tree.autoregressive()) == CURVE.seconds_per_pass(Tree.autoregressive())
 
 
 def test_a_pass_costs_its_rows_and_the_nodes_that_are_scored_at_each_depth():

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from heads.base import Features
+from heads.checkpoint import load_parameters
 from heads.decoder import DecoderBlock, HeadCache
 from heads.eagle3.head import fused_layers
 from heads.registry import build
@@ -182,7 +184,7 @@ def test_a_draft_vocabulary_keeps_the_most_frequent_tokens(backbone, batch, rand
     whole = build("eagle3", {"num_depths": DEPTHS}, backbone)
     assert whole.draft_vocab is None and whole.num_parameters - head.num_parameters == 61 * 32
     head.prepare(counts)
-    assert head.draft_vocab.tolist() == [17, 40, 60]
+    assert head.draft_vocab.tolist() == [17, 40, 60] and head.draft_vocab is head.draft_vocab  # read once
     np.testing.assert_array_equal(head.lm_head.weight.numpy(), backbone.lm_head_weight.numpy()[[17, 40, 60]])
     assert "drafted" in dict(head.named_parameters()) and "drafted" not in head.trainable()
     assert [label_columns(head)[t] for t in (16, 17, 40, 60)] == [-100, 0, 1, 2]
@@ -194,6 +196,17 @@ def test_a_draft_vocabulary_keeps_the_most_frequent_tokens(backbone, batch, rand
     assert ranks[0][1] == 64 and ranks[2] == [64, 64] and ranks[1][1] == -1
     assert 0 <= ranks[0][0] < 3 and 0 <= ranks[1][0] < 3
     assert float(parts.depth_losses[2].item()) == 0 and float(parts.depth_losses[0].item()) > 0
+
+
+def test_a_draft_vocabulary_that_is_replaced_is_read_anew(backbone, tmp_path):
+    head, other = (build("eagle3", {"num_depths": DEPTHS, "draft_vocab_size": 3}, backbone) for _ in range(2))
+    assert head.draft_vocab.tolist() == [0, 1, 2]
+    head.drafted.update(np.array([5, 9, 11], np.int32))
+    assert head.draft_vocab.tolist() == [5, 9, 11]
+    save_file({name: parameter.numpy() for name, parameter in head.named_parameters()}, tmp_path / "head.safetensors")
+    assert other.draft_vocab.tolist() == [0, 1, 2]
+    load_parameters(other, tmp_path / "head.safetensors")
+    assert other.draft_vocab.tolist() == [5, 9, 11]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +224,21 @@ def test_a_cache_grows_and_keeps_what_it_holds(backbone):
     assert cache.length == 11 and cache.capacity == 11
     np.testing.assert_array_equal(cache.keys.numpy()[:11], rows[0])
     np.testing.assert_array_equal(cache.values.numpy()[:11], rows[1])
+
+
+def test_what_is_written_into_a_cache_reaches_nothing_else(backbone):
+    """Keys and values are written in place: memory that they shared, with each other or with a cache that was made just
+    as they were, would show in it."""
+    cache, other = (HeadCache(DecoderBlock(backbone), capacity=4) for _ in range(2))
+    rows = np.random.default_rng(0).standard_normal((3, 2, 8)).astype(np.float32)
+    cache.append(jt.array(rows), jt.array(2 * rows))
+    np.testing.assert_array_equal(cache.keys.numpy()[:3], rows)
+    np.testing.assert_array_equal(cache.values.numpy()[:3], 2 * rows)
+    assert not other.keys.numpy().any() and not other.values.numpy().any()
+    before = cache.keys
+    cache.append(jt.array(rows), jt.array(rows))
+    np.testing.assert_array_equal(before.numpy()[:3], rows)
+    assert not before.numpy()[3:].any() and cache.capacity == 8
 
 
 @pytest.mark.parametrize(

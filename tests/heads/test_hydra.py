@@ -170,3 +170,36 @@ def test_the_prefix_layer_adds_one_decoder_layer(backbone):
     c = backbone.config
     attention = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) * DIM
     assert prefixed - plain == 2 * DIM + attention + 3 * DIM * c.intermediate_size
+
+
+def test_a_draft_vocabulary_keeps_the_most_frequent_tokens_and_their_rows(backbone, text):
+    counts = np.zeros(VOCAB, np.int64)
+    counts[[40, 3, 17, 60]] = [9, 5, 7, 7]
+    head = build("hydra", {"num_depths": 2, "draft_vocab_size": 3}, backbone)
+    whole = build("hydra", {"num_depths": 2}, backbone)
+    assert whole.draft_vocab is None and head.num_draftable == 3
+    assert whole.num_parameters - head.num_parameters == 2 * (VOCAB - 3) * DIM
+    head.prepare(counts)
+    assert head.draft_vocab.tolist() == [17, 40, 60]
+    for depth in range(2):
+        rows = backbone.lm_head_weight.numpy()[[17, 40, 60]]
+        np.testing.assert_array_equal(head.lm_heads[depth].weight.numpy(), rows)
+    assert "drafted" in dict(head.named_parameters()) and "drafted" not in head.trainable()
+    h, ids = text
+    logits, full = (
+        each(Features(jt.array(h[None])), ids[:, : ROWS + 2], np.arange(ROWS)).logits[1].value().numpy()
+        for each in (head, whole)
+    )
+    np.testing.assert_allclose(logits, full[:, [17, 40, 60]], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_vocab_size": VOCAB + 1}, f"draft_vocab_size must lie in 0 to {VOCAB}, got {VOCAB + 1}"),
+        ({"draft_vocab_size": 8, "lm_head": "shared"}, "draft_vocab_size 8 needs lm_head own, got shared"),
+    ],
+)
+def test_a_draft_vocabulary_that_makes_no_head_is_refused(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        build("hydra", options, backbone)

@@ -13,8 +13,9 @@ from ops.linear import (
     pack_gated,
     reference_linear,
 )
+from ops.optimizer import move_average
 from ops.quantize import GROUP, NF4, QUANTIZERS, dequantize
-from ops.tiles import input_bytes, num_slices
+from ops.tiles import input_bytes, num_slices, pack_tiles
 from runtime import jt
 
 # (rows, in, out): sizes around the tiles of 6 rows and 16 outputs; 300 outputs reach the eight-block path of one row.
@@ -230,6 +231,26 @@ def test_random_weights_have_their_deviation_and_follow_from_the_seed(storage, b
     assert (other.float32().numpy() != weight).any()
     x = random_case(3, 90, 60, "float32")[0]
     assert np.abs(linear(jt.array(x)).numpy() - exact(x, weight)).max() < 2e-3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 64), (33, 67), (150, 130)])
+def test_a_weight_that_is_a_var_is_packed_as_the_same_array_is_and_does_not_follow_it(size, body):
+    weight = np.random.default_rng(1).standard_normal(size).astype(np.float32)
+    held = jt.array(weight)
+    linear, by_host = PackedLinear.of(held), PackedLinear(weight)
+    move_average(held, jt.array(2 * weight), 0.0)  # in place
+    assert (held.numpy() != weight).all()
+    np.testing.assert_array_equal(linear.packed.numpy(), by_host.packed.numpy())
+    assert linear.packed.is_stop_grad() and linear.scale is None
+    x = random_case(3, size[1], size[0], "float32")[0]
+    np.testing.assert_array_equal(linear(jt.array(x)).numpy(), by_host(jt.array(x)).numpy())
+
+
+def test_packing_on_the_device_notices_another_order(monkeypatch):
+    monkeypatch.setattr(ops.tiles, "pack_tiles", lambda weight: pack_tiles(weight).reshape(-1, 16, 4)[:, ::-1].ravel())
+    weight = np.random.default_rng(1).standard_normal((33, 67)).astype(np.float32)
+    with emulated_cuda():
+        assert (PackedLinear.of(jt.array(weight)).packed.numpy() != PackedLinear(weight).packed.numpy()).any()
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])

@@ -3,31 +3,14 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 
-from ops.linear import PackedLinear
-from ops.select import argmax, top_k, top_k_log_probabilities
-from runtime import jt
+from tests.ops.cuda_calls import CALLS
 from tests.ops.cuda_programs import compile_unit, record, spills, translation_units
 
 ARCHS = [80, 90]
-STORAGES = ["float16", "float32", "int8", "nf4"]
 NVCC = shutil.which("nvcc")
 pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(NVCC is None, reason="no nvcc here")]
-
-
-def floats(*shape):
-    return jt.array(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
-
-
-CALLS = [
-    lambda: top_k(floats(2, 20), 3),
-    lambda: top_k_log_probabilities(floats(2, 20), 3),
-    lambda: argmax(floats(2, 20)),
-    *[lambda s=s: PackedLinear.random(10, 24, s)(floats(3, 24)) for s in STORAGES],
-    *[lambda s=s: PackedLinear.random(10, 24, s).float32() for s in STORAGES],
-]
 
 
 def compile_all(units, folder):
@@ -42,7 +25,7 @@ def compile_all(units, folder):
 
 def test_every_cuda_body_compiles_for_both_architectures(tmp_path):
     programs = record(CALLS)
-    assert len(programs) >= 2
+    assert len(programs) >= 50
     for name, done in compile_all(translation_units(programs), tmp_path):
         assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
         for arch in ARCHS:
