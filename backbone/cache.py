@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,15 +61,15 @@ class KVCache:
         Worked example: length 5, a pass wrote rows 0..3 to slots 5..8; commit([0, 2]) moves slot 7 to slot 6 and
         leaves length 7. Raises ValueError for rows that the last pass did not write.
         """
-        path = np.asarray(path, np.int32).reshape(-1)
-        ascending = len(path) < 2 or (path[1:] > path[:-1]).all()
-        if not ascending or (len(path) and (path[0] < 0 or path[-1] >= self.pending)):
-            raise ValueError(f"cannot commit rows {path.tolist()} of a pass of {self.pending} rows")
+        path = np.asarray(path, np.int32).reshape(-1).tolist()  # a few numbers: plain Python is faster
+        ascending = all(after > before for before, after in pairwise(path))
+        if not ascending or (path and (path[0] < 0 or path[-1] >= self.pending)):
+            raise ValueError(f"cannot commit rows {path} of a pass of {self.pending} rows")
         if self.writer is not None:
             self.writer.sync()
             self.writer = None
-        if len(path) and path[-1] != len(path) - 1:  # ascending: else the rows lie where they belong
-            self.move(self.length + path, self.length + np.arange(len(path), dtype=np.int32))
+        if path and path[-1] != len(path) - 1:  # ascending: else the rows lie where they belong
+            self.move(self.length + np.array(path, np.int32), self.length + np.arange(len(path), dtype=np.int32))
         self.length += len(path)
         self.pending = 0
 

@@ -39,8 +39,8 @@ class BackboneOutput:
 
 
 class Backbone:
-    """A frozen Llama with weights in float16 or float32; sums are in float32. On CUDA, what is multiplied with weights other
-    than float32, and with a float16 cache, is rounded to float16 first; on the CPU nothing is.
+    """A frozen Llama with weights in float16 or float32; sums are in float32. On CUDA, what is multiplied with weights
+    other than float32, and with a float16 cache, is rounded to float16 first; on the CPU nothing is.
 
     storage: how the layers' matrices are kept, and so what a pass computes: in the dtype, as ``int8`` with a scale per
     output, or as ``nf4``, 4 bits with a scale per 64 inputs of an output (``ops.quantize``). Embedding, language-model

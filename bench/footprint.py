@@ -80,7 +80,7 @@ def pass_calls(backbone: Backbone, cache: KVCache, rows: list[int], contexts: li
             tokens, plan = (np.arange(count, dtype=np.int32) % backbone.config.vocab_size)[None], RowPlan.chain(count)
             calls["pass", count, context] = lambda t=tokens, p=plan, c=view: backbone.forward(
                 t, cache=c, attend=p
-            ).logits.sync()
+            ).logits.sync(True)
     return calls
 
 

@@ -54,13 +54,13 @@ def pass_times(repeats: int) -> dict[str, float]:
     backbone = load_backbone()
     ids = np.random.default_rng(0).integers(3, backbone.config.vocab_size, (1, PREFIX)).astype(np.int32)
     cache = backbone.new_cache(backbone.config.max_positions)
-    backbone.forward(ids, cache=cache, logits=None).hidden.sync()
+    backbone.forward(ids, cache=cache, logits=None).hidden.sync(True)
     cache.commit(np.arange(PREFIX))
     result = {}
     for rows in ROWS:
         plan, tokens = RowPlan.chain(rows), ids[:, :rows]
         result[str(rows)] = median_ms(
-            lambda t=tokens, p=plan: backbone.forward(t, cache=cache, attend=p).logits.sync(), repeats
+            lambda t=tokens, p=plan: backbone.forward(t, cache=cache, attend=p).logits.sync(True), repeats
         )
     return result
 
@@ -70,7 +70,7 @@ def product_times(repeats: int, num_out: int, num_in: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     linear = PackedLinear(rng.standard_normal((num_out, num_in)).astype(np.float16))
     inputs = {rows: jt.array(rng.standard_normal((rows, num_in)).astype(np.float32)) for rows in ROWS}
-    return {str(rows): median_ms(lambda x=x: linear(x).sync(), repeats) for rows, x in inputs.items()}
+    return {str(rows): median_ms(lambda x=x: linear(x).sync(True), repeats) for rows, x in inputs.items()}
 
 
 def training_times(repeats: int, rows: int, dim: int, vocab: int) -> dict[str, float]:
@@ -84,15 +84,15 @@ def training_times(repeats: int, rows: int, dim: int, vocab: int) -> dict[str, f
     def step(product, loss):
         losses, _ = loss(product(x, weight), targets)
         for gradient in jt.grad(losses.sum(), [x, weight]):
-            gradient.sync()
+            gradient.sync(True)
 
     return {
         "loss_and_gradients": median_ms(lambda: step(trainable_linear, cross_entropy), repeats),
         "loss_and_gradients_reference": median_ms(
             lambda: step(jt.nn.matmul_transpose, reference_cross_entropy), repeats
         ),
-        "weight_gradient": median_ms(lambda: outer_product(upstream, x).sync(), repeats),
-        "weight_gradient_reference": median_ms(lambda: reference_outer_product(upstream, x).sync(), repeats),
+        "weight_gradient": median_ms(lambda: outer_product(upstream, x).sync(True), repeats),
+        "weight_gradient_reference": median_ms(lambda: reference_outer_product(upstream, x).sync(True), repeats),
     }
 
 

@@ -59,7 +59,7 @@ class Side:
 
         def normal(rows, scale):
             var = jt.array(random.standard_normal((rows, p.width), dtype=np.float32) * np.float32(scale))
-            var.sync()
+            var.sync(True)
             return var
 
         self.hidden = [normal(p.positions, 1.0) for _ in range(p.heads)]

@@ -22,13 +22,18 @@ class Linear(jt.Module):
     the weight is made on first use and dropped when training goes on.
     """
 
-    def __init__(self, num_in: int, num_out: int, bias: bool = True, weight: np.ndarray | None = None):
+    def __init__(self, num_in: int, num_out: int, bias: bool = True, weight: np.ndarray | jt.Var | None = None):
+        """weight: (out, in), what it begins as, copied; None: drawn at random."""
         super().__init__()
         if weight is None:
             # Uniform within 1 / sqrt(in), so that outputs have about a third of the inputs' variance.
             weight = (np.random.rand(num_out, num_in) * 2 - 1) / np.sqrt(num_in)
-        assert weight.shape == (num_out, num_in), (weight.shape, num_out, num_in)
-        self.weight = jt.array(np.asarray(weight, np.float32))
+        assert tuple(weight.shape) == (num_out, num_in), (weight.shape, num_out, num_in)
+        if isinstance(weight, jt.Var):
+            self.weight = weight.copy().detach()
+            self.weight.sync()
+        else:
+            self.weight = jt.array(np.asarray(weight, np.float32))
         if bias:
             self.bias = jt.zeros((num_out,))
         self.has_bias = bias
@@ -46,7 +51,7 @@ class Linear(jt.Module):
     def packed(self) -> PackedLinear:
         """The weight as it is multiplied with in evaluation."""
         if self._packed is None:
-            self._packed = PackedLinear(self.weight.numpy())
+            self._packed = PackedLinear.of(self.weight)
         return self._packed
 
     def write(self, tape: Tape, x: Value) -> Value:
@@ -148,17 +153,18 @@ class DepthLMHeads(jt.nn.ModuleList):
             raise ValueError(f"draft_vocab_size {draft_vocab_size} needs lm_head own, got {kind}; set it to 0")
         if kind == "own":
             num_out = draft_vocab_size or num_out
-            weight = backbone.lm_head_weight.numpy()[:num_out]
+            weight = backbone.lm_head_weight[:num_out]
             own = [Linear(dim, num_out, bias=False, weight=weight) for _ in range(num_depths)]
         else:
             own = [LowRank(dim, num_out, rank) for _ in range(num_depths if kind == "low_rank" else 0)]
         super().__init__(own)
         self.kind, self.lm_logits, self.borrowed = kind, lm_logits, backbone
 
-    def take_rows(self, token_ids: np.ndarray) -> None:
-        """Begin anew as the rows of the backbone's for these tokens, (draft vocabulary,) int32."""
-        for each in self:
-            each.weight.update(self.borrowed.lm_head_weight.numpy()[token_ids])
+    def take_rows(self, token_ids) -> None:
+        """Begin anew as the rows of the backbone's for these tokens, (draft vocabulary,) int32 Var."""
+        for each in self:  # each gets memory of its own: weights are updated in place
+            each.weight.update(self.borrowed.lm_head_weight[token_ids].detach())
+            each.weight.sync()
 
     def execute(self, y, depth: int):
         """y: (rows, dim) -> (rows, vocab) for one depth."""

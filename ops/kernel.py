@@ -43,7 +43,7 @@ def on_cpu() -> bool:
 
 @contextlib.contextmanager
 def emulated_cuda():
-    """Within, the CUDA bodies serve on the CPU, one thread at a time (``ops/kernels/cuda/emulator.h``): slow, for tests.
+    """Within, the CUDA bodies serve on the CPU, a thread at a time (``ops/kernels/cuda/emulator.h``): slow, for tests.
 
     Whatever packs weights for its kernels has to be made and used within.
     """

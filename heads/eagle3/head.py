@@ -8,6 +8,7 @@ import numpy as np
 
 from heads.base import HeadOutput, option
 from heads.decoder import DecoderBlock, LayerHead
+from heads.draft_vocab import DraftVocabulary
 from heads.layers import Linear, RMSNorm
 from runtime import jt
 
@@ -27,7 +28,7 @@ def fused_layers(num_layers: int) -> tuple[int, int, int]:
     return low, middle, max(middle, num_layers - max(1, round(num_layers * 3 / 32)))
 
 
-class Eagle3Head(LayerHead):
+class Eagle3Head(DraftVocabulary, LayerHead):
     """g_t = W_f [l_t; m_t; h_t];  y_t = layer(residual g_t, attention over [n_e(e_{t+1}); n_g(g_t)])
     logits_0 = W_lm n(y_t);  depth k >= 1 reads y of depth k - 1 in the place of g
 
@@ -37,7 +38,6 @@ class Eagle3Head(LayerHead):
     """
 
     Config = Config
-    buffers = ("drafted",)
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
@@ -51,26 +51,14 @@ class Eagle3Head(LayerHead):
         self.block = DecoderBlock(backbone, 2 * self.dim)
         if config.token_residual:
             self.residual = Linear(2 * self.dim, self.dim, bias=False)
-        if config.draft_vocab_size:
-            self.drafted = jt.array(np.arange(config.draft_vocab_size, dtype=np.int32)).stop_grad()
-        self._draft_vocab = None, None  # the Var it was read from, by its id, and the array
+        self.begin_with_first_tokens()
         size = config.draft_vocab_size or self.vocab_size
-        self.lm_head = Linear(self.dim, size, bias=False, weight=backbone.lm_head_weight.numpy()[:size])
+        self.lm_head = Linear(self.dim, size, bias=False, weight=backbone.lm_head_weight[:size])
 
     def prepare(self, token_counts):
-        if self.config.draft_vocab_size:
-            frequent = np.argsort(-token_counts, kind="stable")[: self.config.draft_vocab_size]
-            self.drafted.update(np.sort(frequent).astype(np.int32))
+        if self.choose_tokens(token_counts):
             self.lm_head.weight.update(self.borrowed.lm_head_weight[self.drafted].detach())
             self.lm_head.weight.sync()
-
-    @property
-    def draft_vocab(self):
-        if not self.config.draft_vocab_size:
-            return None
-        if self._draft_vocab[0] != self.drafted.id:  # a Var that is updated has another id
-            self._draft_vocab = self.drafted.id, self.drafted.numpy()
-        return self._draft_vocab[1]
 
     def context(self, features):
         parts = [features.layers[index].reshape(-1, self.dim) for index in self.fused]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -186,15 +186,19 @@ def zeros(shape: Shape) -> LazyTensor:
     return in_memory(np.zeros(shape, np.float32))
 
 
-def expect(where, tensors: Mapping[str, LazyTensor], shapes: Mapping[str, Shape]) -> None:
-    """Raises ValueError naming every tensor that is missing, unknown, misshapen, or not of floating point numbers."""
+def expect(
+    where, tensors: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], integers: Collection[str] = ()
+) -> None:
+    """Raises ValueError naming every tensor that is missing, unknown, misshapen, or not of floating point numbers;
+    those named in ``integers`` are int32."""
     try:
         check_names({name: tensor.shape for name, tensor in tensors.items()}, shapes)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     for name in shapes:
-        if tensors[name].dtype not in FLOATS.values():
-            raise ValueError(f"{where}: {name} is {tensors[name].dtype}; expected one of {', '.join(FLOATS)}")
+        expected = {"int32": np.dtype(np.int32)} if name in integers else FLOATS
+        if tensors[name].dtype not in expected.values():
+            raise ValueError(f"{where}: {name} is {tensors[name].dtype}; expected one of {', '.join(expected)}")
 
 
 def with_own_lm_heads(weights: HeadWeights, target: Target) -> HeadWeights:

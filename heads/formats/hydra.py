@@ -91,6 +91,8 @@ class Hydra(PublishedFormat):
 
     def check_holds(self, weights):
         options = weights.options
+        if options.get("draft_vocab_size"):
+            raise ValueError("Hydra's language-model heads score every token, this one's a draft vocabulary")
         if options.get("prefix_layer"):
             raise ValueError(
                 "a prefix layer is no part of Hydra's mlp heads, and Hydra++ norms its output; ours does not"

@@ -104,13 +104,14 @@ class Container(OwnFormat):
         except json.JSONDecodeError as error:
             raise damaged(found.file, error) from error
         check_config(config, where)
+        whole = {name for name, tensor in found.tensors.items() if tensor.dtype == np.int32}  # buffers: token ids
         for name, tensor in found.tensors.items():
-            if tensor.dtype not in FLOATS.values():
+            if name not in whole and tensor.dtype not in FLOATS.values():
                 raise ValueError(f"{found.file}: {name} is {tensor.dtype}; expected one of {', '.join(FLOATS)}")
-        rounded = sorted({str(tensor.dtype) for tensor in found.tensors.values()} - {"float32"})
+        rounded = sorted({str(tensor.dtype) for tensor in found.tensors.values()} - {"float32", "int32"})
         if rounded:
             config = {**config, "imported": {"format": self.name, "stored_as": rounded}}
-        tensors = {name: widen(name, tensor) for name, tensor in found.tensors.items()}
+        tensors = {name: each if name in whole else widen(name, each) for name, each in found.tensors.items()}
         texts = {name: found.texts[name] for name in TEXTS if name in found.texts}
         return HeadWeights(config["head"], config["head_config"], tensors, config, texts, found.notes)
 
@@ -208,9 +209,11 @@ def filled_head(weights: HeadWeights, backbone):
     """The head on this backbone, ready to draft. Raises ValueError naming every parameter that does not fit."""
     head = build(weights.head, weights.options, backbone)
     own = dict(head.named_parameters())
-    expect(f"the head {weights.head}", weights.tensors, {name: tuple(p.shape) for name, p in own.items()})
+    integers = [name for name, p in own.items() if str(p.dtype) == "int32"]  # token ids of a draft vocabulary
+    expect(f"the head {weights.head}", weights.tensors, {name: tuple(p.shape) for name, p in own.items()}, integers)
     for name, parameter in own.items():
-        parameter.update(widen(name, weights.tensors[name]).whole())
+        tensor = weights.tensors[name]
+        parameter.update((tensor if name in integers else widen(name, tensor)).whole())
     head.eval()
     return head
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from heads.base import Head, HeadOutput, option
 from heads.decoder import DecoderBlock, HeadCache
+from heads.draft_vocab import DraftVocabulary
 from heads.layers import DepthLMHeads, Linear, LMHeadOptions, ResidualBlock, RMSNorm
 from ops.draft import Tape, Value
 from runtime import jt
@@ -51,7 +52,7 @@ class InputBlock(jt.Module):
         return tape.add(y.part(0, self.dim), tape.silu(y.part(self.dim, self.dim)))
 
 
-class HydraHead(Head):
+class HydraHead(DraftVocabulary, Head):
     """x_k = [h'; n(e_0); .. n(e_k)];  y = R_k x_k + r_k + SiLU(L_k x_k + b_k);  logits_k = W_k (residual blocks of y)
 
     h': the last hidden state h, or with ``prefix_layer`` a decoder layer's output over n_p(h) up to here, of which
@@ -61,7 +62,6 @@ class HydraHead(Head):
     """
 
     Config = Config
-    buffers = ("drafted",)
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
@@ -80,18 +80,11 @@ class HydraHead(Head):
         )
         sizes = config.rank, config.num_depths
         self.lm_heads = DepthLMHeads(config.lm_head, *sizes, backbone, self.lm_logits, config.draft_vocab_size)
-        if config.draft_vocab_size:
-            self.drafted = jt.array(np.arange(config.draft_vocab_size, dtype=np.int32)).stop_grad()
+        self.begin_with_first_tokens()
 
     def prepare(self, token_counts):
-        if self.config.draft_vocab_size:
-            frequent = np.argsort(-token_counts, kind="stable")[: self.config.draft_vocab_size]
-            self.drafted.update(np.sort(frequent).astype(np.int32))
-            self.lm_heads.take_rows(self.draft_vocab)
-
-    @property
-    def draft_vocab(self):
-        return self.drafted.numpy() if self.config.draft_vocab_size else None
+        if self.choose_tokens(token_counts):
+            self.lm_heads.take_rows(self.drafted)
 
     def context(self, features, positions):
         """The h' that every depth sees, at the wanted positions, (num, dim)."""

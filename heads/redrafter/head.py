@@ -43,9 +43,9 @@ class ReDrafterHead(RecurrentHead):
         self.token_norm = RMSNorm(dim)
         self.recurrence = Linear(2 * dim, dim)  # [W U]
         self.blocks = jt.nn.Sequential(*[ResidualBlock(2 * dim) for _ in range(config.num_layers)])
-        on_context = backbone.lm_head_weight.numpy() if config.lm_head == "own" else np.eye(dim)
-        weight = np.concatenate([on_context, np.zeros_like(on_context)], 1)
-        self.output = Linear(2 * dim, len(weight), bias=False, weight=weight)
+        on_context = backbone.lm_head_weight if config.lm_head == "own" else jt.array(np.eye(dim, dtype=np.float32))
+        weight = jt.concat([on_context, jt.zeros(tuple(on_context.shape))], 1)
+        self.output = Linear(2 * dim, weight.shape[0], bias=False, weight=weight)
 
     def start(self, hidden):
         return hidden, jt.zeros_like(hidden)

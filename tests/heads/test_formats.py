@@ -50,7 +50,7 @@ def checkpoint(tmp_path, small):
     def make(name="mlp", place="checkpoint", **options):
         head = build(name, options, small)
         random = np.random.default_rng(0)
-        for _, parameter in sorted(head.named_parameters()):
+        for _, parameter in sorted(head.trainable().items()):
             parameter.update(jt.array(random.standard_normal(parameter.shape).astype(np.float32) * 0.3))
         config = {
             "head": name,
@@ -133,9 +133,12 @@ def test_a_published_config_of_two_heads_over_five_is_told_and_the_tensors_decid
 ALL_OWN = [("gorgon", "g"), ("npz", "a.npz"), ("jittor-pkl", "a.jtr"), ("jittor-pkl", "a.pkl")]
 
 
-@pytest.mark.parametrize("name", ["mlp", "hydra", "eagle", "lora", "gated_rnn"])
-def test_a_checkpoint_comes_back_from_single_files_as_it_was(tmp_path, folder, checkpoint, name):
-    source = checkpoint(name, num_depths=2)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in ("mlp", "hydra", "eagle", "lora", "gated_rnn")), ("eagle3", {"draft_vocab_size": 5})],
+)
+def test_a_checkpoint_comes_back_from_single_files_as_it_was(tmp_path, folder, checkpoint, name, options):
+    source = checkpoint(name, num_depths=2, **options)
     (source / "calibration.json").write_text('{"kind": "calibration"}')
     previous = source
     for to, place in [*ALL_OWN[1:], ALL_OWN[0]]:

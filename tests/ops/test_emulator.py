@@ -120,7 +120,7 @@ def test_a_copy_has_come_only_once_it_was_waited_for(x):
 
 @pytest.mark.parametrize(("threads", "shared"), [(2048, 256), (64, 300_000)])
 def test_what_no_gpu_takes_is_refused(x, threads, shared):
-    with pytest.raises(RuntimeError, match="no GPU takes|more shared memory than a GPU has"):
+    with pytest.raises(RuntimeError, match=r"no GPU takes|more shared memory than a GPU has"):
         run("right", x, threads=threads, shared=shared)
 
 
