@@ -41,6 +41,23 @@ template <int LEFT> __global__ void copied(const float* x, float* out) {
     __syncthreads();
     out[threadIdx.x] = s[threadIdx.x];
 }
+// A copy into what the others have yet to read.
+__global__ void overwritten(const float* x, float* out) {
+    GORGON_SHARED(float, s);
+    s[threadIdx.x] = -x[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) copy_async(s, x);
+    out[threadIdx.x] = s[threadIdx.x];
+    copies_commit();
+    copies_wait<0>();
+}
+__global__ void misaligned(const float* x, float* out) {
+    GORGON_SHARED(float, s);
+    copy_async(s, x + 1);
+    copies_commit();
+    copies_wait<0>();
+    out[threadIdx.x] = s[0];
+}
 // d (16, 8) = a (16, 16) b (16, 8), both in one array.
 __global__ void product(const float* x, float* out) {
     const float *a = x, *b = x + 256;
@@ -57,7 +74,8 @@ __global__ void product(const float* x, float* out) {
 }
 }
 """
-NAMES = ["right", "no_barrier", "behind_the_end", "half_a_barrier", "copied<0>", "copied<1>", "product"]
+NAMES = ["right", "no_barrier", "behind_the_end", "half_a_barrier", "copied<0>", "copied<1>", "overwritten"]
+NAMES += ["misaligned", "product"]
 CASES = "\n".join(
     f"case {i}: gorgon::launch(gorgon::{name}, dim3(blocks), dim3(threads), shared, in0_p, out0_p); break;"
     for i, name in enumerate(NAMES)
@@ -116,6 +134,17 @@ def test_threads_at_different_barriers_are_an_error(x):
 def test_a_copy_has_come_only_once_it_was_waited_for(x):
     np.testing.assert_array_equal(run("copied<0>", x), x)
     assert run("copied<1>", x).tobytes() != x.tobytes()
+
+
+def test_a_copy_that_comes_before_the_last_reader_has_done_shows(monkeypatch, x):
+    assert run("overwritten", x).tobytes() == (-x).tobytes()
+    monkeypatch.setenv("GORGON_EMULATOR_ORDER", "descending")
+    assert run("overwritten", x).tobytes() != (-x).tobytes()
+
+
+def test_sixteen_bytes_at_a_wrong_address_are_an_error(x):
+    with pytest.raises(RuntimeError, match="no multiple of 16"):
+        run("misaligned", x)
 
 
 @pytest.mark.parametrize(("threads", "shared"), [(2048, 256), (64, 300_000)])

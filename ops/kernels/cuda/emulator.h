@@ -2,9 +2,10 @@
 //
 // A block runs at a time. Each of its threads is a fiber with a stack of its own, which runs until it waits for others:
 // at a barrier, a shuffle or an mma. GORGON_EMULATOR_ORDER=descending lets the last thread go first; a kernel whose
-// result then differs lacks a barrier. Shared memory is filled with NaN before each block and has a guard behind it,
-// and asynchronous copies arrive no sooner than they are waited for. Not shown: speed, memory beyond the arrays,
-// races between blocks.
+// result then differs lacks a barrier. Asynchronous copies then arrive at once, otherwise no sooner than they are waited
+// for, so that a copy which is read too early shows, and one which comes before the last reader has done. Shared memory is
+// filled with NaN before each block and has a guard behind it. Not shown: speed, memory beyond the arrays, races between
+// blocks, alignment but that of asynchronous copies and load_once.
 #pragma once
 #include <chrono>
 #include <cmath>
@@ -154,6 +155,7 @@ struct Block {
     std::function<void()> body;
     size_t current = 0;
     std::string failure;
+    bool copies_at_once = false;
 
     Fiber& fiber() { return fibers[current]; }
     Warp& warp() { return warps[current / 32]; }
@@ -242,6 +244,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arg
     if (shared > 227 * 1024) throw std::runtime_error("emulated kernel: more shared memory than a GPU has");
     emulator::Block& b = emulator::block();
     if (b.fibers.size() != threads) b.fibers = std::vector<emulator::Fiber>(threads);
+    b.copies_at_once = descending;
     gridDim = grid;
     blockDim = block;
     b.body = [&] { kernel((P)arguments...); };
@@ -309,10 +312,19 @@ static inline float exponential(float x) {
 
 // ---- memory ----
 
-static inline uint4 load_once(const uint4* p) { return *p; }
+static inline void check_aligned(const void* p) {
+    if ((uintptr_t)p % 16) throw std::runtime_error("emulated kernel: 16 bytes at an address that is no multiple of 16");
+}
+static inline uint4 load_once(const uint4* p) {
+    check_aligned(p);
+    return *p;
+}
 static inline void prefetch(const void*) {}
 static inline void copy_async(void* shared, const void* global) {
-    emulator::block().fiber().open.push_back({shared, global});
+    check_aligned(shared);
+    check_aligned(global);
+    if (emulator::block().copies_at_once) memcpy(shared, global, 16);
+    else emulator::block().fiber().open.push_back({shared, global});
 }
 static inline void copies_commit() {
     emulator::Fiber& f = emulator::block().fiber();
