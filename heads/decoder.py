@@ -142,6 +142,10 @@ class LayerHead(Head):
         """y: (rows, dim) -> (rows, vocab)."""
         raise TypeError(f"{type(self).__name__} does not define logits")
 
+    def project(self, y):
+        """``logits`` for the loss: themselves, or the ``Projection`` that they would be."""
+        return self.logits(y)
+
     def unroll(self, feature, lengths: np.ndarray, token_ids: np.ndarray, positions: np.ndarray, num_depths: int):
         """The layer's outputs at the wanted positions under the true tokens, one (num, dim) per depth.
 
@@ -163,7 +167,7 @@ class LayerHead(Head):
     def execute(self, features, token_ids, positions) -> HeadOutput:
         lengths = self.sequence_lengths(features)
         outputs = self.unroll(self.context(features), lengths, token_ids, np.asarray(positions), self.num_depths)
-        return HeadOutput([self.logits(y) for y in outputs])
+        return HeadOutput([self.project(y) for y in outputs])
 
     def begin(self, features, token_ids, state=None):
         cache = HeadCache(self.block) if state is None else state[0]

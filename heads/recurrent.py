@@ -24,6 +24,10 @@ class RecurrentHead(Head):
         """The logits of the token that follows, (rows, vocab)."""
         raise TypeError(f"{type(self).__name__} does not define score")
 
+    def project(self, state: tuple):
+        """``score`` for the loss: the logits, or the ``Projection`` that they would be."""
+        return self.score(state)
+
     def unroll(self, features: Features, token_ids, positions) -> list[tuple]:
         """The state after each depth's token, under the true tokens; see ``execute`` for the arguments."""
         state, states = self.start(self.select(features.hidden, positions)), []
@@ -33,7 +37,7 @@ class RecurrentHead(Head):
         return states
 
     def execute(self, features, token_ids, positions) -> HeadOutput:
-        return HeadOutput([self.score(state) for state in self.unroll(features, token_ids, positions)])
+        return HeadOutput([self.project(state) for state in self.unroll(features, token_ids, positions)])
 
     def begin(self, features, token_ids, state=None):
         rows = features.hidden.shape[1]

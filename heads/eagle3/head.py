@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from heads.base import HeadOutput, option
+from heads.base import option
 from heads.decoder import DecoderBlock, LayerHead
 from heads.draft_vocab import DraftVocabulary
 from heads.layers import Linear, RMSNorm
@@ -71,7 +69,5 @@ class Eagle3Head(DraftVocabulary, LayerHead):
     def logits(self, y):
         return self.lm_head(self.norm(y))
 
-    def execute(self, features, token_ids, positions) -> HeadOutput:
-        context, lengths = self.context(features), self.sequence_lengths(features)
-        outputs = self.unroll(context, lengths, token_ids, np.asarray(positions), self.num_depths)
-        return HeadOutput([self.lm_head.project(self.norm(y)) for y in outputs])
+    def project(self, y):
+        return self.lm_head.project(self.norm(y))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heads.base import HeadOutput, option
+from heads.base import option
 from heads.layers import Linear, RMSNorm
 from heads.recurrent import RecurrentHead
 from ops.draft import Tape, Value
@@ -72,8 +72,8 @@ class GatedRNNHead(RecurrentHead):
     def score(self, state):
         return self.lm_logits(state[0])
 
-    def execute(self, features, token_ids, positions) -> HeadOutput:
-        return HeadOutput([self.lm_projection(s) for (s,) in self.unroll(features, token_ids, positions)])
+    def project(self, state):
+        return self.lm_projection(state[0])
 
     def write_start(self, tape):
         return (tape.hidden,)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import HeadOutput, option
+from heads.base import option
 from heads.layers import Linear, ResidualBlock, RMSNorm
 from heads.recurrent import RecurrentHead
 from runtime import jt
@@ -59,12 +59,9 @@ class ReDrafterHead(RecurrentHead):
         y = self.output(self.blocks(jt.concat(state, 1)))
         return y if self.config.lm_head == "own" else self.lm_logits(y)
 
-    def execute(self, features, token_ids, positions) -> HeadOutput:
-        states = self.unroll(features, token_ids, positions)
-        xs = [self.blocks(jt.concat(state, 1)) for state in states]
-        if self.config.lm_head == "own":
-            return HeadOutput([self.output.project(x) for x in xs])
-        return HeadOutput([self.lm_projection(self.output(x)) for x in xs])
+    def project(self, state):
+        x = self.blocks(jt.concat(state, 1))
+        return self.output.project(x) if self.config.lm_head == "own" else self.lm_projection(self.output(x))
 
     def write_start(self, tape):
         return tape.hidden, tape.zeros(self.dim)
