@@ -229,7 +229,9 @@ def test_memory_is_constant_and_nothing_is_compiled_after_the_warm_up(place):
 
 def test_the_check_of_the_memory_notices_what_is_kept(place):
     kept, held = [], device_or_host_bytes()
-    for _ in range(4):
+    for _ in range(held // (4 * MEBI) + 2):  # what Jittor holds for later is taken up first
         kept.append(jt.ones((MEBI,)))
         kept[-1].sync(True)
-    assert device_or_host_bytes() - held > MEBI
+        if device_or_host_bytes() - held > MEBI:
+            return
+    pytest.fail("more was kept than was held before, and it did not show")

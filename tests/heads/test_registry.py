@@ -173,8 +173,8 @@ def named_heads(source, path, names):
     return [f"{path}:{line} names the head {text!r}; let the head say what it is" for line, text in found]
 
 
-# What writes a certain head anew in another framework, reads that head's published files or checks a GPU with it, has to say
-# which it means.
+# What writes a certain head anew in another framework, reads that head's published files or checks a GPU with it has to
+# say which it means.
 EXEMPT = ("bench/peers/", "heads/formats/", "bench/gpu_steps.py")
 
 

@@ -48,6 +48,7 @@ __global__ void overwritten(const float* x, float* out) {
     __syncthreads();
     if (threadIdx.x == blockDim.x - 1) copy_async(s, x);
     out[threadIdx.x] = s[threadIdx.x];
+    __syncthreads();
     copies_commit();
     copies_wait<0>();
 }
