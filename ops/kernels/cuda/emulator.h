@@ -375,32 +375,10 @@ template <class T> static inline T __shfl_sync(unsigned, T value, int lane) { re
 template <class T> static inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return gorgon_exchange(value, gorgon::emulator::block().lane() ^ mask);
 }
-template <class T> static inline T __shfl_down_sync(unsigned, T value, int delta) {
-    int lane = gorgon::emulator::block().lane();
-    return gorgon_exchange(value, lane + delta < 32 ? lane + delta : lane);
-}
-template <class T> static inline T __shfl_up_sync(unsigned, T value, int delta) {
-    int lane = gorgon::emulator::block().lane();
-    return gorgon_exchange(value, lane >= delta ? lane - delta : lane);
-}
 static inline unsigned __ballot_sync(unsigned, int predicate) {
     unsigned bits = 0;
     for (int lane = 0; lane < 32; lane++) bits |= (unsigned)(gorgon_exchange(predicate != 0, lane)) << lane;
     return bits;
 }
-static inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-template <class T> static inline T atomicAdd(T* p, T value) {
-    T before = *p;
-    *p += value;
-    return before;
-}
-template <class T> static inline T atomicMax(T* p, T value) {
-    T before = *p;
-    if (value > before) *p = value;
-    return before;
-}
 template <class T> static inline T __ldg(const T* p) { return *p; }
-static inline float __fdividef(float a, float b) { return a / b; }
-static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-static inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 static inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
