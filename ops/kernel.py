@@ -68,3 +68,9 @@ def launch(shapes, dtypes, inputs, *, cpu: str, cuda: str, cpu_files: str = "cpu
     if _emulating:
         return jt.code(shapes, dtypes, inputs, cpu_header=header, cpu_src=cuda, data=data)
     return jt.code(shapes, dtypes, inputs, cuda_header=header, cuda_src=cuda, data=data)
+
+
+def cuda_in_place(inputs: list, cuda: str, cuda_files, data=None) -> None:
+    """Run a CUDA body that writes into its inputs, of which there is none for the CPU. The one output is there because
+    a call needs one; what waits to read the old values has to be synced before."""
+    launch((1,), "int32", inputs, cpu='#error "for CUDA alone"', cuda=cuda, cuda_files=cuda_files, data=data).sync()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ops.kernel import cpu_header, launch, on_cpu
+from ops.kernel import cpu_header, cuda_in_place, launch, on_cpu
 from ops.training import outer_product, reference_cross_entropy
 from runtime import jt
 
@@ -103,7 +103,7 @@ class _LinearCrossEntropy(jt.Function):
         assert grads is not None, "on CUDA the gradients are handed out once: ask one jt.grad for all of them"
         for grad in grads:
             if grad is not None:
-                _cuda_in_place([grad, upstream], "gorgon::scale(in0_p, in1_p, in0->num);")
+                cuda_in_place([grad, upstream], "gorgon::scale(in0_p, in1_p, in0->num);", CUDA_FILES)
         return tuple(grads)
 
 
@@ -148,16 +148,10 @@ def chunk_rows(vocab: int) -> int:
     return max(1, rows // ROW_STEP) * ROW_STEP
 
 
-def _cuda_in_place(inputs: list, call: str, data: dict | None = None) -> None:
-    """Run a kernel body that writes into its inputs, of which there is none for the CPU. The one output is there
-    because a call needs one; what waits to read the old values has to be synced before."""
-    launch((1,), "int32", inputs, cpu='#error "for CUDA alone"', cuda=call, cuda_files=CUDA_FILES, data=data).sync()
-
-
 def _add(target, more, offset: int = 0) -> None:
     """target[offset:] += more in place, both as if they had one dimension."""
     call = 'gorgon::add(in0_p + (int64_t)data["offset"], in1_p, in1->num);'
-    _cuda_in_place([target, more], call, {"offset": offset})
+    cuda_in_place([target, more], call, CUDA_FILES, {"offset": offset})
 
 
 def _sweep_by_products(problem: _Problem, factors):
@@ -218,13 +212,14 @@ def _finish_chunk(problem: _Problem, logits, first: int, losses, counted, ranks)
     soft = problem.soft or ()
     told = "in3_shape1, in1_p, in3_p, in2_p, in4_p" if soft else "0, in1_p, nullptr, in2_p, nullptr"
     out = [f"in{3 + len(soft) + i}_p" for i in range(3)]
-    _cuda_in_place(
+    cuda_in_place(
         [logits, problem.targets, problem.row_weights, *soft, losses, counted, ranks],
         f"""
         gorgon::LinearLoss loss{{(int)in0_shape1, (int){told}, (float)data["soft_share"],
                                  {out[1]}, {out[0]}, {out[2]}}};
         gorgon::linear_loss(loss.from((int64_t)data["first"]), in0_p, in0_shape0, data["wants_grad"] != 0);
         """,
+        CUDA_FILES,
         {"soft_share": problem.soft_share, "first": first, "wants_grad": int(any(problem.wanted))},
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from ops.kernel import cpu_header, launch, on_cpu
+from ops.kernel import cpu_header, cuda_in_place, launch, on_cpu
 from runtime import jt
 
 HEADER = "optimizer.h"  # of both bodies, whose functions have the same names
@@ -43,13 +43,8 @@ def squared_norm(grads: list) -> float:
     sums, partial = (jt.zeros((size,), "float64") for size in (len(grads), SQUARE_BLOCKS))
     for place, grad in enumerate(grads):
         call = 'gorgon::sum_of_squares(in0_p, in0->num, in1_p, in2_p + (int64_t)data["place"]);'
-        _cuda_in_place([grad, partial, sums], call, {"place": place})
+        cuda_in_place([grad, partial, sums], call, [HEADER], {"place": place})
     return math.fsum(sums.numpy().tolist())
-
-
-def _cuda_in_place(inputs: list, call: str, data: dict) -> None:
-    """Run a kernel body of which there is none for the CPU, and which writes into its inputs."""
-    launch((1,), "int32", inputs, cpu='#error "for CUDA alone"', cuda=call, cuda_files=[HEADER], data=data).sync()
 
 
 def reference_adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step):
