@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from backbone.engines import ENGINES, HELP, JITTOR, prepare_engine
+from backbone.engines import prepare_engine
 from bench.calibration import (
     KIND,
     SCHEMA_VERSION,
@@ -36,7 +36,14 @@ from bench.calibration import (
     write_calibration,
 )
 from bench.compare import show_table
-from bench.options import DEFAULT_CACHE, DEFAULT_PROMPTS, DRAFT_DTYPES, project_path, read_prompts
+from bench.options import (
+    DEFAULT_CACHE,
+    DEFAULT_PROMPTS,
+    DRAFT_DTYPES,
+    add_backbone_options,
+    project_path,
+    read_prompts,
+)
 from bench.prompts import PromptSet
 from bench.record import check_writable
 from bench.trees import check_room, describe_tree, subject_of
@@ -60,13 +67,7 @@ def build_parser() -> Parser:
 
     add("--head", "calibrate this head: its latest checkpoint, or none if it needs none", metavar="NAME")
     add("--checkpoint", "calibrate this checkpoint", metavar="DIR")
-    add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
-    add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")
-    add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
-    add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
-    add("--load-in-4bit", "keep them in nf4, a scale per 64 weights of a row", action="store_true")
-    add("--backbone-engine", HELP, choices=ENGINES, default=JITTOR)
-    add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
+    add_backbone_options(add)
     add("--prompts", "prompt file instead of held-out text; may be repeated", metavar="FILE", action="append")
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
     add("--max-new-tokens", "longest reply of a turn", metavar="N", type=int, default=128)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backbone.engines import ENGINES, HELP, JITTOR
@@ -22,6 +22,17 @@ DRAFT_DTYPES = ("float16", "float32")
 DESCRIPTION = "Measure trained heads against autoregressive decoding of the same prompts; one result file per head."
 
 
+def add_backbone_options(add: Callable[..., None]) -> None:
+    """Where runs lie and which backbone is loaded, and how. add: flag, help, settings of ``add_argument``."""
+    add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
+    add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")
+    add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
+    add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
+    add("--load-in-4bit", "keep them in nf4, a scale per 64 weights of a row", action="store_true")
+    add("--backbone-engine", HELP, choices=ENGINES, default=JITTOR)
+    add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
+
+
 def build_parser() -> Parser:
     """The options of this entry."""
     parser = Parser(prog="bench/run.py", description=DESCRIPTION, allow_abbrev=False)
@@ -33,13 +44,7 @@ def build_parser() -> Parser:
     add_options(add)
     add("--head", "measure this head (its latest checkpoint); may be repeated", metavar="NAME", action="append")
     add("--checkpoint", "measure this checkpoint; may be repeated", metavar="DIR", action="append")
-    add("--runs", "where train.py keeps its runs", metavar="DIR", default="runs")
-    add("--backbone", "Hugging Face directory of the backbone; without: the embedded tiny-vicuna", metavar="DIR")
-    add("--dtype", "of the backbone's weights and cache", choices=("float16", "float32"), default="float16")
-    add("--load-in-8bit", "keep the matrices of the backbone's layers in int8, a scale per row", action="store_true")
-    add("--load-in-4bit", "keep them in nf4, a scale per 64 weights of a row", action="store_true")
-    add("--backbone-engine", HELP, choices=ENGINES, default=JITTOR)
-    add("--template", "chat template by name; without: the tokenizer's own", metavar="NAME")
+    add_backbone_options(add)
     add("--prompts", "prompt file; may be repeated; without: the embedded one", metavar="FILE", action="append")
     add("--num-prompts", "use this many prompts, spread over the categories; without: all", metavar="N", type=int)
     add("--max-new-tokens", "longest reply of a turn", metavar="N", type=int, default=128)

@@ -1,6 +1,10 @@
 """A backbone small enough for a test: random weights, 2 layers, 32 wide, 64 tokens, grouped queries."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+from safetensors.numpy import save_file
 
 from backbone.config import BackboneConfig
 from backbone.model import Backbone
@@ -45,3 +49,31 @@ def small_backbone(dtype: str = "float32", seed: int = 0) -> Backbone:
     """The small backbone with random weights."""
     config = small_config()
     return Backbone(config, draw_weights(config, seed), dtype)
+
+
+def save_hugging_face(directory: Path, config: BackboneConfig, tensors: dict[str, np.ndarray], **changes) -> Path:
+    """A Hugging Face directory of these tensors; returns it. changes: of its config.json."""
+    raw = {
+        "architectures": ["MistralForCausalLM" if config.model_type == "mistral" else "LlamaForCausalLM"],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})},
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "sliding_window": None,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0],
+        **changes,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, directory / "model.safetensors")
+    return directory

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from backbone import torch_engine
 from backbone.cache import CacheFull, KVCache
@@ -24,7 +22,7 @@ from heads.registry import build
 from ops.decoder_layer import RowPlan
 from runtime import jt
 from runtime.entry import run_entry
-from tests.small import draw_weights, small_config
+from tests.small import draw_weights, save_hugging_face, small_config
 from tests.trainer.runs import start
 from trainer.data import TokenizedData
 from trainer.features import backbone_features, cache_key
@@ -47,38 +45,10 @@ KINDS = {
 }
 
 
-def save(directory, config, tensors, **changes):
-    """A Hugging Face directory. changes: of its config.json."""
-    raw = {
-        "architectures": ["MistralForCausalLM" if config.model_type == "mistral" else "LlamaForCausalLM"],
-        "model_type": config.model_type,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})},
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        "sliding_window": None,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_ids[0],
-        **changes,
-    }
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(raw))
-    save_file(tensors, directory / "model.safetensors")
-    return directory
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """The small backbone on disk."""
-    return save(tmp_path_factory.mktemp("small") / "model", small_config(), draw_weights(small_config()))
+    return save_hugging_face(tmp_path_factory.mktemp("small") / "model", small_config(), draw_weights(small_config()))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +95,7 @@ def prefilled(backbone, ids, room=64):
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_engines_compute_the_same_and_give_the_weights_the_same_name(kind, tmp_path):
     config = small_config(**KINDS[kind])
-    path = save(tmp_path / "model", config, draw_weights(config))
+    path = save_hugging_face(tmp_path / "model", config, draw_weights(config))
     own, other = load_engine("jittor", path, "float32"), load_engine("torch", path, "float32")
     assert own.fingerprint == other.fingerprint and own.config == other.config
     assert (own.storage, other.storage) == ("float32", "torch-float32")
@@ -141,7 +111,9 @@ def test_both_engines_compute_the_same_and_give_the_weights_the_same_name(kind, 
 
 def test_the_comparison_notices_other_rotary_positions(tmp_path, ours):
     rope = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}
-    other = TorchBackbone(save(tmp_path / "model", small_config(), draw_weights(small_config()), **rope), "float32")
+    other = TorchBackbone(
+        save_hugging_face(tmp_path / "model", small_config(), draw_weights(small_config()), **rope), "float32"
+    )
     ids = text(40)
     assert difference(other.forward(ids).logits, ours.forward(ids).logits) > 100 * TOLERANCE
     assert other.fingerprint != ours.fingerprint
@@ -435,10 +407,10 @@ def test_what_cannot_be_served_is_refused_in_words(directory, ours, theirs, tmp_
     tensors = draw_weights(small_config())
     tensors["model.norm.weight"][0] = np.inf
     with pytest.raises(ValueError, match=r"model\.norm\.weight is not finite in float32"):
-        TorchBackbone(save(tmp_path / "infinite", small_config(), tensors), "float32")
+        TorchBackbone(save_hugging_face(tmp_path / "infinite", small_config(), tensors), "float32")
     del tensors["model.norm.weight"]
     with pytest.raises(ValueError, match=r"1 missing: model\.norm\.weight"):
-        TorchBackbone(save(tmp_path / "lacking", small_config(), tensors), "float32")
+        TorchBackbone(save_hugging_face(tmp_path / "lacking", small_config(), tensors), "float32")
 
 
 def test_a_folder_of_another_kind_is_answered_with_how_to_convert_it(tmp_path):

@@ -4,13 +4,12 @@ import json
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from backbone.formats import ConvertOptions
 from heads.formats import convert
-from tests.small import SMALL, draw_weights, small_config
+from tests.small import SMALL, draw_weights, save_hugging_face, small_config
 
 DIM, VOCAB = SMALL["hidden_size"], SMALL["vocab_size"]
 ROWS = 6
@@ -19,29 +18,8 @@ ROWS = 6
 def write_backbone(folder, dtype=np.float16, seed=0, **changes):
     """The small backbone as a Hugging Face folder; returns the folder."""
     config = small_config(**changes)
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(raw))
     tensors = {name: tensor.astype(dtype) for name, tensor in draw_weights(config, seed).items()}
-    save_file(tensors, str(folder / "model.safetensors"))
-    return folder
+    return save_hugging_face(folder, config, tensors)
 
 
 class ResBlock(torch.nn.Module):
