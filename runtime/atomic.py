@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -35,10 +36,21 @@ def _exchange(first: Path, second: Path) -> bool:
     )
 
 
-def _swap_in(partial: Path, directory: Path) -> None:
-    if not directory.exists():
+def _take_free_place(partial: Path, directory: Path) -> bool:
+    """False where there is such a folder, were it made by another process this very moment."""
+    if directory.exists():
+        return False
+    try:
         os.rename(partial, directory)
-    elif not _exchange(partial, directory):
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _swap_in(partial: Path, directory: Path) -> None:
+    if not _take_free_place(partial, directory) and not _exchange(partial, directory):
         # Between these two renames there is no such folder: the price of a file system that cannot exchange.
         retired = partial.with_name(f"{partial.name}.old")
         os.rename(directory, retired)

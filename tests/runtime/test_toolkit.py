@@ -1,5 +1,6 @@
 """What a machine has of CUDA is found wherever it lies, has to fit together, and becomes one folder."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime import toolkit
+from runtime.atomic import atomic_directory
 from runtime.toolkit import NAMED, examine, find_toolkits, nvcc_version, remedy
 from runtime.toolkit_folder import Entry, plan, put_together
 
@@ -235,6 +237,22 @@ def test_several_processes_make_one_whole_folder(tmp_path):
     assert [maker.wait() for maker in makers] == [0] * 4 and len(printed) == 1
     (folder,) = tmp_path.iterdir()
     assert str(folder) in printed and len(list(folder.glob("d*/f*"))) == 500
+
+
+def test_a_folder_that_appears_at_the_last_moment_is_replaced_by_its_equal(tmp_path, monkeypatch):
+    directory = tmp_path / "folder"
+    rename = os.rename
+
+    def late(source, target):
+        if not os.path.exists(target):  # another process comes first
+            directory.mkdir()
+            (directory / "x").write_text("theirs")
+        rename(source, target)
+
+    with atomic_directory(directory) as partial:
+        (partial / "x").write_text("ours")
+        monkeypatch.setattr(os, "rename", late)
+    assert (directory / "x").read_text() == "ours" and list(tmp_path.iterdir()) == [directory]
 
 
 def test_a_link_to_nothing_is_no_reason_to_fail(tmp_path):
