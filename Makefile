@@ -40,7 +40,7 @@ comparison: setup  ## train and measure every head with every seed; a result tha
 	$(RUN) bench/seeds.py $(COMPARISON)/*.json --against mlp --markdown $(COMPARISON)/README.md
 
 expected: setup  ## what training expects a head to accept, beside what decoding the same held-out prompts measures
-	$(RUN) -m trainer.splits --out runs/held-out.jsonl --head mlp
+	$(RUN) -m trainer.data.splits --out runs/held-out.jsonl --head mlp
 	@for head in $(COMPARED); do \
 	  test -f results/expected/$$head.json && continue; \
 	  $(RUN) train.py --head $$head --max-steps $(STEPS) --score-every $(STEPS) --out runs/expected/$$head --overwrite || exit 1; \

@@ -34,12 +34,12 @@ def main(arguments) -> int:
     if config is None:
         list_heads()
         return 0
-    from trainer.splits import load_splits
+    from trainer.data.splits import load_splits
 
     splits = load_splits(config)  # mistakes in the text come before Jittor compiles anything
 
     import runtime
-    from trainer.dry_run import dry_run
+    from trainer.dry_run.run import dry_run
     from trainer.session import CHECKPOINT, prepare, train
 
     setting = prepare(config, splits)

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from backbone.layout import META, PICKLE_FILE, container, layouts
-from backbone.layout import META_PARAMS as PARAMS
-from backbone.meta import open_meta
-from backbone.pickle_file import open_pickle_file
+from backbone.files.layout import META, PICKLE_FILE, container, layouts
+from backbone.files.layout import META_PARAMS as PARAMS
+from backbone.files.meta import open_meta
+from backbone.files.pickle_file import open_pickle_file
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ROPE_TYPES = ("default", "linear", "llama3")

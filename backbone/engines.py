@@ -20,7 +20,7 @@ def prepare_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise suggest("--backbone-engine", engine, ENGINES)
     if engine == TORCH:
-        from runtime.bootstrap import import_torch
+        from runtime.start.bootstrap import import_torch
 
         import_torch()
 

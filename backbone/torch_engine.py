@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig, read_config
-from backbone.layout import META, PICKLE, layouts
+from backbone.files.layout import META, PICKLE, layouts
 from backbone.model import DTYPES, EMBEDDED, Backbone
 from backbone.weights import fingerprint, read_backbone
 from ops.decoder_layer import RowPlan

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from backbone.config import BackboneConfig, read_json
-from backbone.layout import (
+from backbone.files.layout import (
     BIN,
     META,
     META_PARAMS,
@@ -34,10 +34,10 @@ from backbone.layout import (
     layouts,
     loose_files,
 )
-from backbone.lazy import LazyTensor, Refused, Shape, damaged, stored
-from backbone.meta import open_meta
-from backbone.pickle_file import open_pickle_file
-from backbone.torch_file import open_torch_file
+from backbone.files.lazy import LazyTensor, Refused, Shape, damaged, stored
+from backbone.files.meta import open_meta
+from backbone.files.pickle_file import open_pickle_file
+from backbone.files.torch_file import open_torch_file
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -192,7 +192,7 @@ def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[
     """Every tensor of a backbone on disk, by Hugging Face name, in file order; a file is opened when its turn comes.
 
     path: a Hugging Face or Meta directory, a ``.pkl`` of ours or the directory it lies in. layout: which of them
-    (``backbone.layout``); None: the first of those it has. Raises ValueError naming what is damaged or missing.
+    (``backbone.files.layout``); None: the first of those it has. Raises ValueError naming what is damaged or missing.
     """
     path = Path(path)
     layout = layout or next(iter(layouts(path)), None)

@@ -26,7 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from backbone.engines import prepare_engine
-from bench.calibration import (
+from bench.compare import show_table
+from bench.measure.calibration import (
     KIND,
     SCHEMA_VERSION,
     Calibration,
@@ -35,8 +36,7 @@ from bench.calibration import (
     parse_calibration,
     write_calibration,
 )
-from bench.compare import show_table
-from bench.options import (
+from bench.measure.options import (
     DEFAULT_CACHE,
     DEFAULT_PROMPTS,
     DRAFT_DTYPES,
@@ -44,9 +44,9 @@ from bench.options import (
     project_path,
     read_prompts,
 )
-from bench.prompts import PromptSet
-from bench.record import check_writable
-from bench.trees import check_room, describe_tree, subject_of
+from bench.measure.trees import check_room, describe_tree, subject_of
+from bench.record.prompts import PromptSet
+from bench.record.schema import check_writable
 from decoding.acceptance import RankedText, Replay, count_ranks, replay
 from decoding.search import Candidate, refine, search, shortlist
 from decoding.tree import Tree
@@ -126,7 +126,7 @@ def find_prompts(options: argparse.Namespace, tokenizer, max_positions: int, con
         if any(Path(file).resolve() == DEFAULT_PROMPTS for file in options.prompts):
             note("warning: these are the prompts that bench/run.py measures on; a prediction for them is no test")
         return prompts
-    from bench.texts import held_out_prompts
+    from bench.measure.texts import held_out_prompts
 
     prompts, sha256 = held_out_prompts(tokenizer, max_positions, options.num_prompts)
     trained_on = config.get("data", {}).get("sha256")
@@ -186,7 +186,7 @@ def calibrate(options: argparse.Namespace) -> tuple[Calibration, Path]:
 
     import runtime
     from backbone.engines import load_engine
-    from bench.attempts import Setup
+    from bench.measure.attempts import Setup
     from heads.checkpoint import load_head
     from heads.registry import build
     from runtime.interrupt import deferred_interrupts
@@ -223,8 +223,8 @@ def calibrate(options: argparse.Namespace) -> tuple[Calibration, Path]:
 
 def measure(options: argparse.Namespace, setup, prompts: PromptSet) -> dict:
     """The measured part of a calibration, as plain data."""
-    from bench.latency import measure_curve, time_loops
-    from bench.texts import decode_texts, distinct, rank_texts
+    from bench.measure.latency import measure_curve, time_loops
+    from bench.measure.texts import decode_texts, distinct, rank_texts
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=NOTES, disable=not sys.stderr.isatty()) as progress:

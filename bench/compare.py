@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.metrics import PairedRatio
-from bench.projection import (
+from bench.record.metrics import PairedRatio
+from bench.record.schema import check_writable, write_atomically
+from bench.tables.projection import (
     ASSUMED,
     PUBLISHED_ASSUMED,
     Profile,
@@ -39,8 +40,7 @@ from bench.projection import (
     published_table,
     read_profile,
 )
-from bench.record import check_writable, write_atomically
-from bench.summary import (
+from bench.tables.summary import (
     AUTOREGRESSIVE,
     HeadToHead,
     Result,
@@ -54,7 +54,7 @@ from bench.summary import (
     sort_summaries,
     summarise,
 )
-from bench.training import Training, join, read_train_records
+from bench.tables.training import Training, join, read_train_records
 from runtime.entry import Parser, run_entry
 
 REFUSED = "parity failed"
@@ -146,7 +146,12 @@ def compare(options: argparse.Namespace) -> None:
 
 def draw(results: Sequence[Result], plot: str | None, frontier: str | None) -> None:
     """Draw what was asked for, once it is sure that all of it can be. Raises ValueError, OSError."""
-    from bench.plot import check_frontier, check_plot_path, draw_comparison, draw_frontier  # seaborn takes seconds
+    from bench.tables.plots import (  # seaborn takes seconds
+        check_frontier,
+        check_plot_path,
+        draw_comparison,
+        draw_frontier,
+    )
 
     for target in (plot, frontier):
         if target is not None:

@@ -26,14 +26,14 @@ import numpy as np
 
 import runtime
 from backbone.config import CONFIG, BackboneConfig, parse_config
+from backbone.files.layout import BIN, META, PICKLE, SAFETENSORS, SINGLE
+from backbone.files.lazy import LazyTensor
+from backbone.files.meta import feed_forward_size
 from backbone.formats import open_source
 from backbone.formats.containers import write_torch
 from backbone.formats.shards import parse_size, plan_shards
-from backbone.layout import BIN, META, PICKLE, SAFETENSORS, SINGLE
-from backbone.lazy import LazyTensor
-from backbone.meta import feed_forward_size
 from backbone.weights import expected_shapes
-from bench.record import check_writable, write_atomically
+from bench.record.schema import check_writable, write_atomically
 from runtime.entry import Parser, run_entry
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,9 +28,9 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
 from rich.console import Console
 from rich.table import Table
 
-from bench.gauges import read_counts
-from bench.record import check_writable, write_atomically
-from bench.shapes import ITEM_BYTES, TINY, shape_config
+from bench.clock.shapes import ITEM_BYTES, TINY, shape_config
+from bench.measure.gauges import read_counts
+from bench.record.schema import check_writable, write_atomically
 from runtime.entry import Parser, run_entry
 from runtime.interrupt import deferred_interrupts
 
@@ -87,10 +87,10 @@ def note(text: str) -> None:
 def measure(options: argparse.Namespace):
     """The whole measurement, as a checked ``EngineRecord``. Raises ValueError for shapes that cannot be measured."""
     import runtime
-    from bench.engine_record import parse_engine_record
-    from bench.loop import measure_loop
-    from bench.machine import best
-    from bench.passes import Work, check_shapes, describe, time_shape
+    from bench.clock.engine_record import parse_engine_record
+    from bench.clock.loop import measure_loop
+    from bench.clock.machine import best
+    from bench.clock.passes import Work, check_shapes, describe, time_shape
     from ops.machine import num_threads
 
     work = Work(
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
     """The command line."""
     options = parse(arguments)
     if options.plot:
-        from bench.plot import check_plot_path
+        from bench.tables.plots import check_plot_path
 
         check_plot_path(options.plot)
     for path in filter(None, (options.out, options.plot)):
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         write_atomically(options.out, json.dumps(plain, indent=1) + "\n")
     if options.plot:
-        from bench.engine_plot import draw_engine
+        from bench.tables.engine_plot import draw_engine
 
         draw_engine(record, options.plot)
     from bench.compare import show_table

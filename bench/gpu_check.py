@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.gpu_steps import STEPS, usable_gpu
-from bench.record import check_writable, write_atomically
-from bench.steps import DONE, NOT_RUN, ROOT, STATUSES, Outcome, Step, run_step
+from bench.gpu.checks import STEPS, usable_gpu
+from bench.gpu.steps import DONE, NOT_RUN, ROOT, STATUSES, Outcome, Step, run_step
+from bench.record.schema import check_writable, write_atomically
 from runtime.entry import Parser, run_entry, suggest
 
 NO_GPU = "no usable CUDA device"

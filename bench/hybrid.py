@@ -27,16 +27,16 @@ from rich.table import Table
 
 from backbone.engines import ENGINES, JITTOR, TORCH, load_engine, prepare_engine
 from bench.compare import show_table
-from bench.metrics import aggregate
-from bench.options import DEFAULT_CACHE, DEFAULT_NODES, project_path, read_prompts
-from bench.prompts import Prompt, PromptSet
-from bench.record import check_writable, write_atomically
-from bench.summary import format_number
+from bench.measure.options import DEFAULT_CACHE, DEFAULT_NODES, project_path, read_prompts
+from bench.record.metrics import aggregate
+from bench.record.prompts import Prompt, PromptSet
+from bench.record.schema import check_writable, write_atomically
+from bench.tables.summary import format_number
 from runtime.entry import Parser, run_entry
 
 if TYPE_CHECKING:
-    from bench.attempts import Setup
-    from bench.measure import Measurement
+    from bench.measure.attempts import Setup
+    from bench.measure.measure import Measurement
 
 SCHEMA_VERSION, KIND = 1, "hybrid"
 NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -89,8 +89,8 @@ class Side:
 
 def decode(side: Side, prompt: Prompt, index: int, head_first: bool) -> None:
     """All turns of a prompt; later ones read this engine's own replies."""
-    from bench.attempts import BASELINE, HEAD, Conversation
-    from bench.measure import add_attempts
+    from bench.measure.attempts import BASELINE, HEAD, Conversation
+    from bench.measure.measure import add_attempts
 
     talk, turns = Conversation(side.setup, prompt, index), []
     while (ids := talk.ask(len(turns))) is not None:
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace, prompts: PromptSet) -> dict:
     import runtime
     from backbone.config import read_config
     from backbone.tokenizer import EMBEDDED, load_tokenizer
-    from bench.measure import Measurement, warm_up
+    from bench.measure.measure import Measurement, warm_up
     from heads.checkpoint import find_checkpoint
     from heads.checkpoint import read_config as read_head_config
     from runtime.interrupt import check_interrupt, deferred_interrupts
@@ -188,8 +188,8 @@ def run(options: argparse.Namespace, prompts: PromptSet) -> dict:
 
 def make_setup(engine: str, options: argparse.Namespace, tokenizer, cache_length: int, directory: Path, tree) -> Setup:
     """Backbone, head and cache of one engine. tree: None takes that of the checkpoint, or of its calibration."""
-    from bench.attempts import Setup
-    from bench.trees import check_room, choose_tree
+    from bench.measure.attempts import Setup
+    from bench.measure.trees import check_room, choose_tree
     from heads.checkpoint import load_head
 
     backbone = load_engine(engine, options.backbone, options.dtype)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
 from backbone.model import load_backbone
-from bench.record import check_writable, write_atomically
+from bench.record.schema import check_writable, write_atomically
 from ops.attention import attention, reference_attention
 from ops.decoder_layer import RowPlan
 from ops.linear import PackedLinear

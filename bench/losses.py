@@ -25,8 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from bench.gauges import available_memory, interleave, peak_rss, reset_peak, rss, spread_ms
-from bench.record import check_writable, write_atomically
+from bench.measure.gauges import available_memory, interleave, peak_rss, reset_peak, rss, spread_ms
+from bench.record.schema import check_writable, write_atomically
 from ops.linear_loss import linear_cross_entropy
 from ops.training import cross_entropy, trainable_linear
 from runtime import jt

@@ -15,8 +15,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.record import check_writable, write_atomically
-from bench.summary import Summary, format_millions, format_number, load_results, sort_summaries, summarise
+from bench.record.schema import check_writable, write_atomically
+from bench.tables.summary import Summary, format_millions, format_number, load_results, sort_summaries, summarise
 from runtime.entry import Parser, run_entry
 
 BEGIN = "<!-- results:begin -->"

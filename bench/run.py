@@ -24,26 +24,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from backbone.engines import prepare_engine
-from bench.metrics import total_variation
-from bench.options import (
+from bench.measure.options import (
     DEFAULT_CACHE,
     DEFAULT_NODES,
     output_path,
     parse,
     read_prompts,
 )
-from bench.prompts import PromptSet
-from bench.record import Quantization, check_writable, read_record, to_json, write_record
-from bench.recorder import Recorder, Trained, read_stats, source
-from bench.rules import describe, read_acceptance
-from bench.summary import AUTOREGRESSIVE, load_results, summarise
-from bench.trees import check_room, choose_tree, describe_prediction, parse_tree
+from bench.measure.recorder import Recorder, Trained, read_stats, source
+from bench.measure.rules import describe, read_acceptance
+from bench.measure.trees import check_room, choose_tree, describe_prediction, parse_tree
+from bench.record.metrics import total_variation
+from bench.record.prompts import PromptSet
+from bench.record.schema import Quantization, check_writable, read_record, to_json, write_record
+from bench.tables.summary import AUTOREGRESSIVE, load_results, summarise
 from decoding.tree import DynamicTree, Tree
 from runtime.entry import INTERRUPTED, run_entry
 
 if TYPE_CHECKING:
-    from bench.attempts import Setup
-    from bench.measure import Measurement
+    from bench.measure.attempts import Setup
+    from bench.measure.measure import Measurement
 
 NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -173,7 +173,7 @@ def card(options: argparse.Namespace, setup: Setup, trained: Sequence[Trained], 
 def quantize_report(options: argparse.Namespace, setup: Setup, prompts: PromptSet) -> Quantization:
     """What 8 or 4 bits did to the backbone, measured before anything is timed."""
     from backbone.model import load_backbone
-    from bench.quantization import compare_backbones
+    from bench.measure.quantization import compare_backbones
 
     original = load_backbone(options.backbone, options.dtype)
     found = compare_backbones(dataclasses.replace(setup, backbone=original), setup, prompts.prompts)
@@ -198,7 +198,7 @@ def measure_all(
     The result of autoregressive decoding is what ran beside the first head. Raises ValueError for a checkpoint with
     unusable stats, before anything is measured, and when no prompt at all could be measured.
     """
-    from bench.measure import measure
+    from bench.measure.measure import measure
 
     for each in trained:
         read_stats(each.config, each.name)
@@ -285,8 +285,8 @@ def main(arguments: Sequence[str]) -> int:
 
     import runtime
     from backbone.engines import load_engine
-    from bench.attempts import Setup
     from bench.compare import show_table, summary_table
+    from bench.measure.attempts import Setup
 
     found = find_trained(options)
     kept = options.load_in_8bit, options.load_in_4bit

@@ -6,8 +6,8 @@
 
 Results of one head with one set of options are its runs, told apart by the seed their checkpoint was trained with. The
 accept length of a head is the mean over its runs; its interval is over seeds and prompts, see
-``bench.metrics.over_seeds``. The ratio to the head of --against is the mean of the ratios by seed, prompts paired by
-id. All figures are of the prompts that count in every result given.
+``bench.record.metrics.over_seeds``. The ratio to the head of --against is the mean of the ratios by seed, prompts
+paired by id. All figures are of the prompts that count in every result given.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.compare import check_target, show_table
-from bench.metrics import Estimate, comparable_rows, over_seeds
-from bench.record import PromptRow, write_atomically
+from bench.record.metrics import Estimate, comparable_rows, over_seeds
+from bench.record.schema import PromptRow, write_atomically
 from bench.report import language_of, markdown_line, replace_block
-from bench.summary import (
+from bench.tables.summary import (
     AUTOREGRESSIVE,
     SAME_WORK,
     Result,

@@ -2,8 +2,8 @@
 
     python -m runtime.compile_check 80 90        # compute capabilities; `python -m runtime.doctor --compile` calls this
 
-That proves that the toolkit which ``runtime.toolkit`` found and the sources which ``runtime.jittor_source`` mended
-compile, link and load, and that a core with CUDA in it lives on a machine without a driver. It says nothing about what
+That proves that the toolkit which ``runtime.start.toolkit`` found and the sources which
+``runtime.start.jittor_source`` mended compile, link and load, and that a core with CUDA in it lives on a machine without a driver. It says nothing about what
 a GPU would compute. The build is kept apart from the one that a GPU uses; it takes minutes once, seconds afterwards.
 """
 
@@ -16,10 +16,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from runtime.bootstrap import import_jittor, settle
-from runtime.choice import Choice
 from runtime.entry import Parser, run_entry
-from runtime.toolkit import WHEELS, Toolkit, find_toolkits, remedy
+from runtime.start.bootstrap import import_jittor, settle
+from runtime.start.choice import Choice
+from runtime.start.toolkit import WHEELS, Toolkit, find_toolkits, remedy
 
 CACHE_NAME = "gorgon-cuda-check"
 CAPABILITIES = (80, 90)

@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from runtime.choice import DeviceError, choose_device
 from runtime.compile_check import CAPABILITIES, compile_core
-from runtime.devices import Driver, find_driver
 from runtime.entry import Parser, run_entry
-from runtime.jittor_source import WRITTEN_FOR
-from runtime.onednn import onednn_prefix
-from runtime.python_config import places
-from runtime.toolkit import CUB_HEADER, LIBRARIES, Toolkit, find_toolkits
+from runtime.start.choice import DeviceError, choose_device
+from runtime.start.devices import Driver, find_driver
+from runtime.start.jittor_source import WRITTEN_FOR
+from runtime.start.onednn import onednn_prefix
+from runtime.start.python_config import places
+from runtime.start.toolkit import CUB_HEADER, LIBRARIES, Toolkit, find_toolkits
 
 INSTALL = "pip install -r requirements.txt"
 

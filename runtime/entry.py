@@ -9,8 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 
-from runtime.bootstrap import under_mpi
 from runtime.ranks import leave
+from runtime.start.bootstrap import under_mpi
 
 USER_MISTAKE, INTERRUPTED = 2, 130
 

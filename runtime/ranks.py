@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import runtime
-from runtime.bootstrap import under_mpi
+from runtime.start.bootstrap import under_mpi
 
 if TYPE_CHECKING:  # the functions import it, so that the doctor runs where nothing is installed
     import numpy as np

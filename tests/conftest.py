@@ -6,6 +6,6 @@ Left alone, threads that wait turn for milliseconds: on a machine that does othe
 
 import os
 
-from runtime.bootstrap import SPIN_COUNT
+from runtime.start.bootstrap import SPIN_COUNT
 
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -1,6 +1,7 @@
 """The house rules that a reader of one file cannot see: which way imports point, and who may know a head by name."""
 
 import ast
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -14,8 +15,10 @@ BELOW = {
     "heads": {"runtime", "ops", "backbone"},
     "decoding": {"runtime", "ops", "backbone", "heads"},
     "trainer": {"runtime", "ops", "backbone", "heads"},
+    "corpus": {"runtime", "ops", "backbone", "heads", "decoding", "trainer"},
     "bench": {"runtime", "ops", "backbone", "heads", "decoding", "trainer"},
 }
+MOST_LINES, MOST_FILES = 400, 14
 ENTRIES = {path.stem for path in ROOT.glob("*.py")}
 HEADS = {path.parent.name for path in (ROOT / "heads").glob("*/head.py")}
 REGISTRY = "heads/registry.py"
@@ -84,6 +87,128 @@ def problems_of(source, path):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             problems.append(f"{path}:{node.lineno} has a bare except")
     return problems
+
+
+def arrows(sources):
+    """{file: files of the project it imports}. sources: {path relative to the root: text}.
+
+    ``from a.b import c`` is an arrow to a/b/c.py where that is a file, else to a/b.py, else to a/b/__init__.py.
+    """
+    files = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources}
+    found = {}
+    for path, source in sources.items():
+        names = [name for _, name in imported_modules(ast.parse(source), path)]
+        targets = {files.get(name) or files.get(name.rpartition(".")[0]) for name in names}
+        found[path] = targets - {None, path}
+    return found
+
+
+def circles(graph):
+    """Groups of nodes that reach one another, each sorted. graph: {node: nodes it points at}."""
+    reach = {node: set() for node in graph}
+    for start, seen in reach.items():
+        todo = [start]
+        while todo:
+            for target in graph.get(todo.pop(), set()) - seen:
+                seen.add(target)
+                todo.append(target)
+    return sorted(
+        {
+            tuple(sorted({node} | {o for o in seen if node in reach.get(o, ())}))
+            for node, seen in reach.items()
+            if node in seen
+        }
+    )
+
+
+def neighbours(graph, folder):
+    """The graph of what lies in one folder: its files, and each folder in it as a single node."""
+
+    def node(path):
+        parts = PurePosixPath(path).relative_to(folder).parts
+        return parts[0] if len(parts) == 1 else f"{parts[0]}/"
+
+    inside = {path: node(path) for path in graph if path.startswith(f"{folder}/")}
+    found = {name: set() for name in inside.values()}
+    for path, name in inside.items():
+        found[name] |= {inside[target] for target in graph[path] if target in inside} - {name}
+    return found
+
+
+def circles_of(sources):
+    """Every circle of imports, between files and between the neighbours in a folder, in words."""
+    graph = arrows(sources)
+    folders = sorted({str(parent) for path in graph for parent in PurePosixPath(path).parents} - {"."})
+    found = [" <-> ".join(circle) for circle in circles(graph)]
+    return found + [f"{folder}: {' <-> '.join(c)}" for folder in folders for c in circles(neighbours(graph, folder))]
+
+
+def read_files(paths):
+    return {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
+
+
+def test_no_circle_between_files_or_between_the_folders_of_a_room():
+    assert not circles_of(read_files(project_files())), "\n".join(circles_of(read_files(project_files())))
+
+
+@pytest.mark.parametrize(
+    ("sources", "circle"),
+    [
+        ({"ops/a.py": "import ops.b", "ops/b.py": "def f():\n    from ops.a import g"}, "ops/a.py <-> ops/b.py"),
+        ({"ops/__init__.py": "from ops.a import x", "ops/a.py": "import ops"}, "ops/__init__.py <-> ops/a.py"),
+        (
+            {
+                "ops/a/one.py": "import ops.b.one",
+                "ops/b/one.py": "",
+                "ops/b/two.py": "from ops.a import three",
+                "ops/a/three.py": "",
+            },
+            "ops: a/ <-> b/",
+        ),
+        (
+            {"ops/top.py": "import ops.a.one", "ops/a/one.py": "", "ops/a/two.py": "import ops.top"},
+            "ops: a/ <-> top.py",
+        ),
+    ],
+)
+def test_a_circle_is_reported(sources, circle):
+    assert circle in circles_of(sources)
+
+
+def test_arrows_that_point_one_way_are_no_circle():
+    assert not circles_of(
+        {"ops/top.py": "from ops.a import one", "ops/a/one.py": "from ops.low import x", "ops/low.py": ""}
+    )
+
+
+def crowded(lines_of):
+    """What is too long or too full. lines_of: {path: number of lines}."""
+    full = Counter(str(PurePosixPath(path).parent) for path in lines_of if path.endswith(".py"))
+    return [f"{path} has {count} lines" for path, count in lines_of.items() if count > MOST_LINES] + [
+        f"{folder} has {count} Python files" for folder, count in full.items() if count > MOST_FILES
+    ]
+
+
+def test_no_file_is_too_long_and_no_folder_too_full():
+    sources = read_files(
+        [*project_files(), *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/*.py")))]
+        + [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("ops/**/*.h"))]
+    )
+    assert not (found := crowded({path: text.count("\n") for path, text in sources.items()})), "\n".join(found)
+
+
+def test_a_long_file_and_a_full_folder_are_reported():
+    assert crowded({"ops/a.py": 400, "ops/b.h": 401}) == ["ops/b.h has 401 lines"]
+    assert crowded({f"ops/{index}.py": 1 for index in range(15)}) == ["ops has 15 Python files"]
+
+
+def test_every_folder_says_what_it_is_for():
+    silent = [
+        path
+        for path in project_files()
+        if path.endswith("__init__.py") and not ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+    ]
+    assert not silent, silent
 
 
 def test_every_file_keeps_the_rules():

@@ -71,7 +71,7 @@ class TrainConfig:
     loss: str = _option("mix", "of each depth: ce (the text's token), kl (the backbone's distribution), or mix of both")
     kl_share: float = _option(0.5, "share of the backbone's distribution in the loss with --loss mix")
     kl_top: int = _option(32, "likeliest tokens of the backbone's distribution that --loss kl and mix look at")
-    teacher: str | None = _option(None, "top-k file that trainer.distill wrote; default: the backbone on the fly")
+    teacher: str | None = _option(None, "top-k file that corpus.write wrote; default: the backbone on the fly")
     optimizer: str = _option("adamw", "adamw, lion or muon (matrices by muon, the rest by adamw)")
     learning_rate: float = _option(2e-3, "peak of the schedule")
     schedule: str = _option("cosine", "of the learning rate after the warm-up: cosine, linear, wsd or constant")

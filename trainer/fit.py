@@ -20,13 +20,13 @@ import runtime
 from heads.base import Stage
 from heads.checkpoint import save_checkpoint, update_config
 from runtime.interrupt import acknowledge_interrupt, check_interrupt, deferred_interrupts
-from trainer.average import Average
 from trainer.config import TrainConfig
-from trainer.data import TokenizedData, batches
+from trainer.data.tokens import TokenizedData, batches
 from trainer.guard import Guard
 from trainer.loss import Objective
-from trainer.optimizer import NonFinite, Optimizer, make_optimizer
-from trainer.schedule import rate
+from trainer.optim.average import Average
+from trainer.optim.optimizer import NonFinite, Optimizer, make_optimizer
+from trainer.optim.schedule import rate
 from trainer.scoring import Score, own_tokens, score_head
 from trainer.state import State, save_state
 from trainer.step import gradients

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import runtime
-from trainer.data import TokenizedData
+from trainer.data.tokens import TokenizedData
 from trainer.loss import Batch
 
 

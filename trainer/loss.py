@@ -12,7 +12,7 @@ from heads.base import Features, Projection
 from ops.linear_loss import linear_cross_entropy, reference_soft_cross_entropy
 from ops.training import cross_entropy
 from runtime import jt
-from trainer.data import IGNORE, TokenizedData, targets, useful_positions
+from trainer.data.tokens import IGNORE, TokenizedData, targets, useful_positions
 
 KINDS = ("ce", "kl", "mix")
 

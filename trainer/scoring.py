@@ -9,10 +9,10 @@ import numpy as np
 import runtime
 from runtime import jt
 from runtime.ranks import sum_arrays
-from trainer.data import TokenizedData, batches
+from trainer.data.tokens import TokenizedData, batches
+from trainer.features.top_k import likeliest
 from trainer.loss import head_loss, make_batch
 from trainer.score import accuracy, count_paths, expected_accept_length, fitted_paths, own_replies
-from trainer.top_k import likeliest
 
 STORED_NODES = 64  # paths kept with a checkpoint: the largest tree in the literature has 64 nodes
 HELD_OUT_TOKENS = 4096  # tokens of a scoring pass

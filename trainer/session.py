@@ -17,16 +17,16 @@ from heads.checkpoint import weights_sha256
 from heads.registry import build
 from runtime.ranks import barrier, share_from_main, text_from_main
 from trainer.config import TrainConfig
-from trainer.events import Events
-from trainer.features import OnlineFeatures, open_cache
+from trainer.data.splits import Splits, data_files, load_splits
+from trainer.features.cache import OnlineFeatures, open_cache
+from trainer.features.teacher import open_teacher
 from trainer.fit import CHECKPOINT, LOG, FitResult, Run, count_steps, fit
 from trainer.loss import Objective
-from trainer.record import make_record, write_train_record
+from trainer.report.events import Events
+from trainer.report.record import make_record, write_train_record
+from trainer.report.watch import Watch, card
 from trainer.scoring import Score
-from trainer.splits import Splits, data_files, load_splits
 from trainer.state import FREE, STATES, State, check_identity, newest_state
-from trainer.teacher import open_teacher
-from trainer.watch import Watch, card
 
 # Options that a state compares by what they lead to (fingerprints, hashes) rather than by their words.
 BY_CONTENT = frozenset({"backbone", "data", "template", "head_options"})

@@ -11,7 +11,7 @@ import runtime
 from runtime import jt
 from runtime.interrupt import interrupt_requested
 from runtime.ranks import all_reduce_sum
-from trainer.data import TokenizedData
+from trainer.data.tokens import TokenizedData
 from trainer.loss import Batch, head_loss, make_batch
 
 AUX_SLOTS = 8  # extra losses of a head that are reported; the heads here have at most one

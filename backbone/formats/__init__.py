@@ -1,9 +1,9 @@
 """Backbones in and out of the formats that others keep them in. ``weight_convert.py`` is the command line."""
 
+from backbone.files.layout import BIN, META, PICKLE, SAFETENSORS
 from backbone.formats.convert import ConvertOptions, convert
 from backbone.formats.source import open_source, recognise
 from backbone.formats.verify import verify
-from backbone.layout import BIN, META, PICKLE, SAFETENSORS
 
 FORMATS = {
     SAFETENSORS: "a Hugging Face folder: config.json, model.safetensors or shards with an index, the tokenizer's files",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from backbone.lazy import LazyTensor
+from backbone.files.lazy import LazyTensor
 
 FLOATS: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),

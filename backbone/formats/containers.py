@@ -18,10 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from backbone.lazy import LazyTensor, contiguous_stride
-from backbone.pickle_file import DTYPES as PICKLE_DTYPES
-from backbone.pickle_file import MAGIC
-from backbone.torch_file import LOCAL_HEADER, STORAGE_DTYPES
+from backbone.files.lazy import LazyTensor, contiguous_stride
+from backbone.files.pickle_file import DTYPES as PICKLE_DTYPES
+from backbone.files.pickle_file import MAGIC
+from backbone.files.torch_file import LOCAL_HEADER, STORAGE_DTYPES
 from backbone.weights import SAFETENSORS_DTYPES
 
 Tensors = Mapping[str, LazyTensor]

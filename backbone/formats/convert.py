@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from backbone.files.layout import PICKLE
+from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import FLOATS, KEEP, Rounding, cast
 from backbone.formats.source import Source, open_source, recognise
 from backbone.formats.targets import FOLDERS, Job, write_pickle_file
-from backbone.layout import PICKLE
-from backbone.lazy import LazyTensor
 from runtime.atomic import atomic_directory
 from runtime.entry import suggest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from backbone.lazy import LazyTensor
+from backbone.files.lazy import LazyTensor
 
 UNITS = {"": 1, "B": 1, **{f"{unit}B": 1000**power for power, unit in enumerate("KMG", 1)}}
 UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMG", 1)}

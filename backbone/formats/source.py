@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from backbone.config import BackboneConfig, RawConfig, read_raw_config
-from backbone.layout import META, META_SHARD, PICKLE, PICKLE_FILE, PICKLE_NAME, container, layouts
-from backbone.lazy import LazyTensor
-from backbone.meta import EMBEDDING as META_EMBEDDING
-from backbone.pickle_file import open_pickle_file
+from backbone.files.layout import META, META_SHARD, PICKLE, PICKLE_FILE, PICKLE_NAME, container, layouts
+from backbone.files.lazy import LazyTensor
+from backbone.files.meta import EMBEDDING as META_EMBEDDING
+from backbone.files.pickle_file import open_pickle_file
 from backbone.weights import (
     EMBEDDING,
     LM_HEAD,

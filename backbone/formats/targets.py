@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbone import meta
 from backbone.config import CONFIG, GENERATION_CONFIG, BackboneConfig
+from backbone.files import meta
+from backbone.files.layout import BIN, META, META_PARAMS, PICKLE, PICKLE_NAME, SAFETENSORS, SINGLE
+from backbone.files.lazy import LazyTensor
 from backbone.formats.containers import write_pickle, write_safetensors, write_torch
 from backbone.formats.shards import plan_shards
 from backbone.formats.source import FILES_ENTRY, Source
-from backbone.layout import BIN, META, META_PARAMS, PICKLE, PICKLE_NAME, SAFETENSORS, SINGLE
-from backbone.lazy import LazyTensor
 
 
 @dataclass(frozen=True)

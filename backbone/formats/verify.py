@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import widened
 from backbone.formats.source import Source, open_source, recognise
-from backbone.lazy import LazyTensor
 
 SEED, ROWS = 0, 32  # of the token ids that the logits are computed for
 LOGITS = "logits"

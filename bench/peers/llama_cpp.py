@@ -22,8 +22,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.gauges import read_counts, spread_ms
-from bench.record import check_writable, write_atomically
+from bench.measure.gauges import read_counts, spread_ms
+from bench.record.schema import check_writable, write_atomically
 from runtime.entry import Parser, run_entry
 
 BINARY = "llama-bench"

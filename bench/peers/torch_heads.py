@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbone.config import BackboneConfig, rope_inverse_frequencies
 from runtime.entry import suggest
-from trainer.data import IGNORE, TokenizedData, targets, useful_positions
+from trainer.data.tokens import IGNORE, TokenizedData, targets, useful_positions
 
 
 class Padding:

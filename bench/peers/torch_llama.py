@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from backbone.config import BackboneConfig
-from bench.shapes import config_from, weight_bytes
+from bench.clock.shapes import config_from, weight_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float32", "bfloat16", "float16")
 MISSING = "torch is not installed: transformers was not measured; it comes with requirements-dev.txt"
 TRIALS = 3  # timed calls that choose
 WAYS = (False, True)  # whether waiting threads soon sleep, as ours do, or as torch has it
-SPIN = "GOMP_SPINCOUNT"  # how long a thread turns at a barrier before it sleeps; see runtime/bootstrap.py
+SPIN = "GOMP_SPINCOUNT"  # how long a thread turns at a barrier before it sleeps; see runtime/start/bootstrap.py
 QUIET_S = 0.01  # after a call: by then its threads sleep and take nothing from ours
 Call = Callable[[], object]
 
@@ -140,7 +140,7 @@ class TorchProcess:
         or as torch has it. Raises RuntimeError when the call cannot be made in this type."""
         environment = {name: value for name, value in os.environ.items() if name != SPIN}
         if sleeping:
-            from runtime.bootstrap import SPIN_COUNT
+            from runtime.start.bootstrap import SPIN_COUNT
 
             environment[SPIN] = SPIN_COUNT
         command = [sys.executable, "-m", "bench.peers.torch_llama", json.dumps({**task, "dtype": dtype})]

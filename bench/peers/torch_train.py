@@ -33,12 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from backbone.tokenizer import EMBEDDED
-from bench.gauges import interleave
+from bench.measure.gauges import interleave
 from bench.peers.train_process import TrainProcess
-from bench.record import check_writable, write_atomically
-from runtime.bootstrap import SPIN_COUNT
+from bench.record.schema import check_writable, write_atomically
 from runtime.entry import Parser, run_entry, suggest
 from runtime.interrupt import deferred_interrupts
+from runtime.start.bootstrap import SPIN_COUNT
 from trainer.config import TrainConfig
 from trainer.config import parse as parse_training
 
@@ -49,7 +49,7 @@ ONLINE, CACHED, OURS = "torch_online", "torch_cached", "ours"
 WARM_UP = 2  # rounds before those that count
 TRIAL_STEPS, TRIALS = 4, 3
 SAME_LOSS = 0.02  # share by which the losses of the last step may differ: one backbone is float32, one cache float16
-SPIN = "GOMP_SPINCOUNT"  # how long a thread turns at a barrier before it sleeps; see runtime/bootstrap.py
+SPIN = "GOMP_SPINCOUNT"  # how long a thread turns at a barrier before it sleeps; see runtime/start/bootstrap.py
 # glibc hands large blocks back when they are freed, and every step then takes 15,000 page faults, 3% of its time. This
 # keeps them, which is what PyTorch's tuning guide uses jemalloc for.
 KEEP_MEMORY = {
@@ -145,8 +145,8 @@ class Prepared:
 def prepare_head(config: TrainConfig, splits, scratch: Path, threads: int) -> Prepared:
     """Write the feature cache if it is not there, and to ``scratch`` the text and the initial weights."""
     from heads.checkpoint import save_parameters
+    from trainer.report.watch import Watch
     from trainer.session import open_sources, prepare
-    from trainer.watch import Watch
 
     setting = prepare(config, splits)
     with Watch(0) as watch:
@@ -288,7 +288,7 @@ def measure(options: argparse.Namespace) -> dict:
     """The whole record, JSON-ready. Raises ValueError for text that cannot be trained on."""
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "GORGON_DEVICE": "cpu"}  # before Jittor starts here
     load = os.getloadavg()[0]
-    from trainer.splits import load_splits
+    from trainer.data.splits import load_splits
 
     configs = {name: training_config(name, options) for name in options.heads}
     splits = load_splits(configs[options.heads[0]])

@@ -19,8 +19,8 @@ from backbone.config import read_config
 from backbone.weights import EMBEDDING, LM_HEAD, read_tensors
 from bench.peers.torch_heads import Batch, DraftHead, Padding, collate
 from trainer.config import TrainConfig
-from trainer.data import TokenizedData, batches
-from trainer.schedule import rate
+from trainer.data.tokens import TokenizedData, batches
+from trainer.optim.schedule import rate
 
 ADAMW = {"for loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}  # forms of AdamW
 UNPADDED = "unpadded"  # our name for the attention below, as transformers knows it

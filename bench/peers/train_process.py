@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.gauges import peak_rss, reset_peak
+from bench.measure.gauges import peak_rss, reset_peak
 from runtime.interrupt import check_interrupt
 from trainer.config import TrainConfig
 
@@ -65,8 +65,8 @@ def train_ours(task: Mapping, rounds: Rounds) -> None:
     """
     import runtime
     from trainer.fit import Run, fit
+    from trainer.report.watch import Watch
     from trainer.session import make_objective, open_sources, prepare
-    from trainer.watch import Watch
 
     config = TrainConfig(**task["config"])
     setting = prepare(config)
@@ -110,7 +110,7 @@ def train_torch(task: Mapping, rounds: Rounds) -> None:
         adamw_trials_ms,
         frozen_weights,
     )
-    from trainer.data import TokenizedData
+    from trainer.data.tokens import TokenizedData
 
     torch.set_num_threads(task["threads"])
     config, directory = TrainConfig(**task["config"]), Path(task["directory"])

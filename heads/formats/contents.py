@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from backbone.config import BackboneConfig, read_config
+from backbone.files.lazy import LazyTensor, Shape, in_memory, join_rows
 from backbone.formats.cast import FLOATS, Rounding, cast
-from backbone.lazy import LazyTensor, Shape, in_memory, join_rows
 from backbone.weights import EMBEDDING, LM_HEAD, check_names, open_tensors
 
 FLOAT32 = FLOATS["float32"]

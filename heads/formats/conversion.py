@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import FLOATS, KEEP
 from backbone.formats.convert import ConvertOptions
-from backbone.lazy import LazyTensor
 from heads.formats.contents import FLOAT32, Casting, Target, with_own_lm_heads
 from heads.formats.eagle import Eagle
 from heads.formats.files import Found, open_head

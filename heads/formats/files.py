@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from backbone.config import read_json
+from backbone.files.layout import PICKLE_FILE, container
+from backbone.files.lazy import LazyTensor, damaged, in_memory
+from backbone.files.pickle_file import open_pickle_file
 from backbone.formats.containers import write_safetensors, write_torch
-from backbone.layout import PICKLE_FILE, container
-from backbone.lazy import LazyTensor, damaged, in_memory
-from backbone.pickle_file import open_pickle_file
 from backbone.weights import open_file
 from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS
 from runtime.atomic import atomic_directory

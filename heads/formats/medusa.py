@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import FLOATS
-from backbone.lazy import LazyTensor
 from heads.formats import equations
 from heads.formats.contents import HeadWeights, Piece, expect, gather, zeros
 from heads.formats.files import MEDUSA_PT, MEDUSA_SAFETENSORS, MODEL_SAFETENSORS, TENSORRT, Found

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 import runtime
+from backbone.files.layout import PICKLE_FILE, container
+from backbone.files.lazy import LazyTensor, damaged
 from backbone.formats.cast import FLOATS
 from backbone.formats.containers import write_pickle
-from backbone.layout import PICKLE_FILE, container
-from backbone.lazy import LazyTensor, damaged
 from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_files, read_config, save_checkpoint
 from heads.formats.contents import FLOAT32, Casting, HeadWeights, Target, expect, widen
 from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz, write_file

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from backbone.config import BackboneConfig
-from backbone.lazy import LazyTensor
+from backbone.files.lazy import LazyTensor
 from heads.formats.contents import FLOAT32, Casting, HeadWeights, Piece, Target, expect, scatter
 from heads.formats.files import Found, check_folder, folder_and_file, write_folder
 from heads.formats.inputs import Inputs

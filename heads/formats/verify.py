@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import widened
-from backbone.lazy import LazyTensor
 from heads.formats.contents import HeadWeights, Piece, Target, stretch
 from heads.formats.files import Found
 from heads.formats.inputs import Inputs

@@ -1,16 +1,11 @@
 """The language-model head in float32 exists for training alone, and is the packed one's matrix."""
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from small import draw_weights, small_config
-
 from backbone.model import Backbone
+from tests.small import draw_weights, small_config
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -12,8 +12,8 @@ from ops.kernel import emulated_cuda
 from ops.quantize import QUANTIZERS, dequantize
 from runtime import jt
 from tests.small import draw_weights, small_config
-from trainer.data import TokenizedData
-from trainer.features import cache_key
+from trainer.data.tokens import TokenizedData
+from trainer.features.cache import cache_key
 
 CONFIG = small_config(hidden_size=72, intermediate_size=136, head_dim=6)  # rows of more than one NF4 group
 IDS = np.random.default_rng(0).integers(3, 64, (1, 40)).astype(np.int32)

@@ -24,8 +24,8 @@ from runtime import jt
 from runtime.entry import run_entry
 from tests.small import draw_weights, save_hugging_face, small_config
 from tests.trainer.runs import start
-from trainer.data import TokenizedData
-from trainer.features import backbone_features, cache_key
+from trainer.data.tokens import TokenizedData
+from trainer.features.cache import backbone_features, cache_key
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of the largest number: both sum float32 in another order, and 1e-6 was seen; the defects below give 1e-2 and more.

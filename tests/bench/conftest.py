@@ -8,8 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.metrics import aggregate
-from bench.record import PromptRow, parse_record, to_json
+from bench.record.metrics import aggregate
+from bench.record.schema import PromptRow, parse_record, to_json
 
 
 def build_row(prompt_id="p0", **changes):

@@ -12,14 +12,14 @@ import pytest
 
 import backbone.model
 import bench.calibrate
+import bench.measure.texts
 import bench.run
-import bench.texts
 from backbone.tokenizer import load_tokenizer
 from bench.calibrate import choose, improve, interval, sample
-from bench.calibration import CandidateTree, read_calibration
-from bench.latency import bundle, row_counts
-from bench.record import read_record
-from bench.texts import GreedyText, distinct, held_out_prompts, rank_texts
+from bench.measure.calibration import CandidateTree, read_calibration
+from bench.measure.latency import bundle, row_counts
+from bench.measure.texts import GreedyText, distinct, held_out_prompts, rank_texts
+from bench.record.schema import read_record
 from decoding.acceptance import RankedText, replay
 from decoding.generate import generate, generate_autoregressive
 from decoding.search import Candidate, LatencyCurve, refine
@@ -29,7 +29,7 @@ from heads.registry import build
 from runtime import jt
 from runtime.entry import run_entry
 from tests.small import small_backbone
-from trainer.data import encode_conversations, load_conversations, split_held_out
+from trainer.data.tokens import encode_conversations, load_conversations, split_held_out
 
 NEW_TOKENS = 10
 TREES = [Tree.chain(1), Tree.chain(3), Tree.from_paths([[0], [1], [1, 0]]), default_tree(12, 3)]
@@ -121,7 +121,7 @@ def test_the_prompts_are_those_of_the_conversations_that_training_holds_out(tmp_
     ]  # fmt: skip
     corpus, tokenizer = tmp_path / "corpus.jsonl", load_tokenizer()
     corpus.write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.setattr(bench.texts, "EMBEDDED_CORPUS", corpus)
+    monkeypatch.setattr(bench.measure.texts, "EMBEDDED_CORPUS", corpus)
     prompts, whole = held_out_prompts(tokenizer, 512, None)
     conversations, report = load_conversations(corpus)
     data = encode_conversations(conversations, tokenizer, 512, report)
@@ -344,7 +344,7 @@ def test_a_mistake_is_answered_in_one_line(tmp_path, arguments, said):
 
 
 def test_the_benchs_own_prompts_are_not_taken_in_silence(tmp_path):
-    from bench.options import DEFAULT_PROMPTS
+    from bench.measure.options import DEFAULT_PROMPTS
 
     out = tmp_path / "mine" / "out.json"
     asked = ("--head", "prompt_lookup", "--prompts", DEFAULT_PROMPTS, "--num-prompts", 1, "--out", out)

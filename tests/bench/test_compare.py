@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from bench.compare import main
-from bench.summary import differences, find_result, format_number, head_to_head, load_results, sort_summaries, summarise
+from bench.tables.summary import (
+    differences,
+    find_result,
+    format_number,
+    head_to_head,
+    load_results,
+    sort_summaries,
+    summarise,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DIFFERENT = {"tokens": 11, "identical": False}

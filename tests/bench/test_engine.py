@@ -3,24 +3,28 @@
 import dataclasses
 import json
 import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from small import small_config
-
 from backbone.cache import KVCache
-from bench import engine, footprint, gauges, machine, passes, shapes
-from bench.engine_record import parse_engine_record, read_engine_record
-from bench.footprint import pass_calls
-from bench.loop import Generation, stages
-from bench.passes import Work, bounded, cache_rows, describe_host, device_memory, fill, fitting_contexts, host_calls
-from bench.shapes import (
+from bench import engine
+from bench.clock import footprint, machine, passes, shapes
+from bench.clock.engine_record import parse_engine_record, read_engine_record
+from bench.clock.footprint import pass_calls
+from bench.clock.loop import Generation, stages
+from bench.clock.passes import (
+    Work,
+    bounded,
+    cache_rows,
+    describe_host,
+    device_memory,
+    fill,
+    fitting_contexts,
+    host_calls,
+)
+from bench.clock.shapes import (
     SHAPES,
     cache_bytes,
     check_memory,
@@ -31,9 +35,11 @@ from bench.shapes import (
     shape_config,
     weight_bytes,
 )
+from bench.measure import gauges
 from decoding.generate import Timers
 from ops.kernel import emulated_cuda
 from runtime.entry import run_entry
+from tests.small import small_config
 
 # The worked example: 44 weights in products (12 + 4 + 12 + 6 in the layer, 10 in the head).
 HAND = dataclasses.replace(
@@ -326,7 +332,7 @@ def test_a_build_that_dies_is_reported(monkeypatch, status, message):
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("bench.passes.time_shape", lambda *a: pytest.fail("measured all the same"))
+    monkeypatch.setattr("bench.clock.passes.time_shape", lambda *a: pytest.fail("measured all the same"))
     assert run_entry(engine.main, arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -335,8 +341,8 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, monkeypa
 
 
 def test_memory_is_checked_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr("bench.passes.free_memory", lambda: 10**9)
-    monkeypatch.setattr("bench.passes.time_shape", lambda *a: pytest.fail("measured all the same"))
+    monkeypatch.setattr("bench.clock.passes.free_memory", lambda: 10**9)
+    monkeypatch.setattr("bench.clock.passes.time_shape", lambda *a: pytest.fail("measured all the same"))
     with pytest.raises(ValueError, match=r"shape 1\.1b in float16 needs"):
         engine.main(["--shape", "110m", "1.1b", "--no-loop"])
 

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu_check, gpu_steps, steps
-from bench.steps import Outcome, Step, StepFailed, run_step
+from bench import gpu_check
+from bench.gpu import checks as gpu_steps
+from bench.gpu import steps
+from bench.gpu.steps import Outcome, Step, StepFailed, run_step
 from runtime.entry import run_entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +155,7 @@ def test_an_interrupt_ends_the_step_and_still_writes_the_table(tmp_path, number)
     script.write_text(
         "import sys\n"
         "from bench import gpu_check\n"
-        "from bench.steps import Step\n"
+        "from bench.gpu.steps import Step\n"
         "from runtime.entry import run_entry\n"
         "gpu_check.provenance = lambda gpu, outcomes: {}\n"
         "gpu_check.usable_gpu = lambda: (True, 'a card')\n"

@@ -11,7 +11,7 @@ import bench.hybrid
 from backbone.engines import load_engine
 from bench import run as bench_run
 from bench.hybrid import Turn, agree, main
-from bench.record import read_record
+from bench.record.schema import read_record
 from runtime.entry import run_entry
 from trainer.config import TrainConfig
 from trainer.session import train

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import backbone.model
-import bench.attempts
 import bench.compare
-import bench.measure
+import bench.measure.attempts
+import bench.measure.measure
 import decoding.rules
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
-from bench.record import parse_record, read_record
+from bench.record.schema import parse_record, read_record
 from bench.run import main
 from decoding.generate import first_difference, generate_autoregressive
 from heads.checkpoint import save_checkpoint
@@ -228,8 +228,8 @@ def test_decoding_with_the_wrong_backbone_is_seen(folder, tmp_path, monkeypatch,
     """The control of the test above: either side on the original backbone breaks parity."""
     frozen = backbone.model.load_backbone(None, "float16")
     name = "generate" if side == "head" else "generate_autoregressive"
-    right = getattr(bench.attempts, name)
-    monkeypatch.setattr(bench.attempts, name, lambda _, *arguments, **rules: right(frozen, *arguments, **rules))
+    right = getattr(bench.measure.attempts, name)
+    monkeypatch.setattr(bench.measure.attempts, name, lambda _, *arguments, **rules: right(frozen, *arguments, **rules))
     status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 5, "--out", tmp_path / "out.json")
     assert status == 0 and "prompts gave the tokens of its twin" in err
     record = read_record(tmp_path / "out.json")
@@ -243,7 +243,7 @@ def test_an_adapted_backbone_of_another_shape_is_a_defect_of_the_head(monkeypatc
     other = backbone.model.load_backbone(None, "float32")
     monkeypatch.setattr(type(head), "decoding_backbone", property(lambda self: other))
     with pytest.raises(AssertionError, match="the original's shape and dtype"):
-        bench.attempts.Setup(frozen, load_tokenizer(), None, 8, head=head)
+        bench.measure.attempts.Setup(frozen, load_tokenizer(), None, 8, head=head)
 
 
 def test_stats_that_are_no_table_are_refused_before_anything_is_measured(folder, tmp_path):
@@ -296,7 +296,7 @@ def test_a_wrong_verification_is_seen_and_its_speedup_refused(folder, tmp_path, 
 
 
 def test_an_interrupted_run_keeps_the_prompts_that_were_finished(folder, tmp_path, monkeypatch):
-    calls, right = [], bench.attempts.generate
+    calls, right = [], bench.measure.attempts.generate
 
     def interrupted(*arguments, **rules):
         if rules["max_new_tokens"] == NEW_TOKENS:  # the warm-up asks for fewer
@@ -305,7 +305,7 @@ def test_an_interrupted_run_keeps_the_prompts_that_were_finished(folder, tmp_pat
                 raise KeyboardInterrupt
         return right(*arguments, **rules)
 
-    monkeypatch.setattr(bench.attempts, "generate", interrupted)
+    monkeypatch.setattr(bench.measure.attempts, "generate", interrupted)
     status, out, err = run(folder, "--out-dir", tmp_path)
     assert status == 130 and "interrupted" in err
     assert [path.name for path in tmp_path.iterdir()] == ["gated_rnn.json"]
@@ -319,7 +319,7 @@ def test_an_interrupt_before_the_first_prompt_leaves_older_results_alone(folder,
         raise KeyboardInterrupt
 
     (tmp_path / "gated_rnn.json").write_text("older")
-    monkeypatch.setattr(bench.measure, "warm_up", interrupted)
+    monkeypatch.setattr(bench.measure.measure, "warm_up", interrupted)
     status, out, _ = run(folder, "--out-dir", tmp_path)
     assert status == 130 and out == "" and (tmp_path / "gated_rnn.json").read_text() == "older"
 
@@ -490,12 +490,12 @@ def test_help_names_every_default(capsys):
 
 def test_the_warm_up_leaves_no_kernel_for_the_clock(folder, tmp_path, monkeypatch):
     """Kernels count as they are loaded, from the cache or from the compiler; a new one is seen."""
-    before = bench.measure.loaded_kernels()
+    before = bench.measure.measure.loaded_kernels()
     if before is None:
         pytest.skip("this system does not list loaded files")
     from runtime import jt
 
     (jt.array(np.ones((2, 3, 4), np.float32)).cos().sum() * 3.25).sync()
-    assert bench.measure.loaded_kernels() > before
+    assert bench.measure.measure.loaded_kernels() > before
     status, _, err = run(folder, "--num-prompts", 2, "--out", tmp_path / "out.json")
     assert status == 0 and "first used on the clock" not in err

@@ -10,12 +10,12 @@ import pytest
 
 import backbone.model
 from backbone.tokenizer import load_tokenizer
-from bench.quantization import agreement, perplexity
-from bench.record import read_record
+from bench.measure.quantization import agreement, perplexity
+from bench.record.schema import read_record
 from bench.run import main
 from ops.decoder_layer import RowPlan
 from runtime.entry import run_entry
-from trainer.data import TokenizedData
+from trainer.data.tokens import TokenizedData
 
 TURNS = (
     ["Please book a table for two."],

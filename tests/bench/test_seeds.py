@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.metrics import over_seeds
+from bench.record.metrics import over_seeds
 from bench.seeds import BEGIN, END, find_group, group_runs, main, partners
-from bench.summary import load_results
+from bench.tables.summary import load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 

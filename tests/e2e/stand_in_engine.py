@@ -6,7 +6,7 @@ Started by test_stand_in_device.py.
 import sys
 from unittest.mock import patch
 
-import bench.machine
+from bench.clock import machine
 from bench.engine import main
 from runtime.entry import run_entry
 
@@ -15,5 +15,5 @@ RATES = {
     "last_level_cache_bytes": 50 << 20, "num_threads": 132,
 }  # fmt: skip
 
-with patch.multiple(bench.machine, **{name: lambda *_, value=value, **__: value for name, value in RATES.items()}):
+with patch.multiple(machine, **{name: lambda *_, value=value, **__: value for name, value in RATES.items()}):
     sys.exit(run_entry(main))

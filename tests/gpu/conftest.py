@@ -16,8 +16,8 @@ import pytest
 import runtime
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
-from bench.options import DEFAULT_PROMPTS
-from bench.prompts import load_prompts
+from bench.measure.options import DEFAULT_PROMPTS
+from bench.record.prompts import load_prompts
 from ops.kernel import emulated_cuda
 from tests.small import small_backbone
 

@@ -15,10 +15,10 @@ from heads.registry import available, build, head_class, make_config
 from ops.training import reference_cross_entropy
 from runtime import jt
 from trainer.config import TrainConfig
-from trainer.data import TokenizedData
-from trainer.features import OnlineFeatures
+from trainer.data.tokens import TokenizedData
+from trainer.features.cache import OnlineFeatures
 from trainer.loss import head_loss, make_batch
-from trainer.optimizer import make_optimizer
+from trainer.optim.optimizer import make_optimizer
 
 NAMES = available()
 # Options that keep a head small, where it has them.

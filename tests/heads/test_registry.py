@@ -175,7 +175,7 @@ def named_heads(source, path, names):
 
 # What writes a certain head anew in another framework, reads that head's published files or checks a GPU with it has to
 # say which it means.
-EXEMPT = ("bench/peers/", "heads/formats/", "bench/gpu_steps.py")
+EXEMPT = ("bench/peers/", "heads/formats/", "bench/gpu/checks.py")
 
 
 def project_files():

@@ -10,7 +10,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from runtime.toolkit import NAMED
+from runtime.start.toolkit import NAMED
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -29,7 +29,7 @@ def _build(soname: str, part: str, header: Path, folder: Path) -> str:
 
 
 def build_libraries(folder: Path, toolkit) -> list[str]:
-    """The stand-ins, under the names and symbol versions of the libraries of a ``runtime.toolkit.Toolkit``."""
+    """The stand-ins, under the names and symbol versions of the libraries of a ``runtime.start.toolkit.Toolkit``."""
     built, header = [], toolkit.parts["cudart"].header
     for name, part in LIBRARIES.items():
         major = toolkit.parts[name].major

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from runtime import compile_check, doctor
-from runtime.choice import choose_device
-from runtime.devices import Device, Driver
 from runtime.doctor import Findings, examine_machine, main, report, what_is_missing
 from runtime.entry import run_entry
-from runtime.toolkit import Toolkit
+from runtime.start.choice import choose_device
+from runtime.start.devices import Device, Driver
+from runtime.start.toolkit import Toolkit
 
 COMPLETE = {
     "python": "3.11.7", "Python.h": "/usr/include/Python.h", "jittor": "1.3.11.0", "numpy": "1.26.4",

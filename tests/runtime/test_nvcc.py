@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runtime.compile_check import compile_core, usable_toolkit
-from runtime.toolkit_folder import plan, put_together
+from runtime.start.toolkit_folder import plan, put_together
 from tests.runtime.stand_ins import ROOT, SETTLED, build_libraries, preloading
 
 HERE = Path(__file__).resolve().parent

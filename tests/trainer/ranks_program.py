@@ -19,7 +19,7 @@ def main(arguments):
     from runtime.ranks import share_from_main
     from tests.small import small_backbone
     from tests.trainer.runs import start, training_data
-    from trainer.features import OnlineFeatures
+    from trainer.features.cache import OnlineFeatures
 
     out, options, trouble = Path(arguments[0]), json.loads(arguments[1]), arguments[2] if len(arguments) > 2 else ""
     backbone, data, seen = small_backbone(), training_data(), []

@@ -7,8 +7,8 @@ import numpy as np
 import runtime
 from heads.registry import build
 from trainer.config import TrainConfig
-from trainer.data import TokenizedData
-from trainer.features import OnlineFeatures
+from trainer.data.tokens import TokenizedData
+from trainer.features.cache import OnlineFeatures
 from trainer.fit import Run, fit
 
 NUM_STEPS = 12

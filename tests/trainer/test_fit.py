@@ -12,8 +12,8 @@ from heads.checkpoint import load_head
 from tests.small import small_backbone
 from tests.trainer.runs import NUM_STEPS, start, training_data
 from trainer.config import TrainConfig
-from trainer.data import IGNORE, TokenizedData
-from trainer.features import CachedFeatures, OnlineFeatures, open_cache
+from trainer.data.tokens import IGNORE, TokenizedData
+from trainer.features.cache import CachedFeatures, OnlineFeatures, open_cache
 from trainer.fit import Pruned, count_steps
 from trainer.guard import bad_features
 from trainer.loss import make_batch

@@ -9,8 +9,8 @@ from heads.base import HeadOutput
 from heads.registry import build
 from runtime import jt
 from tests.small import small_backbone
-from trainer.data import TokenizedData
-from trainer.features import OnlineFeatures
+from trainer.data.tokens import TokenizedData
+from trainer.features.cache import OnlineFeatures
 from trainer.loss import Objective, head_loss, make_batch
 
 DEPTHS = 3

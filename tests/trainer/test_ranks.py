@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.bootstrap import threads_per_rank
+from runtime.start.bootstrap import threads_per_rank
 from tests.small import small_backbone
 from tests.trainer.runs import training_data
-from trainer.data import batches
+from trainer.data.tokens import batches
 from trainer.step import split
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from runtime import atomic
 from tests.small import small_backbone
 from tests.trainer.runs import NUM_STEPS, OPTIONS, start, training_data
 from trainer import state as states
-from trainer.features import OnlineFeatures
+from trainer.features.cache import OnlineFeatures
 from trainer.state import check_identity, list_states, newest_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_a_run_that_forgets_its_moments_ends_elsewhere(backbone, tmp_path, monke
     start(backbone, tmp_path / "whole")
     with pytest.raises(Killed):
         start(backbone, tmp_path / "broken", progress=kill_at(7))
-    monkeypatch.setattr("trainer.optimizer.Optimizer.load_state", lambda self, state: None)
+    monkeypatch.setattr("trainer.optim.optimizer.Optimizer.load_state", lambda self, state: None)
     start(backbone, tmp_path / "broken", state=newest_state(tmp_path / "broken"))
     assert tensors(tmp_path / "broken") != tensors(tmp_path / "whole")
 

@@ -13,9 +13,9 @@ import pytest
 import train
 from runtime.entry import USER_MISTAKE, run_entry
 from trainer.config import TrainConfig
-from trainer.record import read_train_record
+from trainer.data.splits import held_out_conversations, load_splits
+from trainer.report.record import read_train_record
 from trainer.session import run_directory
-from trainer.splits import held_out_conversations, load_splits
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ from heads.registry import build
 from runtime import jt, set_seed
 from tests.small import small_backbone
 from trainer.config import TrainConfig
-from trainer.data import TokenizedData
-from trainer.features import OnlineFeatures
+from trainer.data.tokens import TokenizedData
+from trainer.features.cache import OnlineFeatures
 from trainer.loss import Objective, head_loss, make_batch
 from trainer.step import _Sums, gradients, split
 

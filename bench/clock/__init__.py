@@ -1,0 +1,1 @@
+"""What a pass costs, beside what the machine gives. Door: `passes.py`."""

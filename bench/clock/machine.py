@@ -1,0 +1,122 @@
+"""What the machine allows, read again and again in turns with what is measured: both meet the same neighbours.
+
+"The memory" is the one that the kernels read: the host's, or with CUDA the device's.
+
+On a shared machine the memory's bandwidth may halve from one minute to the next, so a pass is held against readings of
+its own minutes, and their median; the best reading of the whole run says what the machine can do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+import runtime
+from bench.clock.engine_record import Bounds, Machine
+from bench.measure.gauges import available_memory
+from ops.kernel import on_cpu
+from ops.machine import (
+    copy_gb_s,
+    fma_gflop_s,
+    last_level_cache_bytes,
+    launch_us,
+    mma_tflop_s,
+    num_threads,
+    read_gb_s,
+)
+from runtime import jt
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much work a reading is. buffer: bytes at least of what is read from memory; four times the last-level cache
+    where that is more. cache_sweeps: over half of that cache, after one that is not timed. fma, mma: iterations."""
+
+    buffer: int
+    cache_sweeps: int
+    fma: int
+    mma: int
+
+
+CPU = Load(256 << 20, 20, 1_000_000, 0)  # 5 ms of multiply-adds
+CUDA = Load(1 << 30, 200, 20_000, 20_000)  # what lasts a millisecond or so: a device's clock is coarse
+
+
+def free_memory() -> int:
+    """Bytes that may still be taken where backbones lie: of the host's memory, with CUDA of the device's."""
+    return free_device_memory() if runtime.device == "cuda" else available_memory()
+
+
+def free_device_memory() -> int:
+    """Bytes of the device that nobody holds, as its driver tells. Raises OSError where it does not.
+
+    To be asked first: where the device is full, Jittor goes on in memory that host and device share, many times slower.
+    """
+    jt.gc()  # blocks that Jittor keeps for reuse
+    jt.zeros((1,)).sync(True)  # the driver answers for the device of the thread, which Jittor's first kernel sets
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    status = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    if status:
+        raise OSError(f"the driver does not tell the device's memory: CUresult {status}")
+    return free.value
+
+
+class Readings:
+    """Bandwidths and multiply-adds, one figure of each per ``sample``; with CUDA's bodies those of the device, and
+    those of its tensor cores and launches too."""
+
+    def __init__(self, load: Load | None = None):
+        self.on_cpu = on_cpu()
+        self.load = load or (CPU if self.on_cpu else CUDA)
+        self.cache_bytes = last_level_cache_bytes()
+        size = min(max(self.load.buffer, 4 * (self.cache_bytes or 0)), free_memory() // 8)
+        self._memory = jt.ones((size // 4,))
+        self._small = jt.ones((self.cache_bytes // 8,)) if self.cache_bytes else None  # 4 bytes an element
+        jt.sync_all()
+        self.read, self.copy, self.cache_read, self.fma, self.mma, self.launches = [], [], [], [], [], []
+
+    def sample(self) -> None:
+        """Read the machine once; some 50 ms on a CPU."""
+        self.fma.append(fma_gflop_s(self.load.fma))
+        self.read.append(read_gb_s(self._memory))
+        self.copy.append(copy_gb_s(self._memory))
+        if self._small is not None:
+            read_gb_s(self._small)
+            self.cache_read.append(read_gb_s(self._small, self.load.cache_sweeps))
+        if not self.on_cpu:
+            self.mma.append(mma_tflop_s(self.load.mma))
+            self.launches.append(launch_us())
+
+    def bounds(self) -> Bounds:
+        """The medians."""
+        return Bounds(
+            read_gb_s=float(np.median(self.read)),
+            cache_read_gb_s=float(np.median(self.cache_read)) if self.cache_read else None,
+            fma_gflop_s=float(np.median(self.fma)),
+            mma_tflop_s=float(np.median(self.mma)) if self.mma else None,
+        )
+
+    def release(self) -> None:
+        """Give the buffers back; the figures stay."""
+        self._memory = self._small = None
+
+
+def best(several: Iterable[Readings]) -> Machine:
+    """The best reading of each kind: whatever else ran can only have made one worse."""
+    several = list(several)
+    cache_reads = [value for each in several for value in each.cache_read]
+    launches = [pair for each in several for pair in each.launches]
+    return Machine(
+        threads=num_threads(),
+        last_level_cache_bytes=several[0].cache_bytes,
+        read_gb_s=max(value for each in several for value in each.read),
+        copy_gb_s=max(value for each in several for value in each.copy),
+        cache_read_gb_s=max(cache_reads, default=None),
+        fma_gflop_s=max(value for each in several for value in each.fma),
+        mma_tflop_s=max((value for each in several for value in each.mma), default=None),
+        launch_host_us=min((host for host, _ in launches), default=None),
+        launch_device_us=min((device for _, device in launches), default=None),
+    )

@@ -1,0 +1,1 @@
+"""The checks of a machine with a GPU. Door: `checks.py`."""

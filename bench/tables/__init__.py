@@ -1,0 +1,1 @@
+"""Results as people read them: tables, plots, projections. Door: `summary.py`."""

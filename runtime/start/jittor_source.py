@@ -1,0 +1,152 @@
+"""Jittor 1.3.11 targets CUDA 10 to 12: this makes a copy of it that CUDA 13 compiles too.
+
+The installed package is never changed, and the CPU start goes on using it. A start with CUDA imports a copy in the
+cache, in which a few places are replaced. Each place is named with its reason, and one that is not found is an error:
+another version of Jittor needs another look, not a guess. CUDA 13.0 has compiled them (``python -m runtime.doctor
+--compile``, tests/runtime/test_nvcc.py); CUDA 11 and 12 should, by reading; no GPU has run them yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from runtime.atomic import atomic_directory
+
+WRITTEN_FOR = "1.3.11.0"
+PACKAGES = ("jittor", "jittor_utils")
+
+
+class SourceError(ValueError):
+    """The installed Jittor is not the one that the replacements were written for."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """``old``, which stands in ``file`` (relative to site-packages) exactly once, becomes ``new``."""
+
+    file: str
+    why: str
+    old: str
+    new: str
+
+
+PATCHES = (
+    Patch(
+        "jittor/extern/cuda/inc/helper_cuda.h",
+        "CUDA 13 dropped clockRate and computeMode from cudaDeviceProp; nothing calls these helpers",
+        "#ifdef __CUDA_RUNTIME_H__\n// General GPU Device CUDA Initialization\n",
+        "#if defined(__CUDA_RUNTIME_H__) && CUDART_VERSION < 13000\n// General GPU Device CUDA Initialization\n",
+    ),
+    Patch(
+        "jittor/src/misc/cuda_limits.h",
+        "npp.h belongs to a library that is not wanted otherwise; only eight limits of it are used",
+        "#ifdef IS_CUDA\n#include <npp.h>\n#include <math_constants.h>\n#else\n#include <limits>\n",
+        "#ifdef IS_CUDA\n#include <math_constants.h>\n#else\n#include <limits>\n"
+        "#define     CUDART_INF_F  std::numeric_limits<float>::infinity()\n"
+        "#define     CUDART_INF    std::numeric_limits<double>::infinity()\n#endif\n",
+    ),
+    Patch(
+        "jittor/src/misc/cuda_limits.h",
+        "the same limits, now for every compiler",
+        "#define     CUDART_INF_F  std::numeric_limits<float>::infinity()\n"
+        "#define     CUDART_INF    std::numeric_limits<double>::infinity()\n#endif\n\n\n",
+        "\n",
+    ),
+    Patch(
+        "jittor/extern/cuda/cub/ops/cub_where_op.cc",
+        "CCCL 3 (CUDA 13) dropped cub's iterators; thrust has had the same since CUDA 11",
+        "#include <thrust/transform.h>\n",
+        "#include <thrust/transform.h>\n#include <thrust/iterator/counting_iterator.h>\n"
+        "#include <thrust/iterator/transform_iterator.h>\n",
+    ),
+    Patch(
+        "jittor/extern/cuda/cub/ops/cub_where_op.cc",
+        "the iterators themselves",
+        "    cub::CountingInputIterator<To> counting_itr(0);\n"
+        "    cub::TransformInputIterator<bool, NonZeroOp<Ti>, Ti*> itr(cond->ptr<Ti>(), NonZeroOp<Ti>());\n",
+        "    thrust::counting_iterator<To> counting_itr(0);\n"
+        "    auto itr = thrust::make_transform_iterator(cond->ptr<Ti>(), NonZeroOp<Ti>());\n",
+    ),
+    Patch(
+        "jittor/other/code_softmax.py",
+        "CCCL 3 (CUDA 13) dropped cub::Max",
+        "Reduce(v1, cub::Max());",
+        "Reduce(v1, [](float a, float b) {{ return ::max(a, b); }});",
+    ),
+    Patch(
+        "jittor/src/misc/cuda_flags.cc",
+        "without a driver the call fails and leaves -1, which counted as devices",
+        "        cudaGetDeviceCount(&count);\n    return count;\n",
+        "        if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;\n    return count;\n",
+    ),
+    Patch(
+        "jittor/compiler.py",
+        "code for 9.0 does not run on 10.0 and later, which CUDA 12.8 and later know; start.choice asks nvcc itself",
+        "    max_arch = 90\n",
+        "    max_arch = 999\n",
+    ),
+    Patch(
+        "jittor_utils/install_cuda.py",
+        "a CUDA that Jittor once downloaded would restart the process to come before the one that is named",
+        '    if "nvcc_path" in os.environ and os.environ["nvcc_path"] == "":\n',
+        '    if "nvcc_path" in os.environ:\n',
+    ),
+)
+
+
+def installed_sources() -> Path:
+    """The folder that holds the installed ``jittor`` and ``jittor_utils``; nothing is imported."""
+    spec = importlib.util.find_spec("jittor")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("Jittor is not installed: run `make setup`, or pip install -r requirements.txt")
+    return Path(spec.submodule_search_locations[0]).parent
+
+
+def jittor_version() -> str:
+    """The installed version, from its metadata; raises ``importlib.metadata.PackageNotFoundError`` without any."""
+    return metadata.version("jittor")
+
+
+def apply_patches(folder: Path, patches: tuple[Patch, ...] = PATCHES, version: str = WRITTEN_FOR) -> None:
+    """Replace each patch's text in the copy at ``folder``. Raises SourceError where it does not stand exactly once."""
+    for patch in patches:
+        path = folder / patch.file
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text.count(patch.old) != 1:
+            line = patch.old.strip().splitlines()[0]
+            raise SourceError(
+                f"Jittor {version} is not the {WRITTEN_FOR} that its CUDA patches were written for: {patch.file} holds "
+                f"{line!r} {text.count(patch.old)} times where 1 was expected ({patch.why}); "
+                f"pip install jittor=={WRITTEN_FOR}, or GORGON_DEVICE=cpu"
+            )
+        path.write_text(text.replace(patch.old, patch.new), encoding="utf-8")
+
+
+def _contents_key(patches: tuple[Patch, ...]) -> str:
+    """Hash of what the copy is made of. pip's RECORD holds a hash of every installed file."""
+    record = metadata.distribution("jittor").read_text("RECORD") or jittor_version()
+    described = json.dumps([record, [asdict(patch) for patch in patches]])
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def mended_sources(cache: Path, patches: tuple[Patch, ...] = PATCHES) -> Path:
+    """The folder of the mended copy inside ``cache``, made when it is not there yet; its name hashes its contents.
+
+    Several processes may ask at once: each writes beside, and one of the equal copies stays. Raises SourceError.
+    """
+    directory = cache / f"jittor-{_contents_key(patches)}"
+    if not directory.exists():
+        source = installed_sources()
+        with atomic_directory(directory) as partial:
+            for package in PACKAGES:
+                shutil.copytree(source / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))
+            apply_patches(partial, patches, jittor_version())
+            os.sync()  # a copy torn by a power failure would be taken for a whole one
+    return directory

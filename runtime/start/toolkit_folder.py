@@ -1,0 +1,102 @@
+"""Puts together the one folder that Jittor takes for a CUDA toolkit: ``bin/nvcc``, ``include`` and ``lib64``.
+
+Everything in it is a link to what ``runtime.start.toolkit`` found, but for ``bin/nvcc``, a script (Jittor follows links,
+so it has to be a file) that starts the real compiler. Jittor puts ``lib64`` into the search path of all that it links, so
+nothing has to be said in LD_LIBRARY_PATH, which is read only when a process starts; hence also the libraries' versioned
+names there. The folder's name hashes what it is made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.atomic import atomic_directory
+from runtime.start.toolkit import RUNTIME_ARCHIVE, Toolkit
+
+# C++17 because CCCL 3, which CUDA 13 brings, wants it, and Jittor says 14; CUDA 11 and 12 know both. The architecture
+# where none is named: the core's own kernels would be compiled for the oldest device and translated on the real one,
+# which a driver older than the toolkit refuses.
+WRAPPER = """#!/bin/sh
+# CUDA {version}
+architectures={architectures}
+for word do
+  shift
+  case "$word" in
+    -std=c++14) word=-std=c++17 ;;
+    -arch*|-code*|-gencode*|--gpu-*|--generate-code*) architectures= ;;
+  esac
+  set -- "$@" "$word"
+done
+exec {nvcc} $architectures "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A link to ``target``, or, without one, an executable file that holds ``text``."""
+
+    target: str | None = None
+    text: str = ""
+
+
+def wrapper(toolkit: Toolkit, capabilities: Sequence[int]) -> str:
+    """The script that stands for nvcc. capabilities: compute capabilities (90 for 9.0) to compile for by default."""
+    wanted = " ".join(f"-gencode arch=compute_{code},code=sm_{code}" for code in sorted(set(capabilities)))
+    return WRAPPER.format(
+        version=".".join(map(str, toolkit.version)),
+        architectures=shlex.quote(wanted),
+        nvcc=shlex.quote(str(Path(toolkit.nvcc).absolute())),
+    )
+
+
+def _libraries(toolkit: Toolkit) -> dict[str, Entry]:
+    entries = {}
+    for name, part in toolkit.parts.items():
+        real = part.library.resolve()
+        # The loader asks for the versioned name, the linker for the plain one.
+        names = {path.name for path in part.library.parent.glob(f"lib{name}.so*") if path.resolve() == real}
+        for alias in {f"lib{name}.so", f"lib{name}.so.{part.major}", part.library.name, *names}:
+            entries[f"lib64/{alias}"] = Entry(str(real))
+    if toolkit.archive:
+        entries[f"lib64/{RUNTIME_ARCHIVE}"] = Entry(str(toolkit.archive))
+    return entries
+
+
+def plan(toolkit: Toolkit, capabilities: Sequence[int]) -> dict[str, Entry]:
+    """What the folder will hold, by path. The compiler's own headers come before those of other folders, and what lies
+    in /usr/include needs no link."""
+    entries = {"bin/nvcc": Entry(text=wrapper(toolkit, capabilities))}
+    folders = [toolkit.top / "include", *(part.header for part in toolkit.parts.values())]
+    folders += [toolkit.cccl] if toolkit.cccl else []
+    for folder in dict.fromkeys(folders):
+        if folder.is_dir() and folder != Path("/usr/include"):
+            for header in sorted(folder.iterdir()):
+                entries.setdefault(f"include/{header.name}", Entry(str(header)))
+    return entries | _libraries(toolkit)
+
+
+def put_together(entries: dict[str, Entry], cache: Path, name: str = "toolkit") -> Path:
+    """The folder ``<name>-<hash>`` inside ``cache`` that holds the entries, made when it is not there yet.
+
+    Several processes may ask at once: each writes beside, and one of the equal folders stays.
+    """
+    described = json.dumps({path: [entry.target, entry.text] for path, entry in entries.items()}, sort_keys=True)
+    directory = cache / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+    if not directory.exists():
+        with atomic_directory(directory) as partial:
+            for place, entry in entries.items():
+                path = partial / place
+                path.parent.mkdir(exist_ok=True)
+                if entry.target is None:
+                    path.write_text(entry.text)
+                    path.chmod(0o755)
+                else:
+                    path.symlink_to(entry.target)
+            os.sync()  # a folder torn by a power failure would be taken for a whole one
+    return directory

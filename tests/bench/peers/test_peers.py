@@ -1,0 +1,201 @@
+"""Other engines: which type of transformers counts, that it does our work, what llama-bench is asked and answers."""
+
+import json
+import stat
+
+import numpy as np
+import pytest
+
+from bench import engine
+from bench.clock.engine_record import read_engine_record
+from bench.clock.passes import Work, doubt
+from bench.clock.shapes import SHAPES
+from bench.peers import llama_cpp, torch_llama
+from runtime.entry import run_entry
+from tests.small import small_config
+
+# transformers --------------------------------------------------------------------------------------------------------
+
+
+class FakeProcess:
+    """Stands in for a process of transformers: float32 takes 3 s, bfloat16 2 s, float16 does not run; ``asleep``: what
+    the other way of waiting multiplies that with."""
+
+    asleep, open = 1.0, []
+
+    def __init__(self, task, dtype, sleeping):
+        if dtype == "float16":
+            raise RuntimeError("not implemented for 'Half'")
+        self.seconds = {"float32": 3.0, "bfloat16": 2.0}[dtype] * (self.asleep if sleeping else 1)
+        self.name = (dtype, sleeping)
+        self.open.append(self.name)
+        assert len(self.open) == 1  # one at a time
+
+    def __call__(self):
+        return self.seconds
+
+    def close(self):
+        self.open.remove(self.name)
+
+
+@pytest.mark.parametrize(("factor", "sleeping"), [(1.5, False), (0.5, True)])
+def test_the_fastest_way_counts_and_one_that_does_not_run_is_null(monkeypatch, factor, sleeping):
+    monkeypatch.setattr(FakeProcess, "asleep", factor)
+    monkeypatch.setattr(FakeProcess, "open", [])
+    choice = torch_llama.choose({}, start=FakeProcess)
+    assert (choice.dtype, choice.sleeping) == choice.call.name == ("bfloat16", sleeping)
+    asleep = {"float32, sleeping": 3000 * factor, "bfloat16, sleeping": 2000 * factor, "float16, sleeping": None}
+    assert choice.best_ms == 2000 * min(factor, 1)
+    assert choice.trials_ms == {"float32": 3000, "bfloat16": 2000, "float16": None, **asleep}
+    choice.call.close()
+    assert torch_llama.choose({}, ["float16"], FakeProcess) is None
+
+
+def test_a_process_of_transformers_answers_again_and_again_and_says_when_it_cannot():
+    task = torch_llama.step_task(small_config(), 5, threads=1)
+    process = torch_llama.TorchProcess(task, "float32", sleeping=True)
+    assert process() > 0 and process() > 0
+    process.close()
+    with pytest.raises(RuntimeError, match="left with status 1"):
+        torch_llama.TorchProcess(task, "no type", sleeping=False)
+
+
+def test_a_step_runs_one_row_behind_the_context_again_and_again(monkeypatch):
+    config = small_config()
+    for dtype in ("float32", "bfloat16"):
+        call = torch_llama.stepper(config, 7, threads=1)(dtype)
+        first, second = call(), call()
+        assert tuple(first.shape) == (1, 1, config.vocab_size) and first.isfinite().all()
+        assert (first == second).all()  # the cache is as long as before
+    monkeypatch.setattr("transformers.DynamicCache.crop", lambda *arguments: None)
+    call = torch_llama.stepper(config, 7, threads=1)("float32")
+    assert (call() != call()).any()  # the control: a cache that grows shows
+
+
+def test_a_model_that_does_not_fit_is_not_tried():
+    config = SHAPES["1.1b"]
+    assert torch_llama.fits(config, "float32", 5 * 10**9) and not torch_llama.fits(config, "float32", 4 * 10**9)
+    assert torch_llama.fits(config, "bfloat16", 4 * 10**9)
+
+
+def test_both_engines_stand_in_the_file(monkeypatch, tmp_path):
+    monkeypatch.setitem(SHAPES, "small", small_config())
+    monkeypatch.setattr(FakeProcess, "open", [])
+    choose = torch_llama.choose
+    monkeypatch.setattr(torch_llama, "choose", lambda task, dtypes: choose(task, dtypes, FakeProcess))
+    path = tmp_path / "engine.json"
+    words = ["--shape", "small", "--rows", "2", "--contexts", "5", "--repeats", "1", "--no-loop", "--out", str(path)]
+    assert engine.main(words) == 0
+    (shape,) = read_engine_record(path).shapes
+    peer = shape.transformers
+    assert peer.what == "step" and peer.context == 5 and peer.theirs.ms == 2000
+    assert peer.speedup == pytest.approx(2000 / peer.ours.ms)
+    assert len(peer.trials_ms) == 6 and peer.trials_ms["bfloat16"] == 2000 and peer.trials_ms["float16"] is None
+    assert FakeProcess.open == []  # the process is ended when the shape is done
+
+
+def test_a_comparison_on_a_busy_machine_is_doubted():
+    assert doubt("small", trial_ms=10.0, measured_ms=14.9) == []
+    (note,) = doubt("small", trial_ms=10.0, measured_ms=100.0)
+    assert note.startswith("small: transformers took 10.0 times its trial")
+
+
+def test_without_torch_there_is_a_note_and_no_figure(monkeypatch):
+    from bench.clock.passes import peer_calls
+
+    monkeypatch.setattr(torch_llama.importlib.util, "find_spec", lambda name: None)
+    notes, work = [], Work([1], [5], 1, "float16", 4, True)
+    assert peer_calls("small", None, None, 5, work, 1, notes) == (None, None)
+    assert notes == [torch_llama.MISSING]
+
+
+def test_the_text_of_transformers_is_ours():
+    from backbone.model import EMBEDDED, load_backbone
+    from decoding.generate import generate_autoregressive
+
+    prompt = np.random.default_rng(0).integers(3, 4096, 12)
+    theirs = torch_llama.generator(EMBEDDED, prompt, 20, threads=1)("float32")()
+    ours = generate_autoregressive(load_backbone(dtype="float32"), prompt, max_new_tokens=20).token_ids
+    assert theirs == ours
+
+
+# llama.cpp -----------------------------------------------------------------------------------------------------------
+
+
+def entry(n_prompt, n_gen, samples_ns):
+    """One test of llama-bench -o json, as its documentation shows it."""
+    return {
+        "build_commit": "8cf427ff",
+        "cpu_info": "a processor",
+        "model_filename": "m.gguf",
+        "model_type": "llama 1B F16",
+        "model_size": 2_200_000_000,
+        "model_n_params": 1_100_000_000,
+        "n_threads": 2,
+        "type_k": "f16",
+        "n_prompt": n_prompt,
+        "n_gen": n_gen,
+        "n_depth": 128,
+        "avg_ns": sum(samples_ns) // len(samples_ns),
+        "samples_ns": samples_ns,
+    }
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A program in the place of llama-bench that notes its arguments and prints a text; returns a function of the text
+    and the exit status that gives (program, model, notes)."""
+
+    def write(text, status=0):
+        program, model, notes = tmp_path / "llama-bench", tmp_path / "m.gguf", tmp_path / "notes"
+        (tmp_path / "answer").write_text(text)
+        program.write_text(
+            f'#!/bin/sh\necho "$@" > {notes}\ncat {tmp_path / "answer"}\necho "no such model" >&2\nexit {status}\n'
+        )
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        model.write_bytes(b"GGUF")
+        return program, model, notes
+
+    return write
+
+
+def test_llama_bench_is_asked_for_our_rows_and_its_answer_becomes_milliseconds(bench, tmp_path, capsys):
+    answer = [entry(1, 0, [2e6]), entry(4, 0, [2_000_000, 4_000_000, 6_000_000]), entry(0, 8, [80_000_000])]
+    program, model, notes = bench(json.dumps(answer))
+    out = tmp_path / "peer.json"
+    words = ["--binary", str(program), "--model", str(model), "--rows", "4,1", "--tokens", "8", "--threads", "2"]
+    assert llama_cpp.main([*words, "--repeats", "3", "--out", str(out)]) == 0
+    assert notes.read_text().strip() == f"-m {model} -o json -r 3 -ngl 0 -p 1,4 -n 8 -d 128 -t 2"
+    record = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
+    assert record["peer"] == "llama.cpp" and record["parameters"] == 1_100_000_000
+    assert record["passes"][1] == {"rows": 4, "context": 128, "ms": 4.0, "ms_low": 3.0, "ms_high": 5.0}
+    assert record["token"]["ms"] == pytest.approx(10.0) and record["token"]["tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["not json", "[]", "{}", json.dumps([{"n_prompt": 1}]), json.dumps([{**entry(1, 0, [1]), "samples_ns": "x"}])],
+)
+def test_another_answer_than_the_documented_one_is_an_error(bench, text, capsys):
+    program, model, _ = bench(text)
+    assert run_entry(llama_cpp.main, ["--binary", str(program), "--model", str(model)]) == 2
+    error = capsys.readouterr().err
+    assert "printed something else than its documented JSON" in error and error.count("\n") == 1
+
+
+def test_what_is_missing_is_said_in_one_line(bench, tmp_path, capsys, monkeypatch):
+    program, model, _ = bench("[]", status=1)
+
+    def error(*words):
+        assert run_entry(llama_cpp.main, list(words)) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        return text
+
+    assert "left with status 1: no such model" in error("--binary", str(program), "--model", str(model))
+    assert "absent.gguf does not exist" in error("--binary", str(program), "--model", str(tmp_path / "absent.gguf"))
+    assert "is no program" in error("--binary", str(tmp_path / "absent"), "--model", str(model))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert "llama.cpp is not measured: no llama-bench on the PATH" in error("--model", str(model))
+    assert "--rows must be at least 1" in error("--binary", str(program), "--model", str(model), "--rows", "0")

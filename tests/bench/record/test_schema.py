@@ -1,0 +1,236 @@
+"""The result schema: what fits is kept to the last digit, what does not is refused by name."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.clock.engine_record import read_engine_record
+from bench.record.schema import (
+    AdaptedText,
+    OtherKindError,
+    check_writable,
+    parse_record,
+    read_record,
+    to_json,
+    write_atomically,
+    write_record,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_record_read_back_equals_the_one_written(tmp_path, make_record):
+    path = tmp_path / "new" / "folder" / "a.json"
+    record = parse_record(make_record())
+    write_record(record, path)
+    assert read_record(path) == record
+    assert json.loads(path.read_text()) == make_record()
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_file_from_before_a_field_was_added_is_read_with_its_default(tmp_path, make_record):
+    data = make_record()
+    del data["checkpoint"]["seed"], data["checkpoint"]["tree_nodes"], data["head_stats"], data["adaptation"]
+    for row in data["per_prompt"]:
+        del row["adapted"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(data))
+    record = read_record(path)
+    assert (record.checkpoint.seed, record.head_stats, record.adaptation) == (None, {}, None)
+    assert record.per_prompt[0].adapted is None
+
+
+OTHER_KINDS = {"losses", "conversion", "train-peers", "hybrid", "gpu-check"}  # written and read by one entry each
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.name)
+def test_the_results_of_the_repository_are_read(path):
+    kind = json.loads(path.read_text())["kind"]
+    if kind in OTHER_KINDS:
+        with pytest.raises(OtherKindError):  # the tables leave it out with a note
+            read_record(path)
+    elif path.name.startswith("engine-"):
+        assert all(shape.passes for shape in read_engine_record(path).shapes)
+    else:
+        assert read_record(path).per_prompt
+
+
+def test_json_is_one_line_for_the_last_line_of_stdout(make_record):
+    text = to_json(make_record())
+    assert "\n" not in text
+    assert json.loads(text) == make_record()
+
+
+def test_numpy_numbers_tuples_paths_and_rows_are_taken_as_they_are(make_record, make_row):
+    data = make_record()
+    data["metrics"]["tokens"] = np.int64(7)
+    data["metrics"]["speedup"] = np.float32(0.5)
+    data["config"]["decoding"]["tree"] = ((0,), (0, 1))
+    data["checkpoint"]["path"] = Path("runs/a")
+    data["per_prompt"] = [make_row("p0")]
+    record = parse_record(data)
+    assert (record.metrics.tokens, record.metrics.speedup) == (7, 0.5)
+    assert record.config.decoding.tree == [[0], [0, 1]]
+    assert record.checkpoint.path == "runs/a"
+    assert record.per_prompt == [make_row("p0")]
+
+
+@pytest.mark.parametrize("field", ["checkpoint", "baseline", "parity", "metrics__speedup", "metrics__speedup_ci",
+                                   "timing__draft_s", "baseline__pass_s", "config__decoding__tree"])  # fmt: skip
+def test_unknown_values_are_null(make_record, field):
+    assert parse_record(make_record(**{field: None})).status == "complete"
+
+
+def test_a_number_that_json_does_not_know_becomes_null_in_free_form_parts(make_record):
+    data = make_record()
+    data["provenance"]["load"] = float("nan")  # a finished run is not lost over its description
+    assert json.loads(to_json(data), parse_constant=pytest.fail)["provenance"]["load"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"metrics__speedup": "fast"}, r"metrics\.speedup: .*got 'fast'"),
+        ({"metrics__speedup": float("nan")}, r"metrics\.speedup: .*finite"),
+        ({"metrics__tokens": -1}, r"metrics\.tokens"),
+        ({"metrics__tokens": "7"}, r"metrics\.tokens: .*got '7'"),
+        ({"metrics__tokens": 7.0}, r"metrics\.tokens: .*got 7\.0"),
+        ({"metrics__accept_rate": [1.5]}, r"metrics\.accept_rate\.0"),
+        ({"metrics__speedup_ci": [1.0]}, r"metrics\.speedup_ci"),
+        ({"metrics__speed_up": 2.0}, r"metrics\.speed_up: Extra inputs"),
+        ({"config__backbone__engine": "numpy"}, r"config\.backbone\.engine"),
+        ({"config__repeats": 0}, r"config\.repeats"),
+        ({"status": "done"}, r"status"),
+        ({"head": None}, r"head"),
+        ({"provenance__threads": object}, r"a type cannot be written"),
+        ({"parity__identical": 3}, r"identical \(3\) exceeds prompts \(2\)"),
+        ({"head_stats": [1]}, r"head_stats"),
+        ({"checkpoint__seed": -1}, r"checkpoint\.seed"),
+        ({"adaptation": {"stats": {}, "greedy_agreement": 1.5, "token_agreement": 0.5}}, r"adaptation\.greedy"),
+        ({"adaptation": {"stats": {}}}, r"adaptation\.greedy_agreement: Field required"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused_by_field(tmp_path, make_record, changes, complaint):
+    data = make_record()
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = data
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path = tmp_path / "a.json"
+    with pytest.raises(ValueError, match=complaint):
+        write_record(data, path)
+    assert not path.exists()
+
+
+def test_a_missing_field_and_a_repeated_prompt_are_named(make_record, make_row):
+    data = make_record()
+    del data["timing"]["host_s"]
+    with pytest.raises(ValueError, match=r"x\.json: timing\.host_s: Field required"):
+        parse_record(data, "x.json")
+    data = make_record()
+    data["per_prompt"][1]["prompt_id"] = "p0"
+    with pytest.raises(ValueError, match="'p0' twice"):
+        parse_record(data)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "reached"),
+    [([5, 0], [4, 4]), ([4], [4, 4]), ([2, 1], [4, 3])],
+    ids=["more accepted than tried", "unequal depths", "reached below a refusal"],
+)
+def test_depth_counts_that_contradict_each_other_are_refused(make_row, accepted, reached):
+    assert make_row(accepted_by_depth=[3, 1], reached_by_depth=[4, 3])
+    with pytest.raises(ValueError, match="depth"):
+        make_row(accepted_by_depth=accepted, reached_by_depth=reached)
+
+
+def test_an_identical_row_cannot_differ_in_its_number_of_tokens(make_row):
+    assert make_row(identical=False, tokens=10, baseline_tokens=9)
+    with pytest.raises(ValueError, match="10 tokens against the baseline's 9"):
+        make_row(identical=True, tokens=10, baseline_tokens=9)
+
+
+def test_an_identical_row_of_an_adapted_backbone_has_the_tokens_of_that_backbone(make_row):
+    adapted = AdaptedText(tokens=9, agreeing_tokens=10)  # the first token of the turn counts among the agreeing ones
+    assert make_row(tokens=9, baseline_tokens=12, adapted=adapted)
+    with pytest.raises(ValueError, match="12 tokens against the adapted backbone's 9"):
+        make_row(tokens=12, baseline_tokens=12, adapted=adapted)
+    for baseline_tokens in (12, 8):  # no more can agree than the shorter text has
+        with pytest.raises(ValueError, match="agreeing_tokens is 11, of at most"):
+            make_row(tokens=9, baseline_tokens=baseline_tokens, adapted=AdaptedText(tokens=9, agreeing_tokens=11))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"kind": "generation",\n "schema_version": }', r"a\.json:2: malformed JSON"),
+        ("[1]", "a result is a JSON object, got a list"),
+        ('{"kind": "generation", "schema_version": 2}', "schema_version is 2; .* reads 1"),
+        ("{}", "schema_version is 'missing'"),
+        ('{"kind": "generation", "schema_version": 1}', r"Field required.*and \d+ more"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, text, complaint):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        read_record(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_kind_is_told_apart_before_its_version(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"kind": "engine", "schema_version": 7}')
+    with pytest.raises(OtherKindError, match="'engine'") as caught:
+        read_record(path)
+    assert caught.value.kind == "engine"
+
+
+def test_bytes_that_are_not_utf8_are_refused_by_name(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"head": "\xff"}')
+    with pytest.raises(ValueError, match=r"a\.json: not UTF-8"):
+        read_record(tmp_path / "a.json")
+
+
+def test_an_unwritable_path_is_told_before_the_work(tmp_path, make_record):
+    (tmp_path / "file").write_text("")
+    under_a_file, a_folder = tmp_path / "file" / "a.json", tmp_path
+    for path in (under_a_file, a_folder):
+        with pytest.raises(OSError, match="cannot write") as caught:
+            check_writable(path)
+        assert str(path) in str(caught.value)
+        with pytest.raises(OSError, match="cannot write"):
+            write_record(make_record(), path)
+
+
+def test_checking_leaves_neither_a_file_nor_a_changed_one(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    check_writable(path)
+    assert os.listdir(path.parent) == []
+    path.write_text("old")
+    check_writable(path)
+    assert (path.read_text(), os.listdir(path.parent)) == ("old", ["a.json"])
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"cannot write .*No space left"):
+        write_atomically(path, "new")
+    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["a.json"])
+    monkeypatch.undo()
+    os.link(path, tmp_path / "link")
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert (tmp_path / "link").read_text() == "old"  # renamed into place, not written over

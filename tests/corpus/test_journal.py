@@ -1,0 +1,262 @@
+"""An unfinished corpus goes on where it was, whatever ended it, and becomes the file of an unbroken run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from backbone.model import load_backbone
+from backbone.tokenizer import load_tokenizer
+from corpus.dialogue import Prompt
+from corpus.journal import BEGUN, TALKS, Journal, check_begun, partial_folder
+from corpus.lanes import Batch
+from corpus.write import Options, main, terms, write_corpus
+from runtime.entry import run_entry
+from trainer.features import top_k
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARD_TOKENS = 400  # several files for a few conversations
+FLAGS = ["--num-conversations=12", "--batch-size=4", "--max-turns=2", "--greedy-share=0.5", "--top-k-probabilities=3"]
+CHILD = f"""
+import sys
+from trainer.features import top_k
+top_k.SHARD_TOKENS = {SHARD_TOKENS}
+from runtime.entry import run_entry
+from corpus.write import main
+sys.exit(run_entry(main, sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(top_k, "SHARD_TOKENS", SHARD_TOKENS)
+
+
+def options(**changes):
+    given = {"num_conversations": 12, "batch_size": 4, "max_turns": 2, "greedy_share": 0.5, "top_k_probabilities": 3}
+    return Options(**given | changes)
+
+
+def files_of(out):
+    """Name and bytes of everything that a finished run leaves."""
+    assert not partial_folder(out).exists()
+    paths = [out, *top_k.top_k_folder(out).iterdir()]
+    return {path.name.replace(out.name, "corpus"): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def unbroken(backbone, tokenizer, tmp_path_factory):
+    """(what an unbroken run leaves, its report)."""
+    out = tmp_path_factory.mktemp("unbroken") / "corpus.jsonl.gz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(top_k, "SHARD_TOKENS", SHARD_TOKENS)
+        report = write_corpus(backbone, tokenizer, options(), out).summary()
+    found = files_of(out)
+    assert len(found) > 3
+    return found, report
+
+
+def break_off(backbone, tokenizer, out, after, prompts=None, **changes):
+    """A run that Ctrl-C ends after this many passes."""
+    step, passes = Batch._step, iter(range(after))
+
+    def stop(self, active):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return step(self, active)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_corpus(backbone, tokenizer, options(**changes), out, prompts)
+
+
+@pytest.fixture(scope="module")
+def begun(backbone, tokenizer, tmp_path_factory):
+    """The unfinished corpus of a run that asked for more, in other batches."""
+    out = tmp_path_factory.mktemp("begun") / "corpus.jsonl.gz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(top_k, "SHARD_TOKENS", SHARD_TOKENS)
+        break_off(backbone, tokenizer, out, 250, batch_size=5, num_conversations=1000)
+    assert 4 < num_lines(partial_folder(out) / TALKS) < 12 and list((partial_folder(out) / "top").iterdir())
+    return partial_folder(out)
+
+
+@pytest.fixture
+def out(begun, tmp_path):
+    """A corpus that lies there unfinished."""
+    shutil.copytree(begun, tmp_path / begun.name)
+    return tmp_path / "corpus.jsonl.gz"
+
+
+def num_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_run_killed_again_and_again_writes_the_file_of_an_unbroken_one(unbroken, tmp_path):
+    out, chance, killed = tmp_path / "corpus.jsonl.gz", random.Random(0), []
+    talks = partial_folder(out) / TALKS
+    command = [sys.executable, "-c", CHILD, "--out", str(out), *FLAGS]
+    while not out.exists():
+        most = num_lines(talks) + chance.randint(1, 5) if len(killed) < 3 else 1000
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while child.poll() is None and num_lines(talks) < most:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02) if most < 1000 else 0)
+        child.send_signal(signal.SIGKILL)
+        said = child.communicate()
+        assert child.returncode in (0, -signal.SIGKILL), said
+        if child.returncode:
+            killed.append(num_lines(talks))
+    assert killed and killed == sorted(killed), killed
+    assert files_of(out) == unbroken[0]
+    assert said[0].startswith(unbroken[1])
+
+
+def test_ctrl_c_keeps_what_is_over_and_the_same_command_goes_on(backbone, tokenizer, unbroken, out, capsys):
+    """Whatever the batch size was, and however many conversations were asked for."""
+    known = num_lines(partial_folder(out) / TALKS)
+    break_off(backbone, tokenizer, out, 40)
+    assert not out.exists() and num_lines(partial_folder(out) / TALKS) >= known
+    said = capsys.readouterr().err
+    assert f"going on behind {known} conversations" in said
+    assert "interrupted at" in said and f"goes on from {partial_folder(out)}" in said
+    report = write_corpus(backbone, tokenizer, options(), out)
+    assert files_of(out) == unbroken[0] and report.summary() == unbroken[1]
+
+
+def test_ctrl_c_before_the_first_conversation_is_over_leaves_nothing(backbone, tokenizer, tmp_path, capsys):
+    break_off(backbone, tokenizer, tmp_path / "corpus.jsonl.gz", 1)
+    assert list(tmp_path.iterdir()) == []
+    assert "corpus.jsonl.gz was not written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [1, 100_000])
+def test_a_last_line_that_was_not_written_whole_is_written_again(backbone, tokenizer, unbroken, out, cut):
+    talks = partial_folder(out) / TALKS
+    whole = num_lines(talks)
+    os.truncate(talks, max(0, talks.stat().st_size - cut))
+    assert num_lines(talks) < whole
+    write_corpus(backbone, tokenizer, options(), out)
+    assert files_of(out) == unbroken[0]
+
+
+def test_a_control_that_drops_a_whole_line_too_is_noticed(backbone, tokenizer, unbroken, out):
+    talks = partial_folder(out) / TALKS
+    first, _, *rest = talks.read_bytes().splitlines(keepends=True)
+    renumbered = [json.dumps(json.loads(line) | {"index": i}) + "\n" for i, line in enumerate([first, *rest])]
+    talks.write_text("".join(renumbered))
+    write_corpus(backbone, tokenizer, options(), out)
+    assert files_of(out) != unbroken[0]
+
+
+def test_fewer_conversations_than_there_are_already_are_the_first_of_them(backbone, tokenizer, out, tmp_path):
+    write_corpus(backbone, tokenizer, options(num_conversations=3), tmp_path / "three.jsonl.gz")
+    write_corpus(backbone, tokenizer, options(num_conversations=3), out)
+    assert files_of(out) == files_of(tmp_path / "three.jsonl.gz")
+
+
+def test_a_run_killed_between_its_last_steps_is_finished_by_the_next(backbone, tokenizer, unbroken, out):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("finish", "discard"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                write_corpus(backbone, tokenizer, options(), out)
+        assert partial_folder(out).exists()
+    write_corpus(backbone, tokenizer, options(), out)
+    assert files_of(out) == unbroken[0]
+
+
+def test_a_corpus_of_prompts_goes_on_too(backbone, tokenizer, tmp_path):
+    prompts = [Prompt((f"What is {n} plus {n}?", "And twice that?"), "math") for n in range(8)]
+    given = {"num_conversations": None, "max_turns": None, "temperature": 1.0, "top_k_probabilities": 0}
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "corpus.jsonl"
+    write_corpus(backbone, tokenizer, options(**given), whole, prompts)
+    break_off(backbone, tokenizer, out, 60, prompts, **given)
+    assert 0 < num_lines(partial_folder(out) / TALKS) < 8
+    with pytest.raises(ValueError, match="other terms: --prompts: "):
+        write_corpus(backbone, tokenizer, options(**given), out, prompts[1:])
+    write_corpus(backbone, tokenizer, options(**given), out, prompts)
+    assert out.read_bytes() == whole.read_bytes() and not partial_folder(out).exists()
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"--seed": "7"},
+        {"--greedy-share": "0.25"},
+        {"--top-k-probabilities": "0"},
+        {"--max-length": "300"},
+        {"--continue": "0.5"},
+    ],
+)
+def test_other_options_than_it_was_begun_with_are_refused_by_name_before_the_model_is_read(
+    tmp_path, capsys, monkeypatch, other
+):
+    monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: pytest.fail("read the model"))
+    out = tmp_path / "corpus.jsonl"
+    partial_folder(out).mkdir()
+    (partial_folder(out) / BEGUN).write_text(json.dumps(terms(options(), None)))
+    assert run_entry(main, ["--out", str(out), *FLAGS, *(word for pair in other.items() for word in pair)]) == 2
+    said = capsys.readouterr().err
+    (flag, value), *_ = other.items()
+    assert f"begun on other terms: {flag}: " in said and f", now {value};" in said and "delete the folder" in said
+
+
+def test_another_backbone_or_tokenizer_is_refused_by_name(backbone, tokenizer, out):
+    before = (partial_folder(out) / TALKS).read_bytes()
+    with pytest.raises(ValueError, match="other terms: weights in: float16, now int8;"):
+        write_corpus(load_backbone(load_in_8bit=True), tokenizer, options(), out)
+    with pytest.raises(ValueError, match="other terms: tokenizer with --template: "):
+        write_corpus(backbone, load_tokenizer(None, "vicuna"), options(), out)
+    assert (partial_folder(out) / TALKS).read_bytes() == before
+
+
+def test_a_corpus_is_written_by_one_process_at_a_time(tmp_path):
+    out = tmp_path / "corpus.jsonl"
+    with Journal(out, {}), pytest.raises(ValueError, match="another process is writing"):
+        Journal(out, {})
+    with Journal(out, {}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_journal_is_refused_with_file_and_line(backbone, tokenizer, out):
+    talks = partial_folder(out) / TALKS
+    first, second, *rest = talks.read_bytes().splitlines(keepends=True)
+    for damaged in ([first, b"{}\n"], [first, b"\0" * 9 + b"\n"], [second, first]):
+        talks.write_bytes(b"".join([*damaged, *rest]))
+        with pytest.raises(ValueError, match=rf"{TALKS} line [12] is damaged .*delete .*partial"):
+            write_corpus(backbone, tokenizer, options(), out)
+    (partial_folder(out) / BEGUN).write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        check_begun(out, {})
+
+
+def test_a_corpus_of_which_nothing_is_of_use_leaves_nothing(backbone, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"none of 1 conversations is of use: .*prompt too long"):
+        write_corpus(backbone, tokenizer, options(), tmp_path / "x.jsonl", [Prompt(("word " * 600,))])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,332 @@
+"""The backbone's own conversations: the same file each time, whatever runs beside them, and nothing made up."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from backbone.model import load_backbone
+from backbone.tokenizer import load_tokenizer
+from corpus.dialogue import OPENINGS, Prompt, Talk, Writer, in_loop
+from corpus.lanes import lane_plan, sample
+from corpus.write import Options, main, write_corpus
+from ops.select import argmax
+from runtime.entry import run_entry
+from trainer.data.tokens import encode_conversations, load_conversations
+from trainer.features.teacher import open_teacher
+from trainer.features.top_k import top_k_folder
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+def options(**changes):
+    return Options(**{"num_conversations": 6, "batch_size": 8, "greedy_share": 1.0, "max_turns": 3} | changes)
+
+
+def records_of(path):
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def corpus(backbone, tokenizer, tmp_path_factory):
+    """(path, counts) of a few conversations, some with sampled replies."""
+    path = tmp_path_factory.mktemp("distill") / "corpus.jsonl.gz"
+    return path, write_corpus(backbone, tokenizer, options(greedy_share=0.5), path)
+
+
+def greedy_reply(backbone, tokenizer, messages, most):
+    """The reply by a loop of its own, one token a pass in a cache of its own; None if it does not end."""
+    ids = tokenizer.encode_chat(messages)
+    cache = backbone.new_cache(len(ids) + most)
+    out, rows = [], ids
+    while len(out) < most:
+        logits = backbone.forward(np.array([rows], np.int32), cache=cache, logits="last").logits
+        cache.commit(range(len(rows)))
+        token = int(argmax(logits.reshape(1, -1)).numpy()[0])
+        if token in tokenizer.eos_ids:
+            return tokenizer.decode(out).strip()
+        out.append(token)
+        rows = [token]
+    return None
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_options_give_the_same_bytes_at_any_batch_size(backbone, tokenizer, corpus, tmp_path):
+    path, counts = corpus
+    for batch_size in (8, 3):
+        again = tmp_path / f"{batch_size}.jsonl.gz"
+        write_corpus(backbone, tokenizer, options(greedy_share=0.5, batch_size=batch_size), again)
+        assert again.read_bytes() == path.read_bytes()
+    write_corpus(backbone, tokenizer, options(greedy_share=0.5, seed=1), tmp_path / "other.gz")
+    assert (tmp_path / "other.gz").read_bytes() != path.read_bytes()
+    assert counts.kept == len(records_of(path)) == 6
+
+
+def test_fewer_conversations_are_the_beginning_of_more(backbone, tokenizer, corpus, tmp_path):
+    write_corpus(backbone, tokenizer, options(greedy_share=0.5, num_conversations=2), tmp_path / "two.gz")
+    assert records_of(tmp_path / "two.gz") == records_of(corpus[0])[:2]
+
+
+def test_the_trainer_reads_the_file_without_losing_a_turn(tokenizer, corpus):
+    path, counts = corpus
+    conversations, report = load_conversations(path)
+    assert (report.kept, report.trimmed) == (counts.kept, 0)
+    tokens = sum(len(ids) for ids, _ in tokenizer.encode_many_with_mask([talk.messages for talk in conversations]))
+    assert tokens == counts.tokens
+
+
+@pytest.mark.parametrize("max_length", [512, 90])
+def test_the_trainer_finds_its_tokens_in_the_top_k_files(backbone, tokenizer, tmp_path, max_length):
+    path = tmp_path / "corpus.jsonl.gz"
+    write_corpus(backbone, tokenizer, options(top_k_probabilities=4), path)
+    data = encode_conversations(load_conversations(path)[0], tokenizer, max_length)
+    assert data.lengths.max() > 90 or max_length == 90
+    teacher = open_teacher(backbone, 4, str(top_k_folder(path)))
+    ids, probabilities = (v.numpy() for v in teacher(None, data.token_ids, data.offsets))
+    output = backbone.forward(data.conversation(1)[0][None])
+    rows = slice(data.offsets[1], data.offsets[2])
+    assert (ids[rows, 0] == output.chosen.numpy()[0]).all()
+    assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
+    with pytest.raises(ValueError, match="does not hold"):
+        teacher(None, data.token_ids[1:], np.maximum(data.offsets - 1, 0))
+
+
+# What is said --------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_replies_are_those_of_a_loop_of_one_token_at_a_time(backbone, tokenizer, tmp_path):
+    prompts = [
+        Prompt(("I need a hotel in Paris.", "For two nights.")),
+        Prompt(("How are you?",)),
+        Prompt(("Tom has 3 apples and buys 4 more. How many apples has he?",)),
+    ]
+    path = tmp_path / "replies.jsonl.gz"
+    write_corpus(backbone, tokenizer, Options(batch_size=2, greedy_share=1.0), path, prompts)
+    records = records_of(path)
+    assert len(records) == len(prompts)
+    for record, prompt in zip(records, prompts, strict=True):
+        turns = [turn["value"] for turn in record["conversations"]]
+        assert tuple(turns[::2]) == prompt.turns
+        messages = []
+        for question, reply in zip(turns[::2], turns[1::2], strict=True):
+            messages.append({"role": "user", "content": question})
+            assert reply == greedy_reply(backbone, tokenizer, messages, 192)
+            messages.append({"role": "assistant", "content": reply})
+
+
+def test_a_conversation_does_not_depend_on_its_neighbours(backbone, tokenizer, tmp_path):
+    question = Prompt(("Do you like music?",))
+    crowd = [Prompt((f"What is {n} plus {n}?",)) for n in range(5)]
+    spoken = {}
+    for name, prompts in {"alone": [question], "last": [*crowd, question]}.items():
+        path = tmp_path / f"{name}.jsonl.gz"
+        write_corpus(backbone, tokenizer, Options(greedy_share=1.0), path, prompts)
+        spoken[name] = records_of(path)[-1]["conversations"]
+    assert spoken["alone"] == spoken["last"]
+
+
+def test_a_reply_is_cut_at_its_limit_and_a_later_turn_that_is_cut_is_left_out(tokenizer):
+    writer = Writer(tokenizer, options(max_reply_tokens=3))
+    word = tokenizer.encode(" good")[0]
+    talk = Talk(0, "", True, np.zeros(8), questions=("Hi", "And you?"))
+    writer.start(talk, "")
+    assert [writer.take(talk, word, 0.0) for _ in range(3)] == [False, False, True]
+    assert talk.messages[1]["content"] == "good good good" and not talk.dropped
+    talk = Talk(0, "", True, np.zeros(8), questions=("Hi", "And you?"))
+    writer.start(talk, "")
+    writer.take(talk, word, 0.0)
+    assert not writer.take(talk, tokenizer.eos_ids[0], 0.0)  # on to the second question
+    assert [writer.take(talk, word, 0.0) for _ in range(3)] == [False, False, True]
+    assert [m["content"] for m in talk.messages] == ["Hi", "good"]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("", "user turn empty"),
+        (" USER: I", "user turn garbled"),
+        ("</s>", "user turn without an end"),
+        (" word" * 9, "user turn too long"),
+    ],
+)
+def test_a_user_turn_of_no_use_drops_the_conversation(tokenizer, said, reason):
+    writer = Writer(tokenizer, options(max_user_tokens=8))
+    talk = Talk(0, "", True, np.zeros(8))
+    writer.start(talk, "")
+    assert any(writer.take(talk, token, 0.0) for token in tokenizer.encode(said + " ASSISTANT:"))
+    assert (talk.dropped, talk.messages) == (reason, [])
+
+
+def test_the_tokens_before_a_reply_are_those_of_the_rendered_text(tokenizer):
+    """A sampled word may be spelled by other tokens than the tokenizer's: the reply must not see those."""
+    writer = Writer(tokenizer, options())
+    talk = Talk(0, "", True, np.zeros(8))
+    writer.start(talk, "Hello")
+    talk.fed = len(talk.ids)
+    letters = [token for c in " there" for token in tokenizer.encode(c)]
+    assert letters != tokenizer.encode(" there")
+    for token in [*letters, *tokenizer.encode(" ASSISTANT:")]:
+        assert not writer.take(talk, token, 0.0)
+        talk.fed = len(talk.ids) - 1
+    assert talk.messages == [{"role": "user", "content": "Hello there"}]
+    assert talk.ids == tokenizer.encode_chat(talk.messages)
+
+
+def test_a_further_turn_is_as_probable_as_asked(tokenizer):
+    turns = {}
+    for probability in (0.0, 0.4, 0.6):  # the random numbers are all 0.5
+        writer = Writer(tokenizer, options(continuation=probability))
+        talk = Talk(0, "", True, np.full(8, 0.5))
+        writer.start(talk, "Hello")
+        for token in tokenizer.encode(" ASSISTANT: Hi"):
+            writer.take(talk, token, 0.0)
+        turns[probability] = writer.take(talk, tokenizer.eos_ids[0], 0.0)
+    assert turns == {0.0: True, 0.4: True, 0.6: False}
+    assert talk.ids == tokenizer.encode(tokenizer.render(talk.messages, False) + "USER:")
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def test_lane_plan_gives_every_lane_its_own_stretch():
+    plan = lane_plan(np.array([0, 2]), np.array([3, 0]), np.array([1, 2]), 10)
+    assert plan.meta_array.tolist() == [[3, 3, 0, 4], [0, 20, 20, 1], [1, 21, 20, 2]]
+
+
+def test_sampling_keeps_to_the_likeliest_tokens():
+    values = np.log(np.array([[0.6, 0.3, 0.1]] * 4))
+    uniforms = np.array([0.99, 0.5, 0.7, 0.99])
+    assert sample(values, np.zeros(4), 1.0, uniforms).tolist() == [0, 0, 0, 0]
+    assert sample(values, np.ones(4), 1.0, uniforms).tolist() == [2, 0, 1, 2]
+    assert sample(values, np.ones(4), 0.8, uniforms).tolist() == [1, 0, 1, 1]
+    assert sample(values, np.ones(4), 0.5, uniforms).tolist() == [0, 0, 0, 0]
+
+
+def test_a_loop_is_a_loop():
+    assert in_loop([9, 9, *[1, 2, 3] * 30])
+    assert not in_loop([1, 2, 3] * 10)
+    assert not in_loop(list(range(30)) * 5)
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--temperature -0.1",
+        "--temperature-user nan",
+        "--top-p 0",
+        "--top-p 1.1",
+        "--batch-size 0",
+        "--num-tokens 0",
+        "--continue 2",
+        "--greedy-share -1",
+        "--max-length 40",
+        "--max-length 4096",
+        "--seed -1",
+        "--temperature inf",
+        "--max-turns 0",
+        "--max-loops 2",
+        "--top-k-probabilities -1",
+        "--top-k-probabilities 99999",
+    ],
+)
+def test_a_bad_option_is_answered_in_one_line(wrong, tmp_path, capsys):
+    arguments = ["--num-conversations", "1", "--out", str(tmp_path / "x.jsonl.gz"), *wrong.split()]
+    assert run_entry(main, arguments) == 2
+    assert wrong.split()[0] in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: pytest.fail("read the model"))
+    for out in (tmp_path / "nowhere" / "x.jsonl.gz", tmp_path):
+        assert run_entry(main, ["--num-tokens", "9", "--out", str(out)]) == 2
+        assert str(out) in capsys.readouterr().err
+    assert run_entry(main, ["--out", str(tmp_path / "x.gz")]) == 2
+    assert "--num-tokens" in capsys.readouterr().err
+
+
+def test_the_command_line_answers_prompts_in_order_each_as_often_as_it_is_given(
+    tmp_path, capsys, backbone, tokenizer, monkeypatch
+):
+    monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: backbone)
+    turns = [
+        ["Hi"],
+        ["How are you?"] * 6,
+        ["Hi"],
+        ["half of \ud83d"],
+        ["word " * 600],
+        ["I need a hotel.", "In Paris."],
+    ]
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    assert run_entry(main, ["--prompts", str(path), "--temperature", "0", "--out", str(out)]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["id"] for r in records] == ["talk-0", "talk-1", "talk-2", "talk-5"]
+    for record in records:
+        index = int(record["id"].split("-")[1])
+        said = [turn["value"] for turn in record["conversations"]]
+        assert said[::2] == turns[index]
+        messages = [{"role": "user", "content": said[0]}]
+        assert said[1] == greedy_reply(backbone, tokenizer, messages, 192)
+    report = capsys.readouterr().out
+    assert "4 conversations, 10 turns" in report and "4 with greedy replies" in report
+    assert "dropped 2 of 6: " in report and "1 prompt garbled" in report and "1 prompt too long" in report
+
+
+def test_a_temperature_samples_every_reply_unless_a_greedy_share_is_given():
+    shares = [
+        (Options(**given).temperature, Options(**given).greedy_share)
+        for given in ({}, {"temperature": 0.9}, {"temperature": 0.9, "greedy_share": 0.5}, {"greedy_share": 0.1})
+    ]
+    assert shares == [(0.7, 0.8), (0.9, 0.0), (0.9, 0.5), (0.7, 0.1)]
+
+
+def test_the_seed_decides_what_is_sampled_for_prompts(backbone, tokenizer, tmp_path):
+    prompts = [Prompt((f"Tell me a story about {n} cats.",)) for n in range(4)]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_corpus(backbone, tokenizer, Options(temperature=1.0, seed=seed), tmp_path / f"{name}.gz", prompts)
+    a, b, c = (records_of(tmp_path / f"{name}.gz") for name in "abc")
+    assert a == b != c
+
+
+def test_the_command_line_writes_what_it_reports(tmp_path, capsys, backbone, monkeypatch):
+    monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: backbone)
+    path = tmp_path / "x.jsonl"
+    assert run_entry(main, ["--num-conversations", "2", "--max-turns", "1", "--out", str(path)]) == 0
+    assert len(path.read_text().splitlines()) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("2 conversations, 2 turns") and f"{path.stat().st_size:,} bytes" in out
+    assert set(OPENINGS) >= {"booking", "openchat", "story", "math", "chitchat"}
+
+
+def test_the_command_line_says_how_the_backbone_is_kept(tmp_path, backbone, monkeypatch):
+    asked = []
+
+    def load(*kept):
+        asked.append(kept)
+        return backbone
+
+    monkeypatch.setattr("backbone.model.load_backbone", load)
+    arguments = ["--num-conversations", "1", "--max-turns", "1", "--batch-size", "2"]
+    for name, flags in (("a", []), ("b", ["--load-in-8bit", "--dtype", "float32"]), ("c", ["--load-in-4bit"])):
+        assert run_entry(main, [*arguments, *flags, "--out", str(tmp_path / name)]) == 0
+    assert asked == [
+        (None, "float16", False, False),
+        (None, "float32", True, False),
+        (None, "float16", False, True),
+    ]

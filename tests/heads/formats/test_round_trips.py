@@ -1,0 +1,111 @@
+"""Every pair of formats that can hold the same head gives it back bit for bit, whatever its sizes and its type."""
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backbone.files.lazy import in_memory
+from backbone.formats.cast import FLOATS
+from heads.formats.contents import Casting, HeadWeights, Target
+from heads.formats.conversion import BY_NAME
+from heads.formats.files import open_head
+from heads.formats.own import default_options
+from tests.small import small_config
+
+# What a conversion writes for each name here: the format, and the file or folder.
+PLACES = {
+    "npz": ("npz", "head.npz"),
+    "jtr": ("jittor-pkl", "head.jtr"),
+    "medusa-pt": ("medusa", "a"),
+    "medusa-safetensors": ("medusa", "b/medusa_lm_head.safetensors"),
+    "vllm": ("vllm-medusa", "c"),
+    "tensorrt": ("tensorrt-llm-medusa", "d"),
+}
+
+
+class Borrowed(Target):
+    """A backbone of any width, of which only sizes, embedding and language-model head are asked for."""
+
+    def __init__(self, width, vocabulary, random):
+        super().__init__()
+        self.config = small_config(hidden_size=width, head_dim=width // 4, vocab_size=vocabulary)
+        ends = random.standard_normal((2, vocabulary, width)).astype(np.float16)
+        self._ends = {"model.embed_tokens.weight": in_memory(ends[0]), "lm_head.weight": in_memory(ends[1])}
+
+
+@st.composite
+def heads(draw):
+    """(backbone, weights, dtype): an mlp head whose numbers are all of the type, some of them at its edges."""
+    depths, layers = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    width, vocabulary = 8 * draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    dtype = FLOATS[draw(st.sampled_from(list(FLOATS)))]
+    lm_head = draw(st.sampled_from(["own", "shared"]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    target = Borrowed(width, vocabulary, random)
+    options = default_options("mlp", num_depths=depths, num_layers=layers, lm_head=lm_head)
+    shapes = {f"blocks.{k}.{j}.linear.weight": (width, width) for k in range(depths) for j in range(layers)}
+    shapes |= {f"blocks.{k}.{j}.linear.bias": (width,) for k in range(depths) for j in range(layers)}
+    if lm_head == "own":
+        shapes |= {f"lm_heads.{k}.weight": (vocabulary, width) for k in range(depths)}
+    tensors = {}
+    for name, shape in shapes.items():
+        numbers = random.standard_normal(shape) * 10.0 ** random.integers(-9, 4)
+        numbers.flat[0] = draw(st.sampled_from([0.0, -0.0, 1e-8, 65504.0]))
+        tensors[name] = in_memory(numbers.astype(dtype).astype(np.float32))
+    config = {"head": "mlp", "head_config": options, "backbone": {"hidden_size": width, "vocab_size": vocabulary}}
+    return target, HeadWeights("mlp", options, tensors, config), dtype
+
+
+def can_hold(place, weights, dtype):
+    """Whether a format can hold this head."""
+    if place in ("npz", "jtr") and dtype == FLOATS["bfloat16"]:
+        return False
+    if place.startswith("medusa") and weights.options["num_layers"] > 1:
+        return False  # blocks that differ
+    return place != "tensorrt" or weights.options["lm_head"] == "own"
+
+
+def passed(weights, place, folder, dtype, target):
+    """The head once more, from the file it was written to."""
+    name, where = PLACES[place]
+    BY_NAME[name].write(weights, folder / where, Casting(dtype), target)
+    found = open_head(folder / where)
+    assert BY_NAME[name].recognise(found)
+    assert sum(format.recognise(found) for format in BY_NAME.values()) == 1
+    return BY_NAME[name].read(found, target)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(PLACES, 2)))
+@settings(max_examples=12, deadline=None)
+@given(data=heads())
+def test_a_head_passed_through_two_formats_is_the_same(first, second, data):
+    target, weights, dtype = data
+    if not (can_hold(first, weights, dtype) and can_hold(second, weights, dtype)):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        once = passed(weights, first, Path(folder), dtype, target)
+        # From other systems a head comes without the config that single files ask for.
+        once.config.update(weights.config)
+        twice = passed(once, second, Path(folder), dtype, target)
+        assert twice.options == weights.options and twice.tensors.keys() == weights.tensors.keys()
+        for name, tensor in weights.tensors.items():
+            assert twice.tensors[name].dtype == np.float32
+            assert twice.tensors[name].whole().tobytes() == tensor.whole().tobytes(), name
+
+
+def test_a_tensor_that_is_left_out_is_missed():
+    random = np.random.default_rng(0)
+    target = Borrowed(8, 5, random)
+    options = default_options("mlp", num_depths=2)
+    shapes = {f"blocks.{k}.0.linear.weight": (8, 8) for k in range(2)}
+    tensors = {name: in_memory(np.ones(shape, np.float32)) for name, shape in shapes.items()}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.raises(ValueError, match=r"missing: blocks\.0\.0\.linear\.bias"),
+    ):
+        passed(HeadWeights("mlp", options, tensors, {}), "vllm", Path(folder), FLOATS["float32"], target)

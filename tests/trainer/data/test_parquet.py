@@ -1,0 +1,251 @@
+"""Folders that datasets' save_to_disk writes, and Parquet files, give the records in them, or one clear line."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from backbone.tokenizer import load_tokenizer
+from trainer.data.inspect import main
+from trainer.data.parquet import is_table, read_rows
+from trainer.data.tokens import load_conversations, load_data
+
+pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
+parquet = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+
+TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+CHATS = [{"conversations": TURNS, "id": str(number), "source": "x"} for number in range(5)]
+TEXTS = [{"text": text} for text in ("One.", "", "Two, 語.", None, "Three.")]
+
+
+def write_stream(path, records, batch=2):
+    table = pyarrow.Table.from_pylist(records)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=batch)
+
+
+def write_dataset(folder, *shards):
+    """What Dataset.save_to_disk writes: an Arrow stream for each shard, and their names in order."""
+    folder.mkdir(parents=True)
+    names = [f"data-{index:05}-of-{len(shards):05}.arrow" for index in range(len(shards))]
+    for name, records in zip(names, shards, strict=True):
+        write_stream(folder / name, records)
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "0", "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def write_splits(folder, **splits):
+    """What DatasetDict.save_to_disk writes: a folder for each split, and their names."""
+    folder.mkdir()
+    for name, records in splits.items():
+        write_dataset(folder / name, records)
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
+    return folder
+
+
+def values(path, column="conversations"):
+    return [record[column] for _, record in read_rows(path)]
+
+
+# Reading
+
+
+def test_shards_come_in_order_with_their_rows_counted(tmp_path):
+    folder = write_dataset(tmp_path / "set", CHATS[:3], CHATS[3:])
+    found = list(read_rows(folder))
+    assert [row for row, _ in found] == [0, 1, 2, 3, 4]
+    assert [record["id"] for _, record in found] == ["0", "1", "2", "3", "4"]
+    assert found[0][1] == {"conversations": TURNS, "id": "0"}  # the column source is not read
+    talks, report = load_conversations(folder)
+    assert [talk.id for talk in talks] == ["0", "1", "2", "3", "4"] and (report.read, report.kept) == (5, 5)
+    assert values(folder / "data-00001-of-00002.arrow") == [TURNS] * 2
+
+
+def test_the_state_decides_which_files_are_read(tmp_path):
+    folder = write_dataset(tmp_path / "set", CHATS[:3], CHATS[3:])
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "_data_files": state["_data_files"][::-1]}))
+    write_stream(folder / "data-00000-of-00001.arrow", CHATS)  # left over from an earlier save
+    assert [record["id"] for _, record in read_rows(folder)] == ["3", "4", "0", "1", "2"]
+
+
+def test_train_is_the_split_that_is_taken_unless_another_is_named(tmp_path):
+    both = write_splits(tmp_path / "both", test=CHATS[:1], train=CHATS[:2])
+    lone = write_splits(tmp_path / "lone", validation=CHATS[:3])
+    lengths = {path: len(values(path)) for path in (both, f"{both}:test", f"{both}:train", lone, f"{lone}:validation")}
+    assert list(lengths.values()) == [2, 1, 2, 3, 3]
+    odd = write_dataset(tmp_path / "a:b", CHATS[:4])  # a path that exists is taken as it is
+    assert len(values(odd)) == 4 and len(values(write_splits(tmp_path / "c:d", test=CHATS[:1]))) == 1
+
+
+def test_parquet_gives_what_the_folder_gives(tmp_path):
+    parquet.write_table(pyarrow.Table.from_pylist(CHATS), tmp_path / "chats.parquet", row_group_size=2)
+    assert list(read_rows(tmp_path / "chats.parquet")) == list(read_rows(write_dataset(tmp_path / "set", CHATS)))
+
+
+def test_turns_stored_as_columns_are_turns(tmp_path):
+    stored = {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}
+    parquet.write_table(pyarrow.Table.from_pylist([{"conversations": stored}]), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == [TURNS]
+    uneven = {"from": ["human", "gpt"], "value": ["Hi"]}
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": uneven}]), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet row 0: expected a list under conversations or messages"):
+        load_conversations(tmp_path / "b.parquet")
+
+
+def test_the_first_of_the_known_columns_is_read(tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    record = {"text": "a text", "messages": messages, "other": 1}
+    assert list(read_rows(write_dataset(tmp_path / "set", [record]))) == [(0, {"messages": messages})]
+
+
+@pytest.mark.parametrize("name", ["set", "texts.parquet"])
+def test_tables_become_the_tokens_that_json_lines_become(tmp_path, name):
+    tokenizer, options = load_tokenizer(), {"max_length": 64, "block_size": 8}
+    for number, records in enumerate((CHATS, TEXTS)):
+        path = tmp_path / f"{number}-{name}"
+        if name == "set":
+            write_dataset(path, records)
+        else:
+            parquet.write_table(pyarrow.Table.from_pylist(records), path)
+        lines = tmp_path / f"{number}.jsonl"
+        lines.write_text("\n".join(map(json.dumps, records)))
+        (found, report), (expected, other) = (load_data([p], tokenizer, **options) for p in (path, lines))
+        assert np.array_equal(found.token_ids, expected.token_ids) and np.array_equal(found.mask, expected.mask)
+        assert found.offsets.tolist() == expected.offsets.tolist()
+        assert {**report.as_dict(), "files": []} == {**other.as_dict(), "files": []}
+        assert report.as_dict()["files"] == [path.name]
+
+
+def test_inspect_prints_a_split_and_the_report(tmp_path, capsys):
+    folder = write_splits(tmp_path / "both", train=CHATS, test=TEXTS)
+    assert main(["--inspect", str(folder), "--count", "1"]) == 0
+    assert "5 of 5 conversations from both; " in capsys.readouterr().out
+    assert main(["--inspect", f"{folder}:test", "--block-size", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "of 5 texts from both:test; dropped 2 blank" in shown and "0: 4 tokens, 3 in the loss" in shown
+
+
+# Mistakes
+
+
+def broken_stream(path):
+    write_stream(path / "data.arrow", CHATS)
+    content = (path / "data.arrow").read_bytes()
+    (path / "data.arrow").write_bytes(content[: len(content) // 2])
+    return path / "data.arrow"
+
+
+def no_stream(path):
+    (path / "data.arrow").write_bytes(b"text, not Arrow, and long enough for a header" * 9)
+    return path / "data.arrow"
+
+
+def empty(path):
+    (path / "data.arrow").write_bytes(b"")
+    return path / "data.arrow"
+
+
+def broken_parquet(path):
+    parquet.write_table(pyarrow.Table.from_pylist(CHATS), path / "a.parquet")
+    (path / "a.parquet").write_bytes((path / "a.parquet").read_bytes()[:-20])
+    return path / "a.parquet"
+
+
+def not_utf8(path):
+    text = pyarrow.array([b"good", b"bad \xff"]).cast(pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, text.buffers())
+    parquet.write_table(pyarrow.table({"text": text}), path / "a.parquet")
+    return path / "a.parquet"
+
+
+def no_rows(path):
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    parquet.write_table(schema.empty_table(), path / "a.parquet")
+    return path / "a.parquet"
+
+
+def without(name):
+    def make(path):
+        folder = write_dataset(path / "set", CHATS[:3], CHATS[3:])
+        (folder / name).unlink()
+        return folder
+
+    return make
+
+
+def state(content):
+    def make(path):
+        folder = write_dataset(path / "set", CHATS)
+        (folder / "state.json").write_text(content)
+        return folder
+
+    return make
+
+
+def splits(split, **folders):
+    return lambda path: f"{write_splits(path / 'set', **folders)}{split}"
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (broken_stream, r"data\.arrow cannot be read: "),
+        (no_stream, r"data\.arrow cannot be read: "),
+        (empty, r"data\.arrow cannot be read: "),
+        (broken_parquet, r"a\.parquet cannot be read: "),
+        (not_utf8, r"a\.parquet is not UTF-8 text behind row 0: "),
+        (no_rows, r"a\.parquet is empty; expected records"),
+        (lambda path: path / "none.parquet", r"none\.parquet cannot be read: "),
+        (lambda path: path / "none.arrow", r"none\.arrow cannot be read: "),
+        (lambda path: path, "is a folder without state.json or dataset_dict.json; expected one that Dataset.save_to"),
+        (without("data-00001-of-00002.arrow"), "set lacks data: state.json names data-00001-of-00002.arrow; copy it"),
+        (without("state.json"), "set is a folder without state.json"),
+        (state('{"_data_files": []}'), "set lacks data: state.json names no file"),
+        (state('{"_data_files": [{"filename": 3}]}'), "set lacks data: state.json names 3"),
+        (state('{"data_files": []}'), r"state\.json has no list '_data_files'"),
+        (state("{"), r"state\.json cannot be read: "),
+        (splits(":dev", train=CHATS), "set has no split 'dev'; expected .*set:SPLIT with one of train"),
+        (
+            splits("", test=CHATS, dev=CHATS),
+            "set has 2 splits and none is train; expected .*set:SPLIT with one of test, dev",
+        ),
+        (splits(""), "set has 0 splits and none is train"),
+        (
+            lambda path: f"{write_dataset(path / 'set', CHATS)}:train",
+            "set has no splits .* got 'train'; pass .*set alone",
+        ),
+        (
+            lambda path: write_dataset(path / "set", [{"words": "a", "n": 1}]),
+            "has the columns words, n; expected one of",
+        ),
+        (lambda path: write_dataset(path / "set", [{"text": 3}]), "set row 0: text is a int, expected a string"),
+        (lambda path: write_dataset(path / "set", [*CHATS[:1], {}]), "set row 1: expected a list under conversations"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused_in_one_line_by_name(tmp_path, capsys, make, complaint):
+    path = make(tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        load_data([path], load_tokenizer(), max_length=64, block_size=8)
+    assert main(["--inspect", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
+    folder = write_dataset(tmp_path / "set", CHATS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"set is read with pyarrow, which is not .*: pip install pyarrow==25\.0\.1$"):
+        load_data([folder], load_tokenizer(), max_length=64, block_size=8)
+
+
+def test_what_is_a_table_is_told_from_the_name_and_what_lies_there(tmp_path):
+    write_splits(tmp_path / "set", train=CHATS)
+    assert all(
+        map(is_table, [tmp_path / "set", f"{tmp_path}/set:train", "none.parquet", "a.arrow", f"{tmp_path}/set:no"])
+    )
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert not any(map(is_table, [tmp_path / "a.jsonl", "a.txt", "none", "a:b", ":a", "a.json.gz"]))

@@ -1,0 +1,232 @@
+"""The moving average of the weights: its values, and the way in and out of the parameters' place."""
+
+import numpy as np
+import pytest
+
+from heads.base import Head
+from heads.layers import Linear
+from ops.optimizer import move_average
+from runtime import jt
+from trainer.optim.average import Average
+
+
+class TwoLayers(jt.Module):
+    """As much of a head as an average needs."""
+
+    def __init__(self):
+        super().__init__()
+        random = np.random.default_rng(0)
+        self.first = Linear(16, 16, weight=random.standard_normal((16, 16)))
+        self.second = Linear(16, 3, weight=random.standard_normal((3, 16)))
+
+    def execute(self, x):
+        return self.second(self.first(x))
+
+    forget_packed = Head.forget_packed
+
+    def _forget_chains(self):
+        """It drafts none."""
+
+
+class Forgetful(TwoLayers):
+    """The defect: keeps packed copies of weights that are gone."""
+
+    def forget_packed(self):
+        pass
+
+
+def draw(step, shape):
+    return np.random.default_rng([step, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def move(head, step):
+    """New weights, in the place of the old ones."""
+    for parameter in head.parameters():
+        parameter.update(jt.array(draw(step, tuple(parameter.shape))))
+
+
+def begin(decay=0.9, kind=TwoLayers):
+    head = kind()
+    return head, Average(dict(head.named_parameters()), decay, head)
+
+
+def values(head):
+    return {name: p.numpy().copy() for name, p in head.named_parameters()}
+
+
+def averaged(average):
+    with average.swapped():
+        return values(average.head)
+
+
+def test_the_average_is_that_of_numpy_with_its_correction_of_the_first_updates():
+    head, average = begin(decay=0.25)
+    want = {name: value.astype(np.float64) for name, value in values(head).items()}
+    for step in range(1, 6):
+        move(head, step)
+        average.update()
+        # (1 + n) / (10 + n) is 2/11, 3/12 and from then on more than 0.25
+        decay = {1: 2 / 11}.get(step, 0.25)
+        for name in want:
+            want[name] = decay * want[name] + (1 - decay) * draw(step, want[name].shape)
+    got = averaged(average)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-6)
+        assert np.abs(got[name] - draw(5, want[name].shape)).max() > 1e-2
+
+
+def test_two_updates_by_hand():
+    weight = jt.array(np.array([11.0], np.float32))
+    average = Average({"weight": weight}, 0.999, TwoLayers())
+    weight.update(jt.array(np.array([0.0], np.float32)))
+    average.update()  # 2/11 of 11, and 9/11 of 0
+    average.update()  # 3/12 of 2
+    with average.swapped():
+        assert weight.numpy()[0] == pytest.approx(0.5, abs=1e-6)
+    assert weight.numpy()[0] == 0
+
+
+def test_an_average_begins_as_the_weights_and_no_decay_is_the_weights():
+    head, average = begin(decay=0.0)
+    start = values(head)
+    for name, value in averaged(average).items():
+        np.testing.assert_array_equal(value, start[name])
+    move(head, 1)
+    average.update()
+    for name, value in averaged(average).items():
+        np.testing.assert_allclose(value, values(head)[name], atol=1e-6)
+        assert np.abs(value - start[name]).max() > 1e-2
+
+
+def begins_apart(copied):
+    """Whether an average that begins as ``copied`` makes it of the weights stays when they are updated in place."""
+    weight = jt.array(np.array([11.0, 12.0], np.float32))
+    begun = copied(weight)
+    jt.sync([weight, begun])
+    move_average(weight, jt.array(np.array([1.0, 2.0], np.float32)), 0.0)
+    assert weight.numpy().tolist() == [1, 2]
+    return begun.numpy().tolist() == [11, 12]
+
+
+def test_an_average_does_not_follow_weights_that_are_updated_in_place():
+    assert begins_apart(lambda weight: Average({"weight": weight}, 0.9, TwoLayers()).averages["weight"])
+    assert not begins_apart(lambda weight: weight.detach())  # control: the same memory
+
+
+def test_the_weights_come_back_bit_for_bit_also_behind_an_exception():
+    head, average = begin()
+    move(head, 1)
+    average.update()
+    weights, averages = values(head), averaged(average)
+    for fails in (False, True):
+        try:
+            with average.swapped():
+                for name, value in values(head).items():
+                    np.testing.assert_array_equal(value, averages[name])
+                    assert not np.array_equal(value, weights[name])
+                if fails:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert fails
+        for name, value in values(head).items():
+            np.testing.assert_array_equal(value, weights[name])
+        for name, value in averaged(average).items():
+            np.testing.assert_array_equal(value, averages[name])
+
+
+def scores_change(kind):
+    """Whether a head in evaluation computes with the averages inside and with its own weights again outside."""
+    head, average = begin(kind=kind)
+    move(head, 1)
+    average.update()
+    head.eval()
+    x = draw(9, (4, 16))
+
+    def by_numpy():
+        now = values(head)
+        inner = x @ now["first.weight"].T + now["first.bias"]
+        return inner @ now["second.weight"].T + now["second.bias"]
+
+    def right():
+        return np.allclose(head(jt.array(x)).numpy(), by_numpy(), atol=1e-4)
+
+    before = right()
+    with average.swapped():
+        inside = right()
+    return before, inside, right()
+
+
+def test_packed_copies_follow_the_weights_in_and_out():
+    assert scores_change(TwoLayers) == (True, True, True)
+    assert scores_change(Forgetful) == (True, False, True)  # control
+
+
+def test_what_was_computed_before_the_exchange_keeps_its_value():
+    head, average = begin()
+    move(head, 1)
+    weights = values(head)
+    waiting = {name: p * 2 for name, p in head.named_parameters()}  # not computed yet
+    with average.swapped():
+        inside = {name: p * 2 for name, p in head.named_parameters()}
+        kept = values(head)
+    for name in weights:
+        np.testing.assert_array_equal(waiting[name].numpy(), weights[name] * 2)
+        np.testing.assert_array_equal(inside[name].numpy(), kept[name] * 2)
+        assert not np.array_equal(kept[name], weights[name])
+
+
+def test_parameters_still_have_gradients_and_no_graph_is_left_behind():
+    head, average = begin()
+    counts = []
+    for step in range(1, 4):
+        move(head, step)
+        average.update()
+        with average.swapped():
+            pass
+        jt.sync_all()
+        counts.append((jt.core.number_of_lived_vars(), jt.core.number_of_lived_ops()))
+    assert counts[0] == counts[1] == counts[2]
+    weight = head.first.weight
+    np.testing.assert_allclose(jt.grad((weight * weight).sum(), weight).numpy(), 2 * weight.numpy(), rtol=1e-6)
+
+
+def test_going_on_from_a_state_is_going_on_bit_for_bit():
+    head, average = begin(decay=0.99)
+    for step in range(3):
+        move(head, step)
+        average.update()
+    state = average.state()
+    assert state["updates"].dtype == np.int64 and state["updates"] == 3
+    kept = {name: value.copy() for name, value in state.items()}
+    others, other = begin(decay=0.99)
+    other.load_state(state)
+    fresh_head, fresh = begin(decay=0.99)
+    for each, its in ((head, average), (others, other), (fresh_head, fresh)):
+        for step in range(3, 6):
+            move(each, step)
+            its.update()
+    for name, value in average.state().items():
+        np.testing.assert_array_equal(value, other.state()[name])
+        assert not np.array_equal(value, fresh.state()[name])  # control: without the state
+        np.testing.assert_array_equal(state[name], kept[name])  # later updates do not reach what was given out
+
+
+def test_a_state_that_does_not_fit_is_refused_and_every_entry_named():
+    _, average = begin()
+    fitting = average.state()
+    wrong = {**fitting, "average.stray": fitting["updates"], "average.first.bias": np.zeros(3, np.float32)}
+    del wrong["average.second.weight"]
+    with pytest.raises(ValueError, match="the average of the weights") as caught:
+        average.load_state(wrong)
+    for part in ("missing average.second.weight", "unexpected average.stray", "average.first.bias is float32 (3,)"):
+        assert part in str(caught.value)
+    average.load_state(fitting)
+
+
+def test_nothing_is_updated_or_given_out_while_the_averages_are_in_place():
+    _, average = begin()
+    with average.swapped():
+        for refused in (average.update, average.state, lambda: average.swapped().__enter__()):
+            with pytest.raises(AssertionError, match="in the parameters' place"):
+                refused()
+    average.update()

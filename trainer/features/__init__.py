@@ -1,0 +1,1 @@
+"""What a head is trained on: the backbone's features and distributions, cached. Door: `cache.py`."""

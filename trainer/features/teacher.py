@@ -1,0 +1,128 @@
+"""What a head learns the backbone's distribution from: the backbone on the fly, or files written with the corpus.
+
+A teacher is called with the features of a batch, its tokens and where its sequences begin. Row r of its answer is the
+distribution of token r + 1, given the tokens of the row's sequence up to and including token r, over the k likeliest
+tokens alone: their probabilities are made to add up to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from heads.base import Features
+from runtime import jt
+from trainer.features.top_k import Shard, likeliest, open_shards, token_hash
+
+# (features, token_ids (tokens,) int32, offsets (sequences + 1,) int64), sequences end to end ->
+# ids (tokens, k) int32, probabilities (tokens, k) float32, largest first. A row without any has ids -1 and all 0.
+Teacher = Callable[[Features, np.ndarray, np.ndarray], tuple[object, object]]
+
+
+def open_teacher(backbone, k: int, path: str | None = None) -> Teacher:
+    """The teacher over the k likeliest tokens: what ``path`` holds, None: the backbone itself.
+
+    Raises ValueError for a k that the vocabulary or the files do not have, and for files of another backbone.
+    """
+    if path is None:
+        return BackboneTeacher(backbone, k)
+    teacher = StoredTeacher(path, k)
+    wrote = teacher.shards[0].about["backbone"]
+    if wrote != backbone.fingerprint:
+        raise ValueError(
+            f"--teacher {path} was written by backbone {wrote}, this is {backbone.fingerprint} "
+            f"({backbone.path or 'embedded'}); pass the --backbone that wrote it, or leave --teacher out"
+        )
+    return teacher
+
+
+class BackboneTeacher:
+    """Computes the distributions from the hidden states of the batch, through the language-model head."""
+
+    def __init__(self, backbone, k: int):
+        """Raises ValueError when the vocabulary has less than k tokens."""
+        if not 1 <= k <= backbone.config.vocab_size:
+            raise ValueError(
+                f"--kl-top is {k}, expected 1 to the {backbone.config.vocab_size} tokens of the vocabulary"
+            )
+        self.backbone, self.k = backbone, k
+
+    def __call__(self, features: Features, token_ids: np.ndarray, offsets: np.ndarray):
+        """See ``Teacher``. Probabilities are as exact as the features, which a cache keeps in float16."""
+        hidden = features.hidden.reshape(-1, features.hidden.shape[-1])
+        assert hidden.shape[0] == len(token_ids) == offsets[-1], (hidden.shape, len(token_ids), offsets[-1])
+        ids, log_probabilities = likeliest(self.backbone, hidden, self.k)
+        with jt.no_grad():
+            probabilities = log_probabilities.exp()
+            return ids, probabilities / probabilities.sum(1, keepdims=True)
+
+
+class StoredTeacher:
+    """Reads the distributions from the files that ``corpus.write --top-k-probabilities`` wrote.
+
+    A sequence is found by its tokens, whole, or cut as the trainer cuts at its longest length: the distributions of a
+    beginning are the same whatever follows.
+    """
+
+    def __init__(self, path: str | Path, k: int):
+        """Raises ValueError for a path without such files and for a k that is larger than theirs."""
+        self.path, self.k, self.shards = path, k, open_shards(Path(path))
+        stored = self.shards[0].about["k"]
+        if not 1 <= k <= stored:
+            raise ValueError(
+                f"--kl-top is {k}, --teacher {path} holds the {stored} likeliest tokens; expected 1 to that"
+            )
+        self._whole = self._places(None)
+        # All sequences that a trainer cuts have one length, so the places of one length are kept.
+        self._cut: tuple[int, dict[str, tuple[Shard, int]]] = (0, {})
+
+    def _places(self, length: int | None) -> dict[str, tuple[Shard, int]]:
+        """File and first row of every conversation, by the hash of its tokens; with a length, of those that have more,
+        by the hash of the first ``length``."""
+        places = {}
+        for shard in self.shards:
+            tokens, offsets = shard.token_ids[:], shard.offsets
+            for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+                if length is None:
+                    places.setdefault(token_hash(tokens[first:last]), (shard, first))
+                elif last - first > length:
+                    places.setdefault(token_hash(tokens[first : first + length]), (shard, first))
+        return places
+
+    def locate(self, token_ids: np.ndarray, offsets: np.ndarray) -> list[tuple[Shard, int]]:
+        """File and first row of each sequence. Raises ValueError naming the first one that the files do not hold; a
+        trainer may ask of all its text before it begins."""
+        assert offsets[0] == 0 and offsets[-1] == len(token_ids), (offsets[[0, -1]], len(token_ids))
+        return [
+            self._place(token_ids[first:last], number)
+            for number, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+        ]
+
+    def _place(self, token_ids: np.ndarray, number: int) -> tuple[Shard, int]:
+        digest, length = token_hash(token_ids), len(token_ids)
+        place = self._whole.get(digest)
+        if place is None:
+            if self._cut[0] != length:
+                self._cut = length, self._places(length)
+            place = self._cut[1].get(digest)
+        if place is None or not np.array_equal(place[0].token_ids[place[1] : place[1] + length], token_ids):
+            raise ValueError(
+                f"--teacher {self.path} does not hold conversation {number} ({length} tokens, the last of them "
+                f"{', '.join(map(str, token_ids[-4:].tolist()))}); it was written for other text or another tokenizer"
+            )
+        return place
+
+    def __call__(self, features: Features, token_ids: np.ndarray, offsets: np.ndarray):
+        """See ``Teacher``; the features are not looked at. Raises ValueError as ``locate`` does."""
+        ids = np.empty((len(token_ids), self.k), np.int32)
+        probabilities = np.empty((len(token_ids), self.k), np.float32)
+        places = self.locate(token_ids, offsets)
+        for (shard, row), first, last in zip(places, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            rows = slice(row, row + last - first)
+            ids[first:last] = shard.ids[rows][:, : self.k]
+            probabilities[first:last] = shard.probabilities[rows][:, : self.k]
+        totals = probabilities.sum(1, keepdims=True)
+        ids[totals[:, 0] == 0] = -1
+        return jt.array(ids), jt.array(probabilities / np.where(totals > 0, totals, 1))

@@ -1,0 +1,1 @@
+"""The update of the parameters: optimizers, learning rates, averages. Door: `optimizer.py`."""
