@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backbone.tokenizer import load_tokenizer
-from trainer.data.inspect import inspect
+from trainer.data.inspect import inspect, main
 from trainer.data.tokens import (
     IGNORE,
     Conversation,
@@ -21,7 +21,6 @@ from trainer.data.tokens import (
     batches,
     encode_conversations,
     load_conversations,
-    main,
     repeats,
     split_held_out,
     targets,
