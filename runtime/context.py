@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 
-import runtime
+from runtime import door
 
 
 def rank() -> int:
     """Index of this process among its peers; 0 outside ``mpirun``."""
-    return int(runtime.jt.rank)
+    return int(door.jt.rank)
 
 
 def world_size() -> int:
     """Number of processes of this run; 1 outside ``mpirun``."""
-    return int(runtime.jt.world_size)
+    return int(door.jt.world_size)
 
 
 def is_main() -> bool:
@@ -28,12 +28,12 @@ def set_seed(seed: int) -> None:
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    runtime.jt.set_global_seed(seed, different_seed_for_mpi=False)
+    door.jt.set_global_seed(seed, different_seed_for_mpi=False)
 
 
 def synchronize() -> None:
     """Wait until everything launched so far has finished on the device."""
-    runtime.jt.sync_all(True)
+    door.jt.sync_all(True)
 
 
 def warm() -> None:
@@ -41,4 +41,4 @@ def warm() -> None:
 
     It costs about 2 microseconds an op and is needed only while kernels are being built.
     """
-    runtime.jt.flags.use_parallel_op_compiler = 0
+    door.jt.flags.use_parallel_op_compiler = 0

@@ -10,7 +10,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import runtime
+from runtime import door
+from runtime.context import world_size
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jittor", "numpy", "transformers", "tokenizers", "safetensors")
@@ -70,10 +71,10 @@ def provenance(seed: int | None = None) -> dict:
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in (*PACKAGES, *OPTIONAL & sys.modules.keys())},
-        "device": runtime.device,
-        "device_name": cpu_name() if runtime.device == "cpu" else gpu_name(),
+        "device": door.device,
+        "device_name": cpu_name() if door.device == "cpu" else gpu_name(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
         "memory_bytes": psutil.virtual_memory().total,
-        "world_size": runtime.world_size(),
+        "world_size": world_size(),
         "seed": seed,
     }
