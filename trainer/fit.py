@@ -19,7 +19,9 @@ import psutil
 import runtime
 from heads.base import Stage
 from heads.checkpoint import save_checkpoint, update_config
+from runtime.atomic import write_file
 from runtime.interrupt import acknowledge_interrupt, check_interrupt, deferred_interrupts
+from runtime.records import finite
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData, batches
 from trainer.guard import Guard
@@ -110,21 +112,19 @@ class Run:
         if self.average:
             self.average.load_state(state.average())
         if runtime.is_main():
-            self._forget_log_behind(self.step)
+            self._drop_log_after(self.step)
 
-    def _forget_log_behind(self, step: int) -> None:
+    def _drop_log_after(self, step: int) -> None:
         path = self.out / LOG
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if (record := _parsed(line)) and record.get("step", step + 1) <= step]
-        partial = path.with_name(f".{LOG}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
+        earlier = [line for line in lines if (record := _parsed(line)) and record.get("step", step + 1) <= step]
+        write_file(path, "".join(f"{line}\n" for line in earlier))
 
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
         if runtime.is_main():
             with open(self.out / LOG, "a") as file:
-                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def score(self, data: TokenizedData, source) -> Score:
         """Score the head, with its averaged weights where they are averaged; save it when it beats all before it."""
@@ -178,15 +178,6 @@ def _parsed(line: str) -> dict | None:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
-
-
-def _finite(value):
-    """The value with null for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count_steps(config: TrainConfig, data: TokenizedData, head) -> int:

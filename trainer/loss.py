@@ -12,9 +12,8 @@ from heads.base import Features, Projection
 from ops.linear_loss import linear_cross_entropy, reference_soft_cross_entropy
 from ops.training import cross_entropy
 from runtime import jt
-from trainer.data.tokens import IGNORE, TokenizedData, targets, useful_positions
-
-KINDS = ("ce", "kl", "mix")
+from trainer.config import LOSSES
+from trainer.data.tokens import IGNORE, TokenizedData, labelled_positions
 
 
 @dataclass
@@ -39,12 +38,11 @@ def make_batch(
 ) -> Batch:
     """The batch of these conversations with features from ``source``.
 
-    A position counts when the token after it is the assistant's (while decoding, the root always is) and at least
-    one depth has a label. step_indices: all conversations of the optimizer step, when ``indices`` are a part of them.
+    step_indices: all conversations of the optimizer step, when ``indices`` are a part of them.
     """
     part = data.select(indices)
-    positions, labels = _labelled(part, num_depths)
-    whole = labels if step_indices is None else _labelled(data.select(step_indices), num_depths)[1]
+    positions, labels = labelled_positions(part, num_depths)
+    whole = labels if step_indices is None else labelled_positions(data.select(step_indices), num_depths)[1]
     padded = np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)])
     return Batch(
         source(indices),
@@ -54,15 +52,6 @@ def make_batch(
         (whole != IGNORE).sum(1),
         1.0 if step_indices is None else len(positions) / max(1, whole.shape[1]),
     )
-
-
-def _labelled(data: TokenizedData, num_depths: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions that count, (num,) int32, and their labels, (depths, num) int32."""
-    labels = targets(data.mask, data.token_ids, data.offsets, num_depths)
-    root_is_reply = np.append(data.mask[1:], False)
-    positions = useful_positions(labels)
-    positions = positions[root_is_reply[positions]].astype(np.int32)
-    return positions, np.ascontiguousarray(labels[:, positions])
 
 
 @dataclass(frozen=True)
@@ -81,10 +70,7 @@ class Objective:
     teacher: Callable | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"the loss must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.kl_share <= 1:
-            raise ValueError(f"kl_share must lie in 0 to 1, got {self.kl_share}")
+        assert self.kind in LOSSES and 0 <= self.kl_share <= 1, (self.kind, self.kl_share)
         if self.kind != "ce" and self.teacher is None:
             raise ValueError(f"the loss {self.kind!r} needs a teacher, got none; give one, or train with 'ce'")
 

@@ -12,21 +12,20 @@ from pathlib import Path
 import numpy as np
 
 import runtime
-from backbone.engines import load_engine
 from heads.checkpoint import weights_sha256
 from heads.registry import build
 from runtime.ranks import barrier, share_from_main, text_from_main
-from trainer.config import TrainConfig
+from trainer.config import OUTPUT, TrainConfig
 from trainer.data.splits import Splits, data_files, load_splits
 from trainer.features.cache import OnlineFeatures, open_cache
 from trainer.features.teacher import open_teacher
 from trainer.fit import CHECKPOINT, LOG, FitResult, Run, count_steps, fit
 from trainer.loss import Objective
 from trainer.report.events import Events
-from trainer.report.record import make_record, write_train_record
+from trainer.report.record import FILE, make_record
 from trainer.report.watch import Watch, card
 from trainer.scoring import Score
-from trainer.state import FREE, STATES, State, check_identity, newest_state
+from trainer.state import STATES, State, check_identity, newest_state
 
 # Options that a state compares by what they lead to (fingerprints, hashes) rather than by their words.
 BY_CONTENT = frozenset({"backbone", "data", "template", "head_options"})
@@ -45,7 +44,7 @@ class Setting:
     @property
     def identity(self) -> dict:
         """What a run that goes on must have in common with the one before."""
-        options = {k: v for k, v in asdict(self.config).items() if k not in FREE | BY_CONTENT}
+        options = {k: v for k, v in asdict(self.config).items() if k not in OUTPUT | BY_CONTENT}
         told = {key: self.base[key] for key in ("head", "head_config", "tokenizer")}
         backbone = {key: self.base["backbone"][key] for key in ("fingerprint", "storage")}
         return {"options": options, **told, "backbone": backbone, "data": self.base["data"]["sha256"]}
@@ -67,8 +66,7 @@ def prepare(config: TrainConfig, splits: Splits | None = None) -> Setting:
             f"{runtime.world_size()} ranks share {len(splits.training)} training sequences: each needs one; "
             "start fewer ranks or give more text"
         )
-    kept = config.load_in_8bit, config.load_in_4bit
-    backbone = load_engine(config.backbone_engine, config.backbone, config.dtype, *kept)
+    backbone = config.load()
     runtime.set_seed(config.seed)
     head = build(config.head, config.head_options, backbone)
     replies = splits.training.token_ids[splits.training.mask]
@@ -218,19 +216,11 @@ def _write_record(setting: Setting, result: FitResult, out: Path) -> None:
     config = setting.config
     record = make_record(
         config,
+        result,
         data={**setting.base["data"], "report": setting.splits.report.as_dict()},
         provenance=runtime.provenance(config.seed),
         parameters=setting.head.num_parameters,
-        steps=result.steps,
-        tokens=result.tokens,
-        train_s=result.train_s,
-        skipped_updates=result.skipped,
-        best=result.best,
-        best_step=result.best_step,
         checkpoint=out / CHECKPOINT,
         weights_sha256=weights_sha256(out / CHECKPOINT),
-        history=result.history,
-        interrupted=result.interrupted,
-        sessions=result.sessions,
     )
-    write_train_record(record, out)
+    record.write(out / FILE)

@@ -18,14 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters
 from runtime.atomic import atomic_directory, sha256_of
+from trainer.config import OUTPUT
 
 FORMAT = 1
-STATES, HEAD, OPTIMIZER, AVERAGE, META = (
-    *("states", "head.safetensors", "optimizer.safetensors"),
-    *("average.safetensors", "state.json"),
-)
-# Options that may differ when a run goes on: they change where things lie, not what comes out.
-FREE = frozenset({"out", "overwrite", "resume", "dry_run", "cache_dir", "tensorboard", "keep_last", "save_every"})
+STATES, META = "states", "state.json"
+HEAD, OPTIMIZER, AVERAGE = "head.safetensors", "optimizer.safetensors", "average.safetensors"
 
 
 @dataclass
@@ -140,7 +137,7 @@ def check_identity(state: State, identity: dict) -> None:
             told += [
                 f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
                 for key in sorted(set(before) | set(after))
-                if key not in FREE and before.get(key) != after.get(key)
+                if key not in OUTPUT and before.get(key) != after.get(key)
             ]
         elif before != after:
             told.append(f"{part} was {before!r}, is {after!r}")

@@ -16,15 +16,12 @@ from bench.measure.attempts import ADAPTED, BASELINE, Setup
 from bench.record.prompts import Prompt, PromptSet, spread
 from decoding.acceptance import RankedText
 from decoding.generate import generate_autoregressive
-from runtime import jt
 from runtime.interrupt import check_interrupt
 from trainer.config import EMBEDDED_CORPUS, TrainConfig
 from trainer.data.splits import held_out_conversations, split_text
-from trainer.data.tokens import TokenizedData, batches
+from trainer.data.tokens import TokenizedData
 from trainer.features.cache import OnlineFeatures
-from trainer.loss import head_loss, make_batch
-
-SCORED_TOKENS = 4096  # tokens of a teacher-forced pass
+from trainer.scoring import teacher_forced_ranks
 
 
 @dataclass(frozen=True)
@@ -107,18 +104,12 @@ def rank_texts(head, backbone, texts: Sequence[GreedyText], on_texts=lambda coun
         laid.append((whole, np.arange(len(whole)) >= len(text.prompt_ids)))
     data = TokenizedData.of(laid)
     source, found = OnlineFeatures(backbone, data, tuple(head.layers)), {}
-    head.eval()
-    for indices in batches(data, SCORED_TOKENS):
-        batch = make_batch(data, indices, source, head.num_depths)
-        ranks = np.zeros((head.num_depths, 0), np.int32)
-        if len(batch.positions):
-            with jt.no_grad():
-                ranks = np.stack([rank.numpy() for rank in head_loss(head, batch, 1.0).ranks])
+    for batch in teacher_forced_ranks(head, data, source):
         start = 0
-        for index in indices:
-            found[index] = _table(ranks, batch.positions - start, texts[index])
+        for index in batch.indices:
+            found[index] = _table(batch.ranks, batch.positions - start, texts[index])
             start += int(data.lengths[index])
-        on_texts(len(indices))
+        on_texts(len(batch.indices))
         check_interrupt()
     return [found[index] for index in range(len(texts))]
 

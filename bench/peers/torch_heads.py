@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbone.config import BackboneConfig, rope_inverse_frequencies
 from runtime.entry import suggest
-from trainer.data.tokens import IGNORE, TokenizedData, targets, useful_positions
+from trainer.data.tokens import IGNORE, TokenizedData, labelled_positions
 
 
 class Padding:
@@ -69,12 +69,11 @@ class Batch:
 def collate(data: TokenizedData, indices, num_depths: int) -> Batch:
     """The batch of these conversations, with the positions and labels of ``trainer.loss.make_batch``."""
     part = data.select(indices)
-    labels = targets(part.mask, part.token_ids, part.offsets, num_depths)
-    positions = useful_positions(labels)
-    positions = positions[np.append(part.mask[1:], False)[positions]]
+    positions, labels = labelled_positions(part, num_depths)
+    positions = positions.astype(np.int64)
     ends = np.repeat(part.offsets[1:], part.lengths)
     counts = np.diff(np.searchsorted(positions, part.offsets))  # positions of each conversation
-    at = torch.from_numpy(labels[:, positions].astype(np.int64))
+    at = torch.from_numpy(labels.astype(np.int64))
     rows = [(each != IGNORE).nonzero()[:, 0] for each in at]
     return Batch(
         tokens=torch.from_numpy(np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)]).astype(np.int64)),

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from bench.record.schema import Record
 from bench.tables.summary import Result, format_number
-from trainer.report.record import KIND, TrainRecord, read_train_record
+from trainer.report.record import TrainRecord
 
 TOLERANCE = 0.05  # by which the measured accept length may miss the expected one and go unmarked
 
@@ -44,7 +44,7 @@ def read_train_records(paths: Sequence[str]) -> tuple[list[str], list[tuple[str,
 
     Raises ValueError for a train record that does not fit its schema, and when there is nothing else.
     """
-    records = [(path, read_train_record(path)) for path in dict.fromkeys(paths) if _kind(path) == KIND]
+    records = [(path, TrainRecord.read(path)) for path in dict.fromkeys(paths) if _kind(path) == TrainRecord.KIND]
     found = {path for path, _ in records}
     others = [path for path in paths if path not in found]
     if not others:

@@ -193,7 +193,7 @@ def _list_records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         position = skip(end + 1)
 
 
-def _messages(record: Any, where: str) -> list[dict[str, str]]:
+def read_messages(record: Any, where: str) -> list[dict[str, str]]:
     """The turns of a record in our form. Raises ValueError for a record of another shape."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: got a {type(record).__name__}, expected an object with conversations or messages")
@@ -244,7 +244,7 @@ def read_conversations(paths: Iterable[str | Path], report: DataReport) -> Itera
     report.files += map(str, paths)
     for where, record in chain.from_iterable(map(located_records, paths)):
         report.read += 1
-        messages = _messages(record, where)
+        messages = read_messages(record, where)
         if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
             report.blank += 1
             continue

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from backbone.engines import load_engine
 from heads.base import Features
 from heads.registry import available, build, head_class
 from ops.decoder_layer import RowPlan
@@ -26,7 +25,8 @@ from ops.kernel import on_cpu
 from runtime import jt
 from runtime.entry import Parser, run_entry
 from runtime.interrupt import check_interrupt, deferred_interrupts
-from trainer.config import FIELDS, TYPES, TrainConfig
+from runtime.options import add_options, option_fields, read_options
+from trainer.config import TextOptions, TrainConfig
 from trainer.data.splits import load_splits
 from trainer.data.tokens import TokenizedData
 from trainer.features.shards import FORMAT, Shard, ShardStore, ShardWriter
@@ -203,13 +203,6 @@ def _check_room(root: Path, num_bytes: int) -> None:
 
 # The command line ----------------------------------------------------------------------------------------------------
 
-# The options of a training run that decide what its features are and where they lie.
-OPTIONS = (
-    *("backbone", "dtype", "load_in_8bit", "load_in_4bit", "backbone_engine", "template", "data", "data_weights"),
-    *("block_size", "loss_on", "max_length", "held_out", "cache_dir"),
-)
-
-
 def layers_of(names: Sequence[str] | None, backbone) -> tuple[int, ...]:
     """The layers that any of these heads asks for with its default options; None: every head that can be built and has
     something to train. Raises ValueError for a name that cannot be used."""
@@ -245,21 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str]):
     """(the options as a TrainConfig, names of heads or None, whether only to check)."""
     parser = Parser(prog="python -m trainer.features", description="Write or check the cache of backbone features.")
-    for name in OPTIONS:
-        flag, text, wanted = f"--{name.replace('_', '-')}", FIELDS[name].metadata["help"], TYPES[name]
-        default = getattr(TrainConfig, name, [])
-        if wanted is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        elif wanted in (list[str], list[float]):
-            [kind] = wanted.__args__
-            parser.add_argument(flag, nargs="+", type=kind, default=default, metavar=name.upper(), help=text)
-        else:
-            kind, shown = int if wanted is int else str, "" if default is None else f" (default: {default})"
-            parser.add_argument(flag, type=kind, default=default, metavar=name.upper(), help=text + shown)
+    add_options(parser, TrainConfig, only=[*option_fields(TextOptions), "cache_dir"])
     parser.add_argument("--heads", nargs="+", metavar="NAME", help="whose layers to write (default: every head's)")
     parser.add_argument("--verify", action="store_true", help="check the cache that is there and write nothing")
-    options = parser.parse_args(arguments)
-    return TrainConfig(**{name: getattr(options, name) for name in OPTIONS}), options.heads, options.verify
+    given = parser.parse_args(arguments)
+    config = read_options(TrainConfig, given)
+    config.check_text()
+    return config, given.heads, given.verify
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -267,8 +252,7 @@ def _run(arguments: Sequence[str]) -> None:
     for name in heads or ():
         head_class(name)  # an unknown head is answered before anything is loaded
     splits = load_splits(config)
-    kept = config.load_in_8bit, config.load_in_4bit
-    backbone = load_engine(config.backbone_engine, config.backbone, config.dtype, *kept)
+    backbone = config.load()
     layers = layers_of(heads, backbone)
     names, parts = array_names(layers), []
     with Watch(0) as watch:

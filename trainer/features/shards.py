@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,9 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import psutil
 
-from runtime.atomic import sha256_of
+from runtime.atomic import atomic_file, remove_leftovers, sha256_of
 
 FORMAT = 2  # 1 was one file per array, without checksums
 # Of a shard. 34 MB at 256 wide, 0.5 GB at 4096: a killed writer loses some seconds of a small backbone's work and
@@ -40,7 +38,6 @@ CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S+)\n")
 EXPONENT = np.uint16(0x7C00)  # all ones in a float16 that is infinite or not a number
 # The float32 of each of the 65536 float16: looking a number up takes a third of the time of NumPy's conversion.
 FLOAT32_OF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
-HOST = platform.node()
 
 Shard = tuple[str, int]  # the name of an array and the number of the shard
 
@@ -113,10 +110,7 @@ class ShardStore:
     def prepare(self) -> None:
         """Make the directory ready to be written: meta.json stands, what writers that died left is gone."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self.directory.glob(".*.partial"):
-            pid = path.name.split(".")[-2]
-            if path.name.endswith(f".{HOST}.{pid}.partial") and pid.isdigit() and not psutil.pid_exists(int(pid)):
-                path.unlink(missing_ok=True)  # another process may be faster
+        remove_leftovers(self.directory)
         if not self.meta_path.exists():
             content = json.dumps({**self.identity, "shards": self.boundaries}, indent=1) + "\n"
             with _told_of_full_disk(self.meta_path, len(content)):
@@ -275,12 +269,13 @@ def to_float16(rows: np.ndarray, name: str, offsets: np.ndarray, first: int) -> 
 
 
 class _Partial:
-    """A shard while it is written, under a name that only this process uses."""
+    """A shard that is being written."""
 
     def __init__(self, path: Path):
-        self.path, self.temporary = path, _temporary(path)
-        self.digest, self.num_bytes = hashlib.sha256(), 0
-        self.file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed by publish or discard
+        self.path, self.digest, self.num_bytes = path, hashlib.sha256(), 0
+        with contextlib.ExitStack() as stack:
+            self.file = stack.enter_context(open(stack.enter_context(atomic_file(path)), "wb", buffering=0))
+            self.stack = stack.pop_all()
 
     def write(self, values: np.ndarray) -> None:
         block = values.reshape(-1).view(np.uint8)
@@ -289,9 +284,7 @@ class _Partial:
         self.num_bytes += len(block)
 
     def publish(self) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()
-        _rename(self.temporary, self.path)
+        self.stack.close()
         try:
             _write_text(_checksum_path(self.path), f"{self.digest.hexdigest()}  {self.path.name}\n")
         except OSError:
@@ -299,8 +292,13 @@ class _Partial:
             raise
 
     def discard(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        """Close the file and remove it, as ``atomic_file`` does when its body fails."""
+        with contextlib.suppress(_Discarded), self.stack:
+            raise _Discarded
+
+
+class _Discarded(Exception):
+    """Leaves the body of an ``atomic_file`` without publishing it."""
 
 
 def write_all(file, block) -> None:
@@ -326,28 +324,8 @@ def _told_of_full_disk(path: Path, num_bytes: int) -> Iterator[None]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            write_all(file, text.encode())
-            os.fsync(file.fileno())
-        _rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Rename and sync the directory, so that after a crash of the machine no later file stands without this one."""
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.partial")
+    with atomic_file(path) as partial, open(partial, "wb", buffering=0) as file:
+        write_all(file, text.encode())
 
 
 def _checksum_path(path: Path) -> Path:

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from ops.decoder_layer import RowPlan
 from ops.kernel import on_cpu
 from ops.select import top_k_log_probabilities
 from runtime import jt
+from runtime.atomic import atomic_directory, write_file
 from runtime.interrupt import check_interrupt
 
 LOGIT_BYTES, CUDA_LOGIT_BYTES = 32 << 20, 128 << 20  # of the logits that exist at a time; a GPU wants larger products
@@ -110,13 +110,10 @@ class TopKWriter:
             path.unlink()
 
     def publish(self) -> None:
-        """Move the folder to its place; what an earlier run left there goes."""
-        retired = self.folder.with_name("replaced")
-        if self.place.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-            os.rename(self.place, retired)
-        os.rename(self.folder, self.place)
-        shutil.rmtree(retired, ignore_errors=True)
+        """Move the files to their place and remove those of an earlier run."""
+        with atomic_directory(self.place) as partial:
+            for path in self.folder.iterdir():
+                os.rename(path, partial / path.name)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
@@ -139,9 +136,8 @@ class TopKWriter:
         if not path.exists() or _about(path) != about:
             offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
             tensors = {"token_ids": token_ids, "offsets": offsets, **self._forced(token_ids, offsets)}
-            # Not save_file, which lets nobody but the owner read what it writes.
-            path.with_suffix(".partial").write_bytes(save(tensors, {KEY: json.dumps(about)}))
-            os.replace(path.with_suffix(".partial"), path)
+            # Not save_file, which makes files that only the owner can read.
+            write_file(path, save(tensors, {KEY: json.dumps(about)}))
         self.num_files += 1
         self._waiting, self._waiting_tokens = [], 0
 

@@ -19,15 +19,11 @@ from dataclasses import dataclass
 
 from heads.registry import head_class
 from runtime.entry import suggest
-from trainer.config import FIELDS, TYPES, TrainConfig
+from runtime.options import option_fields
+from trainer.config import FIELDS, OUTPUT, TYPES, TextOptions, TrainConfig
 
-# Options that decide what is trained on which machine, or what is scored: trials that differ in them cannot be compared
-# or would be in each other's way.
-FIXED = frozenset({
-    "head", "backbone", "dtype", "load_in_8bit", "load_in_4bit", "backbone_engine", "template", "data", "block_size",
-    "loss_on", "out", "overwrite", "resume", "dry_run", "max_length", "held_out", "tree_nodes", "cache_dir",
-    "tensorboard",
-})  # fmt: skip
+# Trials that differ in these options cannot be compared, or would write the same files.
+FIXED = OUTPUT | option_fields(TextOptions).keys() | {"head", "tree_nodes"}
 HEAD = "head."
 
 

@@ -31,9 +31,11 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
+from runtime.atomic import write_file
 from runtime.entry import Parser, run_entry, suggest
+from runtime.options import flag
 from runtime.start.bootstrap import under_mpi
-from trainer.config import FIELDS, TrainConfig, parse, read_yaml
+from trainer.config import FIELDS, OUTPUT, TrainConfig, parse, read_yaml
 from trainer.sweep.space import Space, apply, check_keys, make_space
 
 SWEEPS = Path("runs") / "sweeps"
@@ -42,9 +44,7 @@ FAILING = (FloatingPointError, ValueError)  # a training that diverged, options 
 # Seconds between the signs of life of a trial, and without one until it is given up and tried again.
 HEARTBEAT_S, SILENCE_S = 60, 300
 SHOWN = 10  # trials of the table at the end
-# Options that may differ between the calls that work at one study: they change where things lie, not what comes out.
-FREE = frozenset({"out", "overwrite", "resume", "dry_run", "cache_dir", "tensorboard", "save_every", "keep_last"})
-RUN_ONLY = ("out", "overwrite", "resume", "dry_run")  # options that do not belong into the best trial's file
+RUN_ONLY = ("out", "overwrite", "resume", "dry_run")  # options that do not belong in the best trial's file
 CONSOLE = Console(stderr=True, highlight=False)
 
 
@@ -90,12 +90,12 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     is loaded, but for those of the head."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    known += ["--config", *(f"--{name.replace('_', '-')}" for name in FIELDS)]
+    known = [name for action in parser._actions for name in action.option_strings]
+    known += ["--config", *map(flag, FIELDS)]
     for word in rest:
-        flag = word.split("=")[0]
-        if flag.startswith("--") and not flag.startswith("--head.") and flag not in known:
-            raise suggest("option", flag, known)
+        name = word.split("=")[0]
+        if name.startswith("--") and not name.startswith("--head.") and name not in known:
+            raise suggest("option", name, known)
     if options.space is None:
         raise ValueError("--space FILE is needed: a YAML file of the options to vary")
     if options.trials < 1:
@@ -104,7 +104,7 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     base = parse(rest)
     for name in ("out", "resume", "dry_run"):
         if getattr(base, name):
-            raise ValueError(f"--{name.replace('_', '-')} does not go with a sweep; each trial has a directory")
+            raise ValueError(f"{flag(name)} does not go with a sweep; each trial has a directory")
     study = options.study or base.head
     if not re.fullmatch(r"\w[\w.-]*", study):
         raise ValueError(f"--study names a folder: letters, digits, dots and dashes, got {study!r}")
@@ -207,7 +207,7 @@ def open_study(sweep: Sweep) -> optuna.Study:
 
 def _describe(sweep: Sweep) -> dict:
     """What all calls that work at one study must have in common, as JSON gives it back."""
-    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in FREE}
+    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in OUTPUT}
     space = {f"space of {name}": repr(spec) for name, spec in sweep.space.items()}
     return json.loads(json.dumps({"options": base, "space": space}))
 
@@ -376,8 +376,6 @@ def write_best(sweep: Sweep, trial: FrozenTrial) -> Path:
     options = {name: getattr(config, name) for name in FIELDS if name not in RUN_ONLY}
     options |= {f"head.{name}": value for name, value in config.head_options.items()}
     path = sweep.folder / "best.yaml"
-    partial = path.with_name(".best.yaml.partial")
     title = f"# Trial {trial.number} of study {sweep.study}: expected accept length {trial.value:.4f}.\n"
-    partial.write_text(title + yaml.safe_dump(options, sort_keys=False))
-    partial.replace(path)
+    write_file(path, title + yaml.safe_dump(options, sort_keys=False))
     return path

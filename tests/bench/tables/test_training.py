@@ -22,11 +22,13 @@ def write_train_record(tmp_path):
 
     def write(name, expected=3.0, weights="beef", checkpoint="runs/gated_rnn/a/checkpoint"):
         best = SimpleNamespace(expected_accept_length=expected, top1=[0.5], top5=[0.5], loss=[1.0])
+        result = SimpleNamespace(
+            best=best, best_step=10, steps=1500, tokens=10, train_s=7.5, skipped=0, history=[], interrupted=False,
+            sessions=[{"first_step": 0, "last_step": 1500, "provenance": {}}],
+        )  # fmt: skip
         record = make_record(
             TrainConfig(head="gated_rnn", tree_nodes=64),
-            data={}, provenance={}, parameters=123, steps=1500, tokens=10, train_s=7.5, skipped_updates=0, best=best,
-            best_step=10, checkpoint=checkpoint, weights_sha256=weights, history=[], interrupted=False,
-            sessions=[{"first_step": 0, "last_step": 1500, "provenance": {}}],
+            result, data={}, provenance={}, parameters=123, checkpoint=checkpoint, weights_sha256=weights,
         )  # fmt: skip
         path = tmp_path / name
         path.write_text(record.model_dump_json())
