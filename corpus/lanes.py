@@ -79,7 +79,7 @@ class Batch:
 
     def _candidates(self, active: dict[int, Dialogue]) -> tuple[np.ndarray, np.ndarray]:
         """The largest logits after each lane's last token, (lanes, candidates) descending, and their tokens."""
-        from ops.decoder_layer import RowPlan
+        from ops.row_plan import RowPlan
         from ops.select import top_k
 
         lanes = list(active)
