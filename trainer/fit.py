@@ -27,7 +27,7 @@ from trainer.data.tokens import TokenizedData, batches
 from trainer.guard import Guard
 from trainer.loss import Objective
 from trainer.optim.average import Average
-from trainer.optim.optimizer import NonFinite, Optimizer, make_optimizer
+from trainer.optim.optimizer import OPTIMIZERS, NonFinite, Optimizer
 from trainer.optim.schedule import rate
 from trainer.scoring import Score, own_tokens, score_head
 from trainer.state import State, save_state
@@ -212,11 +212,16 @@ def stretches(stages: Sequence[Stage], num_steps: int) -> list[Stretch]:
     return [stretch for stretch in found if stretch.last > stretch.first]
 
 
+def vocab_sizes(head) -> set[int]:
+    """The sizes of the vocabularies that a parameter of the head may range over."""
+    return {head.vocab_size, head.num_draftable}
+
+
 def stage_optimizer(config: TrainConfig, head, stage: Stage) -> Optimizer:
     """The optimizer over the parameters that this stage trains."""
     rates = {name: multiple for name in head.trainable() if (multiple := stage.rate(name)) is not None}
     chosen = {name: p for name, p in head.trainable().items() if name in rates}
-    return make_optimizer(config, chosen, rates, {head.vocab_size, head.num_draftable})
+    return OPTIMIZERS[config.optimizer](config, chosen, rates, vocab_sizes(head))
 
 
 def fit(
