@@ -9,9 +9,10 @@ import argparse
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -123,6 +124,13 @@ class TrainConfig(OutputOptions, TextOptions):
         check_options(self)
         self.check_text()
         make_config(self.head, self.head_options)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """ "name was X, is Y" for every option that differs, except those of the output. A missing one counts as None."""
+    names = sorted((set(before) | set(after)) - OUTPUT)
+    pairs = [(name, before.get(name), after.get(name)) for name in names]
+    return [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
 
 
 FIELDS = option_fields(TrainConfig)

@@ -16,8 +16,8 @@ def rate(
     Then, by ``kind``:
 
     cosine: along half a cosine to ``final * peak`` at the last update (arXiv 1608.03983, without restarts).
-    linear: along a line to the same.
-    wsd: stays at the peak and falls along a line to the same over the last ``decay_share * num_steps`` updates
+    linear: along a line to the same value.
+    wsd: stays at the peak and falls along a line to the same value over the last ``decay_share * num_steps`` updates
         ("warm-up, stable, decay", arXiv 2404.06395, with the linear decay of arXiv 2405.18392). A share of 1 is linear.
     constant: stays at the peak.
 
