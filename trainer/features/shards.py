@@ -11,21 +11,19 @@ A shard is written atomically, then its checksum. A shard without its checksum d
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from runtime.atomic import atomic_file, remove_leftovers, sha256_of
+from runtime.atomic import atomic_file, remove_leftovers, sha256_of, write_file
 from runtime.records import read_json
 
 FORMAT = 2  # 1 was one file per array, without checksums
@@ -111,9 +109,7 @@ class ShardStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.directory)
         if not self.meta_path.exists():
-            content = json.dumps({**self.identity, "shards": self.boundaries}, indent=1) + "\n"
-            with _explaining_full_disk(self.meta_path, len(content)):
-                _write_text(self.meta_path, content)
+            write_file(self.meta_path, json.dumps({**self.identity, "shards": self.boundaries}, indent=1) + "\n")
 
     def _read_meta(self) -> list[int]:
         path = self.meta_path
@@ -196,7 +192,7 @@ class ShardWriter:
         """Write the next rows of shard ``index``: by array, (rows, dim) float32, of complete sequences from ``first``.
 
         A shard that has all its rows is closed. Raises ValueError, in this call or a later one, when float16 cannot
-        hold a number or the disk is full.
+        hold a number, OSError when the disk is full.
         """
         self._wait()
         self._waiting = self._thread.submit(self._write, index, parts, first)
@@ -223,18 +219,17 @@ class ShardWriter:
         for name, rows in parts.items():
             shard = (name, index)
             values = to_float16(rows, name, store.offsets, first)
-            with _explaining_full_disk(store.path(shard), store.num_bytes([shard])):
-                if shard not in self._open:
-                    self._open[shard] = _Partial(store.path(shard))
-                self._open[shard].write(values)
-                if self._open[shard].num_bytes < store.num_bytes([shard]):
-                    continue
-                if store.is_complete(shard):  # another process was faster, with the same rows
-                    self._open[shard].discard()
-                else:
-                    self._open[shard].publish()
-                    self.written.add(shard)
-                del self._open[shard]
+            if shard not in self._open:
+                self._open[shard] = _Partial(store.path(shard))
+            self._open[shard].write(values)
+            if self._open[shard].num_bytes < store.num_bytes([shard]):
+                continue
+            if store.is_complete(shard):  # another process was faster, with the same rows
+                self._open[shard].discard()
+            else:
+                self._open[shard].publish()
+                self.written.add(shard)
+            del self._open[shard]
 
 
 def to_float16(rows: np.ndarray, name: str, offsets: np.ndarray, first: int) -> np.ndarray:
@@ -257,19 +252,19 @@ class _Partial:
     def __init__(self, path: Path):
         self.path, self.digest, self.num_bytes = path, hashlib.sha256(), 0
         with contextlib.ExitStack() as stack:
-            self.file = stack.enter_context(open(stack.enter_context(atomic_file(path)), "wb", buffering=0))
+            self.file = stack.enter_context(open(stack.enter_context(atomic_file(path)), "wb"))
             self.stack = stack.pop_all()
 
     def write(self, values: np.ndarray) -> None:
         block = values.reshape(-1).view(np.uint8)
-        write_all(self.file, block)
+        self.file.write(block)
         self.digest.update(block)
         self.num_bytes += len(block)
 
     def publish(self) -> None:
         self.stack.close()
         try:
-            _write_text(_checksum_path(self.path), f"{self.digest.hexdigest()}  {self.path.name}\n")
+            write_file(_checksum_path(self.path), f"{self.digest.hexdigest()}  {self.path.name}\n")
         except OSError:
             self.path.unlink(missing_ok=True)  # without a checksum it only takes room
             raise
@@ -282,33 +277,6 @@ class _Partial:
 
 class _Discarded(Exception):
     """Leaves the body of an ``atomic_file`` without publishing it."""
-
-
-def write_all(file, block) -> None:
-    """Write all of a block of bytes to an unbuffered file, which may take it in pieces."""
-    view = memoryview(block)
-    while view:
-        view = view[file.write(view) :]
-
-
-@contextlib.contextmanager
-def _explaining_full_disk(path: Path, num_bytes: int) -> Iterator[None]:
-    """Turn the system's error for a full disk or quota into a ValueError with what is needed and what is free."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise ValueError(
-            f"the disk is full: {path} takes {num_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; make room and "
-            "start again (complete shards are reused), or use another --cache-dir or --features online"
-        ) from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as partial, open(partial, "wb", buffering=0) as file:
-        write_all(file, text.encode())
 
 
 def _checksum_path(path: Path) -> Path:

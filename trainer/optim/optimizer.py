@@ -31,17 +31,12 @@ def gradient_norm(grads: Sequence[Var]) -> float:
 
 
 def check_state(owner: str, state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple], counter: str) -> None:
-    """Raises ValueError, naming every entry, unless ``state`` holds float32 arrays of exactly these names and shapes
-    and an int64 scalar ``counter``."""
-    wrong = [f"missing {name}" for name in (*shapes, counter) if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in shapes and name != counter]
-    for name, shape in shapes.items():
-        if name in state and (state[name].shape != shape or state[name].dtype != np.float32):
-            wrong.append(f"{name} is {state[name].dtype} {state[name].shape}, expected float32 {shape}")
-    if counter in state:
-        steps = state[counter]
-        if steps.shape != () or steps.dtype != np.int64 or steps < 0:
-            wrong.append(f"{counter} is {steps.dtype} {steps!r}, expected one int64 of at least 0")
+    """Raises ValueError, naming every entry that differs, unless ``state`` holds float32 arrays of exactly these names
+    and shapes and an int64 scalar ``counter``."""
+    expected = {counter: "int64 ()", **{name: f"float32 {shape}" for name, shape in shapes.items()}}
+    found = {name: f"{array.dtype} {array.shape}" for name, array in state.items()}
+    names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in names]
     if wrong:
         raise ValueError(
             f"the state does not fit {owner}: {'; '.join(wrong)}. Resume with the options that the state was made "
