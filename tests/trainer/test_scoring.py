@@ -1,4 +1,4 @@
-"""The score counts what a tree would accept, and its tree is the best one of its size."""
+"""The score counts what a tree would accept, and the fitted tree is the best of its size."""
 
 import itertools
 
@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heads.ranks import accepted_depths, walk
-from trainer import score
-from trainer.score import MAX_RANK, accuracy, count_paths, expected_accept_length, fitted_paths, own_replies
+from heads.ranks import MAX_RANK, accepted_depths, count_paths, fitted_paths, walk
+from trainer import scoring
+from trainer.scoring import accuracy, expected_accept_length, own_replies
 
 EXAMPLE = np.array([[0, 0, 2], [1, 0, 0]])  # positions with ranks (0, 1), (0, 0), (2, 0)
 
@@ -107,12 +107,12 @@ def test_accuracy_is_the_share_of_known_positions():
     assert accuracy(ranks, 5) == [0.75, 0.5]
 
 
-def test_only_what_the_backbone_would_have_written_counts(monkeypatch):
-    monkeypatch.setattr(score, "MIN_REPLIES", 1)
+def test_only_replies_that_the_backbone_would_have_generated_count(monkeypatch):
+    monkeypatch.setattr(scoring, "MIN_REPLIES", 1)
     ranks = np.array([[0, 5, 0, 0, 5]])
     own = np.array([True, True, True, False, True])
-    kept, lengths = own_replies(ranks, np.array([2, 3]), own)
-    assert kept.tolist() == [[0, 5]] and lengths.tolist() == [2]
-    monkeypatch.setattr(score, "MIN_REPLIES", 2)  # too few of them: all count
-    kept, lengths = own_replies(ranks, np.array([2, 3]), own)
-    assert kept.tolist() == ranks.tolist() and lengths.tolist() == [2, 3]
+    counted, lengths = own_replies(ranks, np.array([2, 3]), own)
+    assert counted.tolist() == [[0, 5]] and lengths.tolist() == [2]
+    monkeypatch.setattr(scoring, "MIN_REPLIES", 2)  # too few of them: all count
+    counted, lengths = own_replies(ranks, np.array([2, 3]), own)
+    assert counted.tolist() == ranks.tolist() and lengths.tolist() == [2, 3]

@@ -1,10 +1,26 @@
-"""Sequences made for tests."""
+"""Records and sequences made for tests."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
 
 from trainer.data.tokens import TokenizedData
+
+
+def talk(*turns):
+    """A ShareGPT record: "h:..." is the human's, "g:..." gpt's, "s:..." the system's."""
+    names = {"h": "human", "g": "gpt", "s": "system"}
+    return {"id": "x", "conversations": [{"from": names[turn[0]], "value": turn[2:]} for turn in turns]}
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+GOOD = talk("h:Hi", "g:Hello")
+MESSAGES = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
 
 
 def numbered(lengths, first=0, weights=None):

@@ -6,24 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.data.made import GOOD, MESSAGES, talk, write_lines
 from trainer.data.conversations import Conversation, load_conversations
 
 DEV = Path(__file__).resolve().parents[4] / "shared" / "data" / "chat" / "dev.jsonl.gz"
-
-
-def talk(*turns):
-    """A ShareGPT record: "h:..." is the human's, "g:..." gpt's, "s:..." the system's."""
-    names = {"h": "human", "g": "gpt", "s": "system"}
-    return {"id": "x", "conversations": [{"from": names[turn[0]], "value": turn[2:]} for turn in turns]}
-
-
-def write_lines(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-GOOD = talk("h:Hi", "g:Hello")
-MESSAGES = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,16 +1,9 @@
 """Training text on the terminal: the loss in color, mistakes in one line."""
 
 import io
-import json
 
+from tests.trainer.data.made import GOOD, write_lines
 from trainer.data.inspect import InspectOptions, inspect, main
-
-GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-
-
-def write_lines(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def test_inspect_colors_exactly_the_reply(tmp_path, monkeypatch):

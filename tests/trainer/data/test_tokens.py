@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.data.made import conversations_of, numbered
+from tests.trainer.data.made import MESSAGES, conversations_of, numbered
 from trainer.data.conversations import Conversation, DataReport
 from trainer.data.tokens import (
     IGNORE,
@@ -18,8 +18,6 @@ from trainer.data.tokens import (
     repeats,
     targets,
 )
-
-MESSAGES = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
 
 
 def test_tokens_and_mask_are_those_of_the_tokenizer(tokenizer):

@@ -194,7 +194,7 @@ def test_too_many_tokens_and_another_backbone_are_refused(backbone, stored):
         open_teacher(backbone, 65)
     with pytest.raises(ValueError, match=rf"--kl-top is 9, .* holds the {STORED_K} most probable"):
         open_teacher(backbone, STORED_K + 1, str(stored))
-    with pytest.raises(ValueError, match="was written by backbone .*, not by this one"):
+    with pytest.raises(ValueError, match=r"was written by backbone .*, not by this one"):
         open_teacher(small_backbone(seed=1), K, str(stored))
 
 
