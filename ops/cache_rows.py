@@ -33,7 +33,8 @@ def write_rows(cache, rows, base: int) -> None:
     """Write ``rows`` into cache[base : base + n], in place, at once.
 
     cache: (capacity, ...) float32, already computed; rows: (n, ...) float32. Whatever reads the cache must be computed
-    before, or asked for after: nothing orders a pending reader and this. Raises ValueError when the rows do not fit.
+    before, or requested afterwards: nothing orders a pending reader and this. Raises ValueError when the rows do not
+    fit.
     """
     count = rows.shape[0]
     if tuple(rows.shape[1:]) != tuple(cache.shape[1:]) or base < 0 or base + count > cache.shape[0]:

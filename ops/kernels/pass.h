@@ -1,9 +1,9 @@
 // A pass of a decoder over a key-value cache, in one parallel region: embedding, layers, final norm, logits, choices.
 //
 // Row invariance continues here: attention takes its keys in logical order (prefix, then ancestors from the root down,
-// then the row itself), whatever slot of the cache they lie in, and however many rows look at a key together, each
+// then the row itself), whatever slots of the cache they are in, and however many rows look at a key together, each
 // score is one chain over the head's width and each output one chain over the keys.
-// vector.h and cpu.h come first: Jittor looks for included files itself and does not find those beside this one.
+// vector.h and cpu.h come first: Jittor resolves includes itself and does not find files in this folder.
 #pragma once
 
 namespace gorgon {
@@ -11,7 +11,7 @@ namespace gorgon {
 // One row of a pass. The keys it sees, in logical order: `contiguous` slots from `start`, then the row's extras.
 struct Plan {
     const int32_t* meta;    // (rows, 4): position, slot, start, contiguous; all but start count from `base`
-    const int32_t* extras;  // (rows, width): slots behind base, -1 where there are no more
+    const int32_t* extras;  // (rows, width): slots after base, -1 past the end
     int64_t width, base;
     int64_t position(int64_t r) const { return base + meta[r * 4]; }
     int64_t slot(int64_t r) const { return base + meta[r * 4 + 1]; }
@@ -89,7 +89,7 @@ static inline void keep_rows(C* cache, int64_t planes, int64_t max_length, int64
 
 constexpr int TOGETHER = 4;  // queries that share a loaded key
 
-// Q queries of one key-value head whose stretches of keys begin at the same slot.
+// Q queries of one key-value head whose ranges of keys start at the same slot.
 struct Queries {
     const float* q[TOGETHER];
     float* out[TOGETHER];
@@ -231,7 +231,7 @@ static inline void attend_head(const Shape& s, const Plan& plan, int64_t kv, con
 
 // ---- a decoder layer and a pass ----
 
-// The weights of a layer behind each other: queries, keys and values; output; gate and up; down. scales likewise.
+// The weights of a layer, concatenated: queries, keys and values; output; gate and up; down. scales likewise.
 template <class W> struct Layer {
     const float* norms;  // (2, hidden)
     const W* w;
@@ -244,7 +244,7 @@ template <class W> struct Layer {
     Matrix<W> down(const Shape& s) const { return gate_up(s).behind(2 * blocks(s.inner), s.hidden); }
 };
 
-// What the threads of a pass work in. normed is each thread's own where rows are few: a norm is then cheaper done
+// What the threads of a pass work in. normed is each thread's own where rows are few: a norm is then cheaper computed
 // twice than waited for.
 struct Scratch {
     std::vector<float> attended, big, normed;
@@ -280,7 +280,7 @@ static inline void layer_share(const Shape& s, const Plan& plan, const float* x,
     float* normed = norm_rows(x, s, layer.norms, eps, scratch, t, n);
     linear_share<PLAIN>(normed, s.rows, s.hidden, layer.qkv(s), Layer<W>::blocks(s.qkv()), s.qkv(), big, (const float*)nullptr, t, n);
 #pragma omp barrier
-    if (s.kv_heads % n == 0) {  // each thread has heads of its own, and nobody waits in between
+    if (s.kv_heads % n == 0) {  // each thread has heads of its own and needs no barrier in between
         for (int64_t kv = t; kv < s.kv_heads; kv += n) {
             rope_and_write(s, plan, kv, 0, s.rows, big, cosine, sine, cache);
             attend_head(s, plan, kv, big, cache, attended, 0, 1);
@@ -307,7 +307,7 @@ template <class E> struct Ends {
     const float* norm;         // (hidden,)
     const E* lm_head;          // packed
     int64_t vocab, logit_rows; // logits of the last `logit_rows` rows
-    const int32_t* wanted;     // (layers + 1,): where the state before layer i goes in `taken`, -1 for nowhere
+    const int32_t* wanted;     // (layers + 1,): the place of the state before layer i in `taken`, -1 for none
 };
 
 // hidden: (rows, hidden), taken: (wanted, rows, hidden), logits: (logit_rows, vocab), chosen: their largest's index.
