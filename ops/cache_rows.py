@@ -6,7 +6,7 @@ import numpy as np
 
 from ops.decoder_pass import CUDA_FILES
 from ops.kernel import launch
-from ops.layer_weights import HEADER
+from ops.layer_weights import CPU_FILES
 from runtime import jt
 
 
@@ -23,7 +23,7 @@ def keep_rows(cache, sources: np.ndarray, targets: np.ndarray) -> None:
         [cache, jt.array(np.stack([sources, targets]).astype(np.int32))],
         cpu=call + "out0_p[0] = 0;\n        ",
         cuda=call,
-        cpu_files=[HEADER],
+        cpu_files=CPU_FILES,
         cuda_files=CUDA_FILES,
     )
     done.sync()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ops.kernel import launch, on_cpu
-from ops.layer_weights import HEADER, LAYER, LayerShape, LayerWeights
+from ops.layer_weights import CPU_FILES, LAYER, LayerShape, LayerWeights
 from ops.linear import PackedLinear
 from ops.packing.tiles import input_bytes, num_slices
 from ops.row_plan import RowPlan
@@ -192,7 +192,7 @@ def decoder_pass(
                              in8_shape0 > 1 ? in8_stride0 : 0, out0_p, out1_p, out2_p, out3_p);
         """,
         cuda=source + cuda,
-        cpu_files=[HEADER],
+        cpu_files=CPU_FILES,
         cuda_files=CUDA_FILES,
         data=data,
     )[:4]

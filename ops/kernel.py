@@ -26,7 +26,7 @@ def _include(names: tuple[str, ...]) -> str:
 @functools.cache
 def cpu_header(*names: str) -> str:
     """The text that includes files of ``ops/kernels``, and what they need, in a body for the CPU."""
-    return _include(("vector.h", "cpu.h", *names))
+    return _include(("storage.h", "vector.h", "cpu.h", *names))
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def cuda_header(names: tuple[str, ...], emulated: bool) -> str:
     """The same for files in ``ops/kernels/cuda``, in the order of their needs: Jittor does not follow their
     includes."""
     first = "emulator.h" if emulated else "device.h"
-    return _include(tuple(f"cuda/{name}" for name in (first, "reduce.h", *names)))
+    return _include(("storage.h", "plan.h", *(f"cuda/{name}" for name in (first, "reduce.h", *names))))
 
 
 def on_cpu() -> bool:

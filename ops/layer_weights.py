@@ -12,7 +12,7 @@ from ops.packing.quantize import QUANTIZERS
 from ops.packing.tiles import pack_matrices
 from runtime import jt
 
-HEADER = "pass.h"
+CPU_FILES = ("plan.h", "pass.h")
 # C++ text shared by the kernels over layers.
 LAYER = "gorgon::Layer<std::remove_const_t<std::remove_reference_t<decltype(*gorgon::raw(in{packed}_p))>>>"
 
@@ -160,7 +160,7 @@ class FrozenMatrix:
             decltype(layer.o(s)) parts[] = {{layer.qkv(s), layer.o(s), layer.gate_up(s), layer.down(s)}};
             gorgon::unpack(parts[(int)data["part"]], (int64_t)data["output"], out0_shape0, out0_p);
             """,
-            cpu_files=[HEADER],
+            cpu_files=CPU_FILES,
             cuda_files=["linear.h"],
             data={
                 **s.data(),

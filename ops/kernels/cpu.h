@@ -40,7 +40,7 @@ template <class W> struct Matrix {
     const typename Packing<W>::scale* scale;
 
     // The matrix without its first blocks.
-    Matrix behind(int64_t blocks, int64_t K) const {
+    Matrix after(int64_t blocks, int64_t K) const {
         return {w + blocks * K * Packing<W>::items, scale + blocks * Packing<W>::scales(K) * LANES};
     }
 };
@@ -56,7 +56,7 @@ static inline void tile(const float* x, int64_t ldx, Matrix<W> m, int64_t K, int
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) acc[r][v] = (vec){};
-    m = m.behind(block, K);
+    m = m.after(block, K);
     for (int64_t k = 0; k < K; k++) {
         if constexpr (is_nf4<W>)
             if (k % GROUP == 0)
@@ -159,7 +159,7 @@ static inline void unpack(Matrix<W> m, int64_t K, int64_t first, int64_t count, 
                           float* out) {
 #pragma omp parallel for
     for (int64_t block = first / LANES; block <= (first + count - 1) / LANES; block++) {
-        Matrix<W> part = m.behind(begin + block * step, K);
+        Matrix<W> part = m.after(begin + block * step, K);
         int64_t from = block * LANES < first ? first % LANES : 0, left = first + count - block * LANES;
         int64_t to = left < LANES ? left : LANES;
         for (int64_t k = 0; k < K; k++) {

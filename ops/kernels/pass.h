@@ -8,25 +8,6 @@
 
 namespace gorgon {
 
-// One row of a pass. The keys it sees, in logical order: `contiguous` slots from `start`, then the row's extras.
-struct Plan {
-    const int32_t* meta;    // (rows, 4): position, slot, start, contiguous; all but start count from `base`
-    const int32_t* extras;  // (rows, width): slots after base, -1 past the end
-    int64_t width, base;
-    int64_t position(int64_t r) const { return base + meta[r * 4]; }
-    int64_t slot(int64_t r) const { return base + meta[r * 4 + 1]; }
-    int64_t start(int64_t r) const { return meta[r * 4 + 2]; }
-    int64_t contiguous(int64_t r) const { return base + meta[r * 4 + 3]; }
-    int64_t keys(int64_t r) const {
-        int64_t more = 0;
-        while (more < width && extras[r * width + more] >= 0) more++;
-        return contiguous(r) + more;
-    }
-    int64_t key(int64_t r, int64_t j) const {  // the slot of the j-th key of a row
-        return j < contiguous(r) ? start(r) + j : base + extras[r * width + j - contiguous(r)];
-    }
-};
-
 struct Shape {
     int64_t rows, hidden, heads, kv_heads, head_dim, inner, max_length;
     int64_t padded() const { return (head_dim + LANES - 1) / LANES * LANES; }
@@ -239,9 +220,9 @@ template <class W> struct Layer {
 
     static int64_t blocks(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
     Matrix<W> qkv(const Shape&) const { return {w, scales}; }
-    Matrix<W> o(const Shape& s) const { return qkv(s).behind(blocks(s.qkv()), s.hidden); }
-    Matrix<W> gate_up(const Shape& s) const { return o(s).behind(blocks(s.hidden), s.q_width()); }
-    Matrix<W> down(const Shape& s) const { return gate_up(s).behind(2 * blocks(s.inner), s.hidden); }
+    Matrix<W> o(const Shape& s) const { return qkv(s).after(blocks(s.qkv()), s.hidden); }
+    Matrix<W> gate_up(const Shape& s) const { return o(s).after(blocks(s.hidden), s.q_width()); }
+    Matrix<W> down(const Shape& s) const { return gate_up(s).after(2 * blocks(s.inner), s.hidden); }
 };
 
 // What the threads of a pass work in. normed is each thread's own where rows are few: a norm is then cheaper computed
@@ -299,16 +280,6 @@ static inline void layer_share(const Shape& s, const Plan& plan, const float* x,
 #pragma omp barrier
     linear_share<ADD>(big, s.rows, s.inner, layer.down(s), Layer<W>::blocks(s.hidden), s.hidden, out, (const float*)out, t, n);
 }
-
-// What goes around the layers. E: the type of the embedding and of the language-model head.
-template <class E> struct Ends {
-    const int32_t* token_ids;  // (rows,)
-    const E* embedding;        // (vocab, hidden)
-    const float* norm;         // (hidden,)
-    const E* lm_head;          // packed
-    int64_t vocab, logit_rows; // logits of the last `logit_rows` rows
-    const int32_t* wanted;     // (layers + 1,): the place of the state before layer i in `taken`, -1 for none
-};
 
 // hidden: (rows, hidden), taken: (wanted, rows, hidden), logits: (logit_rows, vocab), chosen: their largest's index.
 template <class W, class E, class C>

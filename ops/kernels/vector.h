@@ -18,12 +18,6 @@ typedef float vec_u __attribute__((vector_size(64), aligned(4)));
 typedef int32_t veci __attribute__((vector_size(64)));
 constexpr int LANES = 16;
 
-template <class T> struct storage { typedef uint16_t type; };
-template <> struct storage<float> { typedef float type; };
-template <> struct storage<int8_t> { typedef int8_t type; };
-template <> struct storage<uint8_t> { typedef uint8_t type; };
-template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
-
 static inline vec splat(float x) { return x - (vec){}; }
 static inline vec load(const float* p) { return *(const vec_u*)p; }
 static inline void store(float* p, vec x) { *(vec_u*)p = x; }

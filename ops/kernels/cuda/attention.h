@@ -11,26 +11,6 @@
 
 namespace gorgon {
 
-// One row of a pass. The keys it sees, in logical order: `contiguous` slots from `start`, then the row's extras.
-struct Plan {
-    const int32_t* meta;    // (rows, 4): position, slot, start, contiguous; all but start count from `base`
-    const int32_t* extras;  // (rows, width): slots after base, -1 past the end
-    int64_t width, base;
-    Plan behind(int64_t rows) const { return {meta + rows * 4, extras + rows * width, width, base}; }
-    __device__ int64_t position(int64_t r) const { return base + meta[r * 4]; }
-    __device__ int64_t slot(int64_t r) const { return base + meta[r * 4 + 1]; }
-    __device__ int64_t start(int64_t r) const { return meta[r * 4 + 2]; }
-    __device__ int64_t contiguous(int64_t r) const { return base + meta[r * 4 + 3]; }
-    __device__ int64_t keys(int64_t r) const {
-        int64_t more = 0;
-        while (more < width && extras[r * width + more] >= 0) more++;
-        return contiguous(r) + more;
-    }
-    __device__ int64_t key(int64_t r, int64_t j) const {  // the slot of the j-th key of a row
-        return j < contiguous(r) ? start(r) + j : base + extras[r * width + j - contiguous(r)];
-    }
-};
-
 constexpr int CHUNK_KEYS = 128, GROUP_KEYS = 16, ATTEND_WARPS = 4, ATTEND_THREADS = 32 * ATTEND_WARPS;
 constexpr float UNSEEN = -3.0e38f;
 

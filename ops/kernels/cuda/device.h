@@ -30,12 +30,6 @@ namespace gorgon {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-template <class T> struct storage { typedef uint16_t type; };
-template <> struct storage<float> { typedef float type; };
-template <> struct storage<int8_t> { typedef int8_t type; };
-template <> struct storage<uint8_t> { typedef uint8_t type; };
-template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
-
 // Shared memory of a launch beyond 48 KB has to be requested by an attribute.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {

@@ -52,12 +52,6 @@ namespace gorgon {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-template <class T> struct storage { typedef uint16_t type; };
-template <> struct storage<float> { typedef float type; };
-template <> struct storage<int8_t> { typedef int8_t type; };
-template <> struct storage<uint8_t> { typedef uint8_t type; };
-template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
-
 // ---- fibers ----
 
 namespace emulator {
@@ -219,7 +213,7 @@ static inline void run_block(size_t shared_bytes, bool descending) {
         if (!moved) throw std::runtime_error("emulated kernel: threads wait at different barriers");
     }
     for (size_t i = shared_bytes; i < b.shared.size(); i++)
-        if (b.shared[i] != 0xff) throw std::runtime_error("emulated kernel: a write behind the shared memory");
+        if (b.shared[i] != 0xff) throw std::runtime_error("emulated kernel: a write past the shared memory");
 }
 
 static inline uint64_t exchange_lanes(uint64_t value, int lane) {

@@ -49,7 +49,7 @@ template <class W> struct Matrix {
     int64_t scales() const { return is_int8<W> ? padded() : is_nf4<W> ? padded() * steps_of(inputs) : 0; }
     int64_t padded() const { return tiles_of(outputs) * TILE_OUTPUTS; }
     // The next matrix in memory.
-    Matrix behind(int64_t next_outputs, int64_t next_inputs) const {
+    Matrix after(int64_t next_outputs, int64_t next_inputs) const {
         return {w + size(), scale + scales(), next_outputs, next_inputs};
     }
 };
@@ -69,9 +69,9 @@ template <class W> struct Layer {
     const typename Packing<W>::scale* scales;
 
     template <class S> Matrix<W> qkv(const S& s) const { return {w, scales, s.qkv(), s.hidden}; }
-    template <class S> Matrix<W> o(const S& s) const { return qkv(s).behind(s.hidden, s.q_width()); }
-    template <class S> Matrix<W> gate_up(const S& s) const { return o(s).behind(2 * s.inner, s.hidden); }
-    template <class S> Matrix<W> down(const S& s) const { return gate_up(s).behind(s.hidden, s.inner); }
+    template <class S> Matrix<W> o(const S& s) const { return qkv(s).after(s.hidden, s.q_width()); }
+    template <class S> Matrix<W> gate_up(const S& s) const { return o(s).after(2 * s.inner, s.hidden); }
+    template <class S> Matrix<W> down(const S& s) const { return gate_up(s).after(s.hidden, s.inner); }
 };
 
 // ---- rows: (blocks of 8, inputs, 8) for float32 weights, the fragments of an mma's second factor for the others ----

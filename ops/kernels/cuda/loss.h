@@ -256,15 +256,8 @@ inline void linear_loss(const LinearLoss& l, float* logits, int64_t rows, bool w
 }
 
 // total = sum of x
-__global__ void __launch_bounds__(LOSS_THREADS) total_kernel(const float* x, int64_t count, float* total) {
-    GORGON_SHARED(float, shared);
-    float sum = 0.0f;
-    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += x[i];
-    sum = over_block<Sum>(sum, shared);
-    if (threadIdx.x == 0) *total = sum;
-}
 inline void total(const float* x, int64_t count, float* sum) {
-    launch(total_kernel, dim3(1), dim3(LOSS_THREADS), LOSS_SHARED, x, count, sum);
+    launch(total_kernel<LOSS_THREADS>, dim3(1), dim3(LOSS_THREADS), LOSS_SHARED, x, count, sum);
 }
 
 // x += y

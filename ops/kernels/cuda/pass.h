@@ -138,7 +138,7 @@ inline Slices layer_rows(const Shape& s, const Plan& plan, const Dealt& dealt, i
     void* normed = room.normed + first / dealt.stretch * room.normed_bytes;
     float* x = room.x + first * s.hidden;
     Attention a = {};
-    a.plan = plan.behind(first);
+    a.plan = plan.from(first);
     a.tiles = dealt.tiles + first / dealt.stretch * dealt.most * 4;
     a.queries = room.queries, a.cache = cache;
     a.rows = s.rows, a.max_length = s.max_length;
@@ -187,16 +187,6 @@ __global__ void embed_kernel(const int32_t* token_ids, const E* embedding, int64
         else x[row * hidden + d] = half_to_float(embedding[id * hidden + d]);
     }
 }
-
-// What goes around the layers. E: the type of the embedding and of the language-model head.
-template <class E> struct Ends {
-    const int32_t* token_ids;  // (rows,)
-    const E* embedding;        // (vocab, hidden)
-    const float* norm;         // (hidden,)
-    const E* lm_head;          // packed
-    int64_t vocab, logit_rows; // logits of the last `logit_rows` rows
-    const int32_t* wanted;     // (layers + 1,): the place of the state before layer i in `taken`, -1 for none
-};
 
 // hidden: (rows, hidden), taken: (wanted, rows, hidden), logits: (logit_rows, vocab), chosen: their largest's index and
 // best its value.
