@@ -34,7 +34,7 @@ def partial_folder(out: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError when ``out`` cannot be written. Leaves nothing behind."""
+    """Raises ValueError when ``out`` cannot be written. Creates nothing."""
     if out.is_dir():
         raise ValueError(f"--out {out} is a directory; expected a file, such as {out / 'corpus.jsonl.gz'}")
     folder = partial_folder(out)

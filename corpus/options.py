@@ -25,56 +25,46 @@ class Options:
     continuation: ``--continue``, the probability of a further turn; None: as probable as the backbone finds one.
     """
 
-    num_tokens: int | None = option(None, "stop when the corpus has this many tokens", metavar="N", least=1)
-    num_conversations: int | None = option(
-        None, "stop when the corpus has this many conversations", metavar="N", least=1
-    )
-    batch_size: int = option(64, "conversations generated at a time; does not change the result", metavar="N", least=1)
-    seed: int = option(0, "of every random choice", metavar="N", least=0)
-    temperature_user: float = option(0.8, "sampling temperature of the user's turns", metavar="T", least=0)
+    num_tokens: int | None = option(None, "stop when the corpus has this many tokens", least=1)
+    num_conversations: int | None = option(None, "stop when the corpus has this many conversations", least=1)
+    batch_size: int = option(64, "conversations generated at a time; does not change the result", least=1)
+    seed: int = option(0, "of every random choice", least=0)
+    temperature_user: float = option(0.8, "sampling temperature of the user's turns", least=0)
     greedy_share: float | None = option(
         None,
         f"share of the conversations whose replies are greedy (default: {GREEDY_SHARE}, or 0 with --temperature)",
-        metavar="SHARE",
         least=0,
         most=1,
     )
     temperature: float | None = option(
         None,
         f"sampling temperature of the other replies, 0: greedy (default: {TEMPERATURE})",
-        metavar="T",
         least=0,
     )
     top_p: float = option(
         0.95,
         f"sample from the most probable tokens, at most {NUM_CANDIDATES}, that hold this much probability",
-        metavar="P",
         above=0,
         most=1,
     )
     max_turns: int | None = option(
         None,
         f"most question-answer turns of a conversation (default: {MAX_TURNS}, or all those of a prompt)",
-        metavar="N",
         least=1,
     )
-    max_length: int = option(512, "most tokens of a conversation, template included", metavar="N", least=1)
-    max_user_tokens: int = option(
-        160, "most tokens of a sampled user's turn; longer ones are discarded", metavar="N", least=1
-    )
-    max_reply_tokens: int = option(192, "most tokens of a reply", metavar="N", least=1)
+    max_length: int = option(512, "most tokens of a conversation, template included", least=1)
+    max_user_tokens: int = option(160, "most tokens of a sampled user's turn; longer ones are discarded", least=1)
+    max_reply_tokens: int = option(192, "most tokens of a reply", least=1)
     max_loops: float | None = option(
         None,
         "largest share of conversations that end in a reply that repeats itself "
         f"(default: {MAX_LOOPS}, or 1 with --prompts)",
-        metavar="SHARE",
         least=0,
         most=1,
     )
     top_k_probabilities: int = option(
         0,
         "also write this many most probable next tokens of every token, with probabilities, to FILE.top/; 0: none",
-        metavar="K",
         least=0,
     )
     continuation: float | None = None

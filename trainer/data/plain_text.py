@@ -33,7 +33,7 @@ from trainer.data.conversations import HALF_CHARACTER, DataReport, located_recor
 
 SUFFIXES = (".txt", ".txt.gz", ".raw")  # the last is that of WikiText's own files
 SHORTEST = 3  # tokens of a block: logits at position t score token t + 2 first, so fewer carry no label
-WINDOW, CONTEXT = 8192, 64  # characters of a window, and of its overlap with each neighbour
+WINDOW, CONTEXT = 8192, 64  # characters of a window, and of its overlap with each neighbor
 BATCH = 32  # windows tokenized in one call: enough for every thread, few enough to keep their offsets small
 LINE_SEAM = re.compile(r"(?<=\n)(?=\S)")
 WORD_SEAM = re.compile(r"(?<=\S)(?= \S)")

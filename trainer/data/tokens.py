@@ -218,7 +218,7 @@ def batches(data: TokenizedData, tokens_per_batch: int, *, seed: int = 0, epoch:
 def targets(mask: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray, num_depths: int) -> np.ndarray:
     """Labels of every position and depth: (num_depths, total) int32.
 
-    Logits at depth k and position t score token t + 2 + k. The label is that token where it lies in the same
+    Logits at depth k and position t score token t + 2 + k. The label is that token where it is in the same
     conversation and is the assistant's, else -100. One conversation of five tokens, the last three the assistant's:
 
         t            0    1    2    3    4

@@ -33,7 +33,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run will need. Bytes are those of one rank, seconds those of the whole run; None: not measured.
+    """What a run will need. Bytes are those of one rank, seconds those of the run; None: not measured.
 
     gradients_bytes, optimizer_bytes: of the stage that needs most. memory_bytes: the most that a rank will hold.
     states_bytes: ``keep_last`` states; disk_bytes: what the run's directory needs at its fullest: one state more and

@@ -59,7 +59,7 @@ class Session(Model):
 class TrainRecord(FileRecord):
     """A training. config: the resolved options, the head's under ``head_options``; provenance: of the process that
     ended it. data: the counts of the text that was read (``DataReport``) and how it was split. parameters: of the head.
-    steps, tokens, train_s: of the whole run, sessions summed; skipped_updates: updates skipped because they were not
+    steps, tokens, train_s: summed over all sessions; skipped_updates: updates skipped because they were not
     finite. interrupted: Ctrl-C or a sweep's pruner ended it before its last step."""
 
     KIND: ClassVar[str] = "train"
