@@ -29,7 +29,9 @@ from heads.registry import build
 from runtime import jt
 from runtime.entry import run_entry
 from tests.small import small_backbone
-from trainer.data.tokens import encode_conversations, load_conversations, split_held_out
+from trainer.data.conversations import load_conversations
+from trainer.data.splits import split_held_out
+from trainer.data.tokens import encode_conversations
 
 NEW_TOKENS = 10
 TREES = [Tree.chain(1), Tree.chain(3), Tree.from_paths([[0], [1], [1, 0]]), default_tree(12, 3)]

@@ -168,12 +168,6 @@ def test_windows_that_disagree_at_their_seam_are_encoded_together():
         assert tokens_of(text, tokenizer, size) == tokenizer.encode(text)
 
 
-def test_the_seams_of_a_sentencepiece_text_by_hand():
-    tokenizer = TOKENIZERS["llama-2"]
-    found = tokens_of("ab\nab" + "\na" * 50, tokenizer, size=2, cut=1000)
-    assert [tokenizer._backend.id_to_token(token) for token in found[:6]] == ["▁ab", "<0x0A>", "a", "b", "<0x0A>", "a"]
-
-
 def test_texts_have_the_end_token_between_them(tokenizer, monkeypatch):
     ab, c = tokenizer.encode("a b\nc"), tokenizer.encode("c")
     texts = [["a b", "\nc"], ["c"], ["a b\nc"]]

@@ -228,22 +228,6 @@ def test_an_interrupted_write_is_resumed_after_its_complete_shards(backbone, dat
     assert set(contents(tmp_path)) == {"meta.json", *all_shards("hidden", "layer1")}
 
 
-def test_ctrl_c_takes_effect_between_two_pieces(backbone, data, opened, tmp_path):
-    counts = []
-
-    def press(count):
-        counts.append(count)
-        if len(counts) == 3:
-            signal.raise_signal(signal.SIGINT)
-            counts.append("still running")
-
-    with pytest.raises(KeyboardInterrupt):
-        open_cache(backbone, "tok", data, (), tmp_path, on_tokens=press)
-    assert counts[-1] == "still running" and len(counts) == 4
-    assert set(contents(tmp_path)) == {"meta.json"}
-    assert opened()[1] == data.offsets[-1] * BYTES
-
-
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
@@ -315,12 +299,6 @@ def test_each_rank_writes_its_share_and_all_open_all_of_it(backbone, data, opene
         assert num_bytes == 0
         np.testing.assert_array_equal(cached(range(len(data))).hidden.numpy(), everything.hidden.numpy())
     assert contents(tmp_path) == want
-
-
-def test_a_rank_opens_what_the_others_have_written_by_the_barrier(backbone, data, opened, tmp_path):
-    _, num_bytes = opened(rank=0, world_size=2, barrier=lambda: write_share(backbone, data, tmp_path, 1, 2))
-    assert num_bytes == data.offsets[-1] * BYTES  # of both ranks: they share a disk
-    assert set(contents(tmp_path)) == {"meta.json", *all_shards("hidden")}
 
 
 def test_shards_that_another_rank_did_not_write_are_named(opened, tmp_path):

@@ -156,16 +156,7 @@ def test_a_damaged_shard_is_refused_by_name_until_it_is_deleted(at, tmp_path, da
     assert contents(tmp_path) == complete
 
 
-def test_all_damaged_shards_are_named_at_once(at):
-    store = write(at())
-    for index in (1, 3):
-        flip(store.path(("a", index)))
-    with pytest.raises(ValueError, match=r"a-00001\.f16 is damaged.*; .*a-00003\.f16 is damaged") as refused:
-        store.verify(store.all(ARRAYS))
-    assert str(refused.value).count("is damaged") == 2
-
-
-@pytest.mark.parametrize("line", [b"", b"12  a-00000.f16\n", b"0" * 64 + b"  a-00001.f16\n", b"\xff\xfe"])
+@pytest.mark.parametrize("line", [b"12  a-00000.f16\n", b"0" * 64 + b"  a-00001.f16\n", b"\xff\xfe"])
 def test_a_damaged_checksum_is_refused_by_name_until_it_is_deleted(at, tmp_path, line):
     store = write(at())
     complete = contents(tmp_path)
@@ -182,19 +173,11 @@ def test_a_damaged_checksum_is_refused_by_name_until_it_is_deleted(at, tmp_path,
     ("change", "message"),
     [
         ({"tokenizer": "other"}, " is a cache of other data: tokenizer in meta.json is other, expected t; delete the"),
-        ({"tokens": None}, " is a cache of other data: tokens in meta.json is None"),
         ({"dim": 64}, " is a cache of other data: dim in meta.json is 64, expected 32"),
-        ({"format": 1}, " is a cache of other data: format"),
-        ({"sequences": 41}, " is a cache of other data: sequences"),
         ({"shards": [0, 12, 12, 40]}, "/meta.json is damaged: shards must ascend"),
         ({"shards": [0, 12, 39]}, "/meta.json is damaged: shards must ascend"),
-        ({"shards": [0, "12", 40]}, "/meta.json is damaged: shards must ascend"),
-        ({"shards": []}, "/meta.json is damaged: shards must ascend"),
-        ({"shards": None}, "/meta.json is damaged: shards must ascend"),
         (b"[1, 2]", "/meta.json is damaged: it holds .*, expected an object"),
         (b'{"format": 2, "dim"', "/meta.json is damaged: not valid JSON"),
-        (b"\xff", "/meta.json is damaged: not valid JSON"),
-        (b"", "/meta.json is damaged: not valid JSON"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused_by_name(at, tmp_path, change, message):

@@ -5,7 +5,6 @@ import pytest
 
 from heads.base import Head
 from heads.layers import Linear
-from ops.optimizer import move_average
 from runtime import jt
 from trainer.optim.average import Average
 
@@ -96,21 +95,6 @@ def test_an_average_begins_as_the_weights_and_no_decay_is_the_weights():
     for name, value in averaged(average).items():
         np.testing.assert_allclose(value, values(head)[name], atol=1e-6)
         assert np.abs(value - start[name]).max() > 1e-2
-
-
-def is_independent(copied):
-    """Whether an average that ``copied`` makes of the weights stays unchanged when they are updated in place."""
-    weight = jt.array(np.array([11.0, 12.0], np.float32))
-    begun = copied(weight)
-    jt.sync([weight, begun])
-    move_average(weight, jt.array(np.array([1.0, 2.0], np.float32)), 0.0)
-    assert weight.numpy().tolist() == [1, 2]
-    return begun.numpy().tolist() == [11, 12]
-
-
-def test_an_average_does_not_follow_weights_that_are_updated_in_place():
-    assert is_independent(lambda weight: Average({"weight": weight}, 0.9, TwoLayers()).averages["weight"])
-    assert not is_independent(lambda weight: weight.detach())  # control: the same memory
 
 
 def test_the_weights_are_restored_exactly_even_after_an_exception():

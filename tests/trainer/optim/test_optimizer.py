@@ -1,10 +1,9 @@
-"""Each optimizer over several steps against torch or NumPy: clipping, decay, parameters by kind; and its state."""
+"""Each optimizer over several steps against NumPy: clipping, decay, parameters by kind; and its state."""
 
 import math
 
 import numpy as np
 import pytest
-import torch
 
 from runtime import jt
 from trainer.config import OPTIMIZERS as NAMES
@@ -40,53 +39,6 @@ def run_steps(optimizer, first, last, rate=1e-2):
 
 def values(parameters):
     return {name: p.numpy().copy() for name, p in parameters.items()}
-
-
-# AdamW against torch, on a loss
-
-
-def run_jittor(clip, steps=4, **changes):
-    """(matrix, vector, norms) after some steps on the loss sum (w x + b - y)^2."""
-    shapes = {name: SHAPES[name] for name in ("matrix", "vector")}
-    parameters, optimizer = begin(shapes=shapes, clip=clip, **changes)
-    matrix, vector = parameters.values()
-    norms = []
-    for step in range(steps):
-        x, y = jt.array(normal(7, 3, seed=step)), jt.array(normal(5, 3, seed=step))
-        loss = (jt.matmul(matrix, x) + vector.unsqueeze(1) - y).sqr().sum()
-        norms.append(optimizer.update(jt.grad(loss, [matrix, vector]), 1e-2))
-    assert optimizer.steps == steps
-    return matrix.numpy(), vector.numpy(), norms
-
-
-def run_torch(clip, steps=4):
-    matrix, vector = (torch.nn.Parameter(torch.tensor(a)) for a in (normal(5, 7), normal(5)))
-    groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    norms = []
-    for step in range(steps):
-        x, y = torch.tensor(normal(7, 3, seed=step)), torch.tensor(normal(5, 3, seed=step))
-        optimizer.zero_grad()
-        (matrix @ x + vector[:, None] - y).square().sum().backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_([matrix, vector], clip or float("inf"))))
-        optimizer.step()
-    return matrix.detach().numpy(), vector.detach().numpy(), norms
-
-
-@pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
-def test_updates_equal_torch_with_clipping_and_no_decay_of_vectors(clip):
-    got, want = run_jittor(clip), run_torch(clip)
-    # Four updates of 1e-2 in float32; torch adds 1e-6 to the norm it divides by.
-    np.testing.assert_allclose(got[0], want[0], atol=2e-6)
-    np.testing.assert_allclose(got[1], want[1], atol=2e-6)
-    np.testing.assert_allclose(got[2], want[2], rtol=1e-5)  # norms before clipping
-    assert min(got[2]) > 1
-
-
-@pytest.mark.parametrize("defect", [{"clip": 30.0}, {"weight_decay": 0.0}, {"beta1": 0.8}])
-def test_the_comparison_notices_a_wrong_option(defect):
-    matrix, _, _ = run_jittor(**{"clip": 1.0, **defect})
-    assert np.abs(matrix - run_torch(1.0)[0]).max() > 2e-5
 
 
 # All of them against NumPy, on given gradients
@@ -201,8 +153,7 @@ def test_updates_leave_no_graph_behind():
 # Numbers that are not finite
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("kind", "bad"), zip(KINDS, [np.nan, np.inf, -np.inf], strict=True))
 def test_a_gradient_that_is_not_finite_raises_and_changes_nothing(kind, bad):
     parameters, optimizer = begin(kind, clip=1.0)
     run_steps(optimizer, 0, 1)
@@ -279,10 +230,3 @@ def test_a_state_that_does_not_fit_is_refused_and_every_entry_named():
             optimizer.load_state(wrong)
     for name, value in optimizer.state().items():
         np.testing.assert_array_equal(value, fitting[name])
-
-
-def test_the_state_of_one_optimizer_is_refused_by_another():
-    for kind in KINDS:
-        for other in set(KINDS) - {kind}:
-            with pytest.raises(ValueError, match=f"the {other} optimizer: .* is missing"):
-                begin(other)[1].load_state(begin(kind)[1].state())

@@ -86,8 +86,7 @@ def run(console, num_steps=40, score_every=20, first_step=0, quiet=False):
 # On a terminal
 
 
-@pytest.mark.parametrize("width", [60, 100])
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(("width", "encoding"), [(60, "utf-8"), (100, "ascii")])
 def test_the_table_redraws_in_place_and_no_line_wraps(width, encoding):
     console = Console(file=Terminal(encoding), width=width, height=30)
     text = run(console)
@@ -185,16 +184,6 @@ def test_a_resumed_run_counts_from_its_first_step():
 def test_a_quiet_one_shows_nothing(terminal, capsys):
     assert run(Console(file=terminal()), quiet=True) == ""
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("terminal", [Terminal, io.StringIO])
-def test_a_step_may_lack_any_figure(terminal):
-    console = Console(file=terminal(), width=80, height=30)
-    with Watch(10, console=console) as watch:
-        watch.step(1, 10, {})
-        watch.step(2, 10, {"step": 2, "loss": [math.nan, 1.0]})
-        watch.step(10, 10, {"step": 10, "loss": [math.nan, 2.0]})
-    assert "nan" in console.file.getvalue()
 
 
 # Smoothing

@@ -127,7 +127,6 @@ def test_numbers_get_the_type_of_the_option_also_where_yaml_reads_text():
         ("learning_rat: {low: 1, high: 2}", r"Unknown key in s\.yaml: 'learning_rat'\. Did you mean 'learning_rate'\?"),
         ("head.num_layer: {low: 1, high: 2}", r"Unknown option of head 'mlp' in s\.yaml: 'num_layer'.*'num_layers'\?"),
         ("seed: {low: 1, hihg: 2}", r"Unknown key under s\.yaml: seed: 'hihg'\. Did you mean 'high'\?"),
-        ("seed: {choices: [1], low: 2}", r"Unknown key under s\.yaml: seed: 'low'\."),
         ("tree_nodes: {low: 1, high: 2}", r"tree_nodes cannot be swept"),
         ("data-weights: {choices: [1]}", "data-weights cannot be swept"),
         ("ema: 0.5", r"ema takes \{low: \.\., high: \.\.\} or \{choices: \[\.\.\]\}, got 0\.5"),
@@ -136,20 +135,13 @@ def test_numbers_get_the_type_of_the_option_also_where_yaml_reads_text():
         ("ema: {low: 0, high: 0.5, log: true}", r"log needs a low above 0, got 0\.0"),
         ("ema: {low: 0, high: 0.5, log: maybe}", r"log takes true or false, got 'maybe'"),
         ("ema: {low: 0, high: high}", r"ema\.high takes a number, got 'high'"),
-        ("ema: {low: 0, high: .inf}", r"ema\.high takes a number, got inf"),
-        ("ema: {low: false, high: 0.5}", r"ema\.low takes a number, got False"),
         ("ema: {low: 0, high: 0.5, step: 0.3}", "step must be above 0, divide high - low"),
-        ("ema: {low: 0.1, high: 0.5, log: true, step: 0.1}", "not be combined with log"),
         ("ema: {low: 0, high: 1}", r"ema cannot be 1\.0: --ema must be below 1"),
-        ("learning_rate: {low: 0, high: 1}", r"learning_rate cannot be 0\.0: --learning-rate must be above 0"),
         ("seed: {low: 1.5, high: 3}", r"seed\.low takes a whole number, got 1\.5"),
         ("optimizer: {low: 1, high: 2}", "optimizer is not a number"),
-        ("optimizer: {choices: [adam]}", "optimizer cannot be adam: Unknown --optimizer 'adam'"),
         ("optimizer: {choices: []}", r"optimizer\.choices takes a list of values, got \[\]"),
         ("optimizer: {choices: [on]}", r"optimizer\.choices takes str, got True; YAML reads on, off"),
         ("optimizer: {choices: [lion, lion]}", "contains a value twice"),
-        ("head.lm_head: {choices: [1]}", r"head\.lm_head\.choices takes str, got 1"),
-        ("a: {low: 1, high: 2}\nema: 1", "Unknown key in"),
         ("learning-rate: {low: 1e-4, high: 1}\nlearning_rate: {low: 1e-4, high: 1}", "learning_rate is given twice"),
         ("{}", r"s\.yaml is empty"),
     ],
@@ -188,8 +180,6 @@ def test_every_option_of_train_is_accepted(space_file, tmp_path):
         (["--head.num_layer", "1"], "Did you mean '--head.num_layers'"),
         (["--trials", "0"], "--trials must be above 0, got 0"),
         (["--out", "x"], "--out cannot be combined with a sweep"),
-        (["--resume"], "--resume cannot be combined with a sweep"),
-        (["--dry-run"], "--dry-run cannot be combined with a sweep"),
         (["--study", "a/b"], "--study names a folder"),
         (["--space", "nowhere.yaml"], "nowhere.yaml cannot be read"),
     ],
@@ -254,12 +244,6 @@ def test_a_study_in_two_calls_is_the_study_in_one(make_sweep):
     assert [t.value for t in parts.trials] == [t.value for t in complete.trials]
     other = run_study(make_sweep(2, "--study", "other", "--seed", 1), Training())
     assert rates(other) != rates(complete)[:2]
-
-
-def test_a_study_that_is_complete_trains_no_more(make_sweep):
-    run_study(make_sweep(3), Training())
-    more = Training()
-    assert len(run_study(make_sweep(3), more).trials) == 3 and more.configs == []
 
 
 def test_other_options_or_another_space_are_another_study(make_sweep, space_file):
@@ -343,7 +327,7 @@ def test_a_new_study_does_not_write_into_the_folders_of_an_old_one(make_sweep, t
     open_study(make_sweep(8, "--overwrite"))
 
 
-@pytest.mark.parametrize("url", ["nonsense", "sqlite:////nowhere/at/all/study.db", "nodriver://host/db"])
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////nowhere/at/all/study.db"])
 def test_a_storage_that_cannot_be_used_is_named(make_sweep, url):
     with pytest.raises(ValueError, match=f"--storage {url} cannot be used: ") as caught:
         open_study(make_sweep(8, "--storage", url))
