@@ -20,7 +20,7 @@ import numpy as np
 
 from corpus.dialogue import Dialogue
 from corpus.prompts import Prompt
-from runtime.atomic import atomic_file, write_file
+from runtime.atomic import atomic_file, check_writable, write_file
 from runtime.records import read_json
 
 BEGUN, TALKS = "begun.json", "talks.jsonl"
@@ -31,20 +31,6 @@ STORED = ("index", "category", "greedy", "num_tokens", "loops", "dropped", "mess
 def partial_folder(out: Path) -> Path:
     """The folder of the unfinished corpus."""
     return out.with_name(f"{out.name}.partial")
-
-
-def check_out(out: Path) -> None:
-    """Raises ValueError when ``out`` cannot be written. Creates nothing."""
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a directory; expected a file, such as {out / 'corpus.jsonl.gz'}")
-    folder = partial_folder(out)
-    if folder.is_dir():
-        return
-    try:
-        folder.mkdir()
-        folder.rmdir()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def check_begun(out: Path, terms: dict[str, Any]) -> None:
@@ -75,9 +61,9 @@ class Journal:
     """
 
     def __init__(self, out: Path, terms: dict[str, Any]):
-        """Begin or resume ``out``. Raises ValueError when it cannot be written, when it was begun with other terms (see
-        ``check_begun``), and while another process writes it."""
-        check_out(out)
+        """Begin or resume ``out``. Raises OSError when it cannot be written, ValueError when it was begun with other
+        terms (see ``check_begun``) and while another process writes it."""
+        check_writable(out)
         self.folder = partial_folder(out)
         self.folder.mkdir(exist_ok=True)
         self._path = self.folder / TALKS

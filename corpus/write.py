@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from backbone.options import BackboneOptions
 from corpus.dialogue import OPENINGS, Dialogue, Writer, new_dialogues
-from corpus.journal import Journal, check_begun, check_out
+from corpus.journal import Journal, check_begun
 from corpus.lanes import Batch
 from corpus.options import Options
 from corpus.prompts import Prompt, read_prompts
 from corpus.selection import Selection, record_of
+from runtime.atomic import check_writable
 from runtime.entry import Parser
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from runtime.options import add_options, option_fields, read_options
@@ -57,9 +58,9 @@ def write_corpus(
 ) -> Selection:
     """Write conversations to ``out`` until there are enough, or one for each prompt; returns the counts.
 
-    An unfinished corpus is resumed. Raises ValueError, before any work, for a file that cannot be written and for an
-    unfinished one that was begun with other options, and when none of the first conversations is usable. Ctrl-C
-    prints how far it got.
+    An unfinished corpus is resumed. Raises, before any work, OSError for a file that cannot be written and ValueError
+    for an unfinished one that was begun with other options; ValueError also when none of the first conversations is
+    usable. Ctrl-C prints how far it got.
     """
     from trainer.features.top_k import TopKWriter, top_k_folder
 
@@ -167,7 +168,7 @@ def main(arguments: list[str]) -> int:
     models.check_storage()
     options = read_options(Options, given, continuation=given.continuation)
     prompts = read_prompts(given.prompts) if given.prompts else None
-    check_out(out)
+    check_writable(out)
     check_begun(out, terms(options, prompts))
     backbone, tokenizer = models.load(), models.load_tokenizer()
     tokenizer.check_fits(backbone.config)

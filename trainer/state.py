@@ -49,18 +49,11 @@ class State:
 
     def optimizer(self) -> dict[str, np.ndarray]:
         """What ``Optimizer.state`` gave."""
-        return _load(self.directory / OPTIMIZER)
+        return load_file(self.directory / OPTIMIZER)
 
     def average(self) -> dict[str, np.ndarray]:
-        """What ``Average.state`` gave. Raises ValueError when the run did not average."""
-        return _load(self.directory / AVERAGE)
-
-
-def _load(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        """What ``Average.state`` gave."""
+        return load_file(self.directory / AVERAGE)
 
 
 def save_state(

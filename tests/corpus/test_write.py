@@ -249,7 +249,8 @@ def test_a_bad_option_is_reported_in_one_line(wrong, tmp_path, capsys):
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("backbone.model.load_backbone", lambda *_, **__: pytest.fail("read the model"))
-    for out in (tmp_path / "nowhere" / "x.jsonl.gz", tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "x.jsonl.gz", tmp_path):
         assert run_entry(main, ["--num-tokens", "9", "--out", str(out)]) == 2
         assert str(out) in capsys.readouterr().err
     assert run_entry(main, ["--out", str(tmp_path / "x.gz")]) == 2

@@ -154,11 +154,11 @@ def test_a_pruned_run_ends_with_its_best_score(backbone, tmp_path):
 
 def test_accumulated_passes_give_the_weights_of_one(train):
     """Float32 sums in another order, 12 updates of AdamW: 2e-4 of the weights' own size at most, as measured 2e-5."""
-    whole, parts, other = (
+    one, parts, other = (
         {name: p.numpy() for name, p in train(f"a{n}-{rate}", accumulate=n, learning_rate=rate)[1].named_parameters()}
         for n, rate in ((1, 2e-2), (3, 2e-2), (3, 1e-2))
     )
-    gaps = [[np.abs(whole[k] - w[k]).max() / np.abs(whole[k]).max() for k in whole] for w in (parts, other)]
+    gaps = [[np.abs(one[k] - w[k]).max() / np.abs(one[k]).max() for k in one] for w in (parts, other)]
     assert max(gaps[0]) < 2e-4 < min(g for g in gaps[1] if g > 0) * 100, (max(gaps[0]), max(gaps[1]))
 
 

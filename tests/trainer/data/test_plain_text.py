@@ -140,7 +140,7 @@ def test_windows_give_the_tokens_of_the_complete_text(name):
     def check(text, size, cut):
         ids = tokens_of(text, tokenizer, size, cut=cut)
         assert ids == tokenizer.encode(text)
-        # What a vocabulary of Llama 2 cannot give back itself: a space behind a special token that is spelled
+        # A vocabulary of Llama 2 cannot restore these: a space after a special token that is spelled
         # out is one too many, and one that opens a text stands for the prefix.
         if "</s>" not in text and not text.startswith(" "):
             assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -160,8 +160,8 @@ def test_windows_that_disagree_at_their_seam_are_encoded_together():
     """Two lines make a token, and which two depends on the first line of all: an overlap of 32 lines cannot tell."""
     tokenizer = sentencepiece(True, ("a", "\n"), ("a\n", "a\n"))
     text = "b\n" + "a\n" * 200
-    # Tokens of the whole end at 6, 10, .. 70, 74; those of an overlap from 6 on, whose first letter goes with the
-    # prefix, at 8, 12, .. 68, 72, and of one from 8 on at 10, .. 70, 74.
+    # Tokens of the complete text end at 6, 10, .. 70, 74; those of an overlap from 6 on, whose first letter is one with
+    # the prefix, at 8, 12, .. 68, 72, and of one from 8 on at 10, .. 70, 74.
     for size, agree in ((70, False), (72, True)):
         first, second, *_ = [(w, tokenizer._backend.encode(w.text)) for w in windows([text], size)]
         assert first[0].last == size and _meet(*first, *second) == agree

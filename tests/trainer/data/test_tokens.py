@@ -84,7 +84,7 @@ def test_batches_are_those_that_earlier_states_were_written_with():
     assert batches(data, 10, seed=1, epoch=2) == [[6], [0, 7, 5], [1, 4], [3, 2]]
 
 
-def test_weights_decide_how_often_a_sequence_comes_by_hand():
+def test_weights_decide_how_often_a_sequence_is_taken():
     weights = np.array([1.0, 0.5, 0.5, 0.5, 0.5, 2.5, 2.5])
     first, second, third = (repeats(weights, 0, epoch) for epoch in range(3))
     assert first[0] == second[0] == 1
@@ -103,7 +103,7 @@ def test_weights_decide_how_often_a_sequence_comes_by_hand():
 def test_epochs_add_up_to_the_weights(weights, seed):
     weights, epochs = np.array(weights), 40
     counts = np.stack([repeats(weights, seed, epoch) for epoch in range(epochs)])
-    # Neither over the first epochs nor in any one is a sequence a whole time away from its weight.
+    # Neither over the first epochs nor in any one is a sequence one repetition away from its weight.
     expected = np.arange(1, epochs + 1)[:, None] * weights
     assert (np.abs(np.cumsum(counts, axis=0) - expected) < 1).all()
     assert (np.abs(counts - weights) < 1).all()

@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 
 
 def rows_on_screen(text, width):
-    """What stands on an endless screen of this width; a line that is too long goes on in the next row, as it does on a
+    """The rows of an endless screen of this width; a line that is too long continues in the next row, as it does on a
     real one. Knows the escape codes that a redrawing display needs: cursor up, erase the row."""
     rows, row, column, place = [[]], 0, 0, 0
     while place < len(text):

@@ -235,7 +235,7 @@ def test_a_training_that_raises_the_pruning_counts_as_pruned(make_sweep):
 
 
 def test_a_study_in_two_calls_is_the_study_in_one(make_sweep):
-    complete = run_study(make_sweep(14, "--study", "whole"), Training())
+    complete = run_study(make_sweep(14, "--study", "complete"), Training())
     run_study(make_sweep(5, "--study", "parts"), Training())
     rest = Training()
     parts = run_study(make_sweep(14, "--study", "parts"), rest)
