@@ -35,16 +35,6 @@ sys.exit(run_entry(main, sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
     monkeypatch.setattr(top_k, "SHARD_TOKENS", SHARD_TOKENS)

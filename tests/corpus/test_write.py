@@ -6,8 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from backbone.model import load_backbone
-from backbone.tokenizer import load_tokenizer
 from corpus.dialogue import OPENINGS, Dialogue, Writer, in_loop
 from corpus.lanes import Batch
 from corpus.options import Options
@@ -19,16 +17,6 @@ from trainer.data.conversations import load_conversations
 from trainer.data.tokens import encode_conversations
 from trainer.features.teacher import open_teacher
 from trainer.features.top_k import top_k_folder
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
 
 
 def options(**changes):

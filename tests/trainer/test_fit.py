@@ -9,7 +9,6 @@ import pytest
 from heads import checkpoint
 from heads.base import Features
 from heads.checkpoint import load_head
-from tests.small import small_backbone
 from tests.trainer.runs import NUM_STEPS, start, training_data
 from trainer.config import TrainConfig
 from trainer.features.cache import CachedFeatures, OnlineFeatures, open_cache
@@ -18,11 +17,6 @@ from trainer.guard import bad_features
 from trainer.loss import make_batch
 
 TRAINED = SimpleNamespace(trained=True)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,12 @@ import pytest
 from heads.base import HeadOutput
 from heads.registry import build
 from runtime import jt
-from tests.small import small_backbone
 from trainer.data.tokens import TokenizedData
 from trainer.features.cache import OnlineFeatures
 from trainer.loss import Objective, head_loss, make_batch
 
 DEPTHS = 3
 TOLERANCE = 1e-5  # float32 rounding of the same sums in another order
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
 
 
 @pytest.fixture(scope="module")

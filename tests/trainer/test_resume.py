@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from heads.checkpoint import load_head
-from tests.small import small_backbone
 from tests.trainer.runs import NUM_STEPS, OPTIONS, start, training_data
 from trainer import state as states
 from trainer.features.cache import OnlineFeatures
@@ -24,11 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 class Killed(BaseException):
     """Ends a run in the middle of a step, unexpected by the trainer."""
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
 
 
 def kill_at(wanted):

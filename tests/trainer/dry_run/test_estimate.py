@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from heads.registry import build
-from tests.small import small_backbone
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData
 from trainer.dry_run.estimate import Measured, estimate, size, table
@@ -149,11 +148,6 @@ def test_sizes_have_three_figures(count, text):
 
 
 # The plan of a real head
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
 
 
 def small_data(*lengths):

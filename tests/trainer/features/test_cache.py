@@ -38,11 +38,6 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(trainer.features.cache, "CHUNK_TOKENS", CHUNK)
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
-
-
 def some_data():
     random = np.random.default_rng(0)
     return TokenizedData.of([(random.integers(3, 64, n), np.ones(n)) for n in random.integers(12, 20, 40)])

@@ -28,11 +28,6 @@ class Identity:
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
-
-
-@pytest.fixture(scope="module")
 def texts():
     random = np.random.default_rng(1)
     return [random.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
