@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from decoding.tree import Tree
-from heads.ranks import MAX_RANK
+from heads.ranks import MAX_RANK, walk
 
 
 @dataclass(frozen=True)
@@ -94,23 +94,18 @@ def replay(
     """
     if not texts:
         return Replay([], [0] * tree.depth, [0] * tree.depth)
-    ends = last_accepted(np.concatenate([text.ranks for text in texts], 1), tree)
-    depths = tree.depths[ends].tolist()
-    starts, accepted_per_pass, offset = [], [], 0
-    for text in texts:
-        last, room = text.num_tokens - 1, None
-        if max_new_tokens is not None:
-            last = min(last, max_new_tokens - 1)
-        if cache_length is not None:
-            room = cache_length - text.prompt_tokens - tree.num_nodes  # the last root that the tree fits behind
-        root, accepted = 0, []
-        while root < last and (room is None or root <= room):
-            starts.append(offset + root)
-            accepted.append(min(depths[offset + root] + 1, last - root))
-            root += accepted[-1]
-        accepted_per_pass.append(accepted + [1] * (last - root))
-        offset += text.num_tokens - 1
-    return Replay(accepted_per_pass, *_by_depth(ends[starts], tree))
+    most = None if max_new_tokens is None else max_new_tokens - 1  # the first token is the prefill's
+    columns = [text.ranks[:, :most] for text in texts]
+    ends = last_accepted(np.concatenate(columns, 1), tree)
+    lengths = [ranks.shape[1] for ranks in columns]
+    rows = np.inf if cache_length is None else cache_length - tree.num_nodes
+    # Where the tree fits after the root; elsewhere a pass drafts nothing.
+    fits = np.concatenate([np.arange(n) + text.prompt_tokens <= rows for n, text in zip(lengths, texts, strict=True)])
+    accepted_per_pass = walk(np.where(fits, tree.depths[ends], 0), lengths)
+    # A pass starts where those before it have ended, and a text with its first column.
+    steps = np.array([tokens for accepted in accepted_per_pass for tokens in accepted], np.int64)
+    starts = np.cumsum(steps) - steps
+    return Replay(accepted_per_pass, *_by_depth(ends[starts[fits[starts]]], tree))
 
 
 def _by_depth(ends: np.ndarray, tree: Tree) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from decoding.rules import Rule
 from decoding.tree import DynamicTree, Tree
 from decoding.verify import Distribution
 from heads.base import Features
+from heads.chains import chain_of
 from ops.draft import DTYPES, Chain
 from runtime import jt
 
@@ -72,7 +73,7 @@ def make_drafter(head, tree: Tree | DynamicTree, rule: Rule, dtype: str) -> Step
     if dtype not in DTYPES:
         raise ValueError(f"draft_dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     one_call = isinstance(tree, Tree) and tree.is_chain and not rule.sampled
-    chain = head.chain(tree.depth, dtype) if one_call else None
+    chain = chain_of(head, tree.depth, dtype) if one_call else None
     return StepDrafter(head, tree, rule) if chain is None else ChainDrafter(chain, tree)
 
 

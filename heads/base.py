@@ -13,8 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from ops.draft import Chain, Copies, Tape
-from ops.kernel import on_cpu
 from ops.select import top_k_log_probabilities
 from ops.training import trainable_linear
 from runtime import jt
@@ -111,7 +109,7 @@ class Head(jt.Module):
         self.config = config
         self.borrowed = backbone
         self.dim, self.vocab_size = backbone.config.hidden_size, backbone.config.vocab_size
-        self._forget_chains()
+        self.derived: dict = {}  # what others made from the parameters, by key; emptied when those may change
 
     @property
     def num_depths(self) -> int:
@@ -134,34 +132,15 @@ class Head(jt.Module):
 
     def forget_packed(self) -> None:
         """Drop what was derived from the parameters; called when they were replaced."""
-        self._forget_chains()
+        self.derived.clear()
         for module in self.modules():
             if hasattr(module, "_packed"):
                 module._packed = None
 
     def train(self):
-        """Set it in training mode. The chains go: they hold copies of the parameters."""
-        self._forget_chains()
+        """Set it in training mode, in which its parameters change."""
+        self.derived.clear()
         return super().train()
-
-    def _forget_chains(self) -> None:
-        self._chains: dict[tuple[int, str], Chain | None] = {}
-        self._copies = Copies()
-
-    def chain(self, num_depths: int, dtype: str) -> Chain | None:
-        """What drafts a chain of so many tokens in one call, with the matrices in float16 or float32; None where the
-        head drafts step by step, and everywhere but on the CPU. Kept until parameters change."""
-        if not on_cpu():
-            return None
-        key = num_depths, dtype
-        if self.is_training():
-            self._forget_chains()
-        if key not in self._chains:
-            tape = Tape(self.dim)
-            written = self.write_chain(tape, num_depths)
-            shared = self.borrowed.embedding, self.draft_vocab, dtype, self._copies
-            self._chains[key] = Chain(tape, *shared) if written else None
-        return self._chains[key]
 
     # What a head may say about its training and its backbone; most need none of it.
 
@@ -248,12 +227,6 @@ class Head(jt.Module):
         logits, state = self.step(state, jt.array(token_ids), jt.array(parents))
         values, columns = jt.fetch_sync(list(top_k_log_probabilities(logits, num)))
         return values, columns if self.draft_vocab is None else self.draft_vocab[columns], state
-
-    def write_chain(self, tape: Tape, num_depths: int) -> bool:
-        """Write on the tape how ``num_depths`` tokens follow the root, each the best guess after the one before: what
-        ``begin`` of the last row and ``step`` come to, in one kernel (``ops.draft``). False: this head's drafts hang on
-        more than the last hidden state, and are made step by step."""
-        return False
 
     def score_depths(self, state, num_depths: int):
         """The first ``num_depths`` depths at once, for heads with ``parallel = True``: (num_depths, vocab) float32."""

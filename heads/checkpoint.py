@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from heads.registry import build
-from runtime.atomic import atomic_directory, sha256_of
+from runtime.atomic import atomic_directory, sha256_of, write_file
 
 WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
 
@@ -28,7 +27,8 @@ def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> No
     """
     with atomic_directory(directory) as partial:
         save_parameters(head, partial / WEIGHTS)
-        _write_config(partial / CONFIG, {**config, "files": {WEIGHTS: sha256_of(partial / WEIGHTS)}})
+        files = {WEIGHTS: sha256_of(partial / WEIGHTS)}
+        (partial / CONFIG).write_text(_config_text({**config, "files": files}))
         (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
@@ -43,9 +43,9 @@ def config_digest(config: dict) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _write_config(path: Path, config: dict) -> None:
-    config = json.loads(json.dumps(config))  # as it will be read again, integer keys and tuples for example
-    path.write_text(json.dumps({**config, "digest": config_digest(config)}, indent=2) + "\n")
+def _config_text(config: dict) -> str:
+    config = json.loads(json.dumps(config))  # as it will be read again: integer keys and tuples change
+    return json.dumps({**config, "digest": config_digest(config)}, indent=2) + "\n"
 
 
 def find_checkpoint(directory) -> Path:
@@ -83,11 +83,8 @@ def read_config(directory: Path) -> dict:
 
 
 def update_config(directory: Path, changes: dict) -> None:
-    """Set some keys of a checkpoint's config.json, whole or not at all."""
-    config, path = {**read_config(directory), **changes}, Path(directory) / CONFIG
-    partial = path.with_name(f".{CONFIG}.{os.getpid()}.partial")
-    _write_config(partial, config)
-    os.replace(partial, path)
+    """Set some keys of a checkpoint's config.json, all or none of them."""
+    write_file(Path(directory) / CONFIG, _config_text({**read_config(directory), **changes}))
 
 
 def load_head(directory, backbone):

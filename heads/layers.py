@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from heads.base import Projection, option
-from ops.draft import Tape, Value
 from ops.linear import PackedLinear
 from ops.training import trainable_linear
 from runtime import jt
@@ -54,10 +53,6 @@ class Linear(jt.Module):
             self._packed = PackedLinear.of(self.weight)
         return self._packed
 
-    def write(self, tape: Tape, x: Value) -> Value:
-        """``execute`` on a tape. x: (in,)."""
-        return tape.linear(x, self.packed(), self.bias if self.has_bias else None)
-
     def project(self, x) -> Projection:
         """``execute`` of a map without bias, for the loss to multiply. x: (rows, in)."""
         assert not self.has_bias
@@ -78,10 +73,6 @@ class ResidualBlock(jt.Module):
         y = self.linear(x)
         return x + y * y.sigmoid()
 
-    def write(self, tape: Tape, x: Value) -> Value:
-        """``execute`` on a tape. x: (dim,)."""
-        return tape.add(x, tape.silu(self.linear.write(tape, x)))
-
 
 class RMSNorm(jt.Module):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
@@ -95,10 +86,6 @@ class RMSNorm(jt.Module):
         """x: (rows, dim) -> (rows, dim)."""
         return x * jt.rsqrt(x.sqr().mean(-1, keepdims=True) + self.eps) * self.weight
 
-    def write(self, tape: Tape, x: Value) -> Value:
-        """``execute`` on a tape. x: (dim,)."""
-        return tape.norm(x, self.weight, self.eps)
-
 
 class LowRank(jt.Module):
     """B A x, zero at the start: A is drawn small, B begins as zero (the form of LoRA, arXiv 2106.09685)."""
@@ -111,10 +98,6 @@ class LowRank(jt.Module):
     def execute(self, x):
         """x: (rows, in) -> (rows, out)."""
         return self.up(self.down(x))
-
-    def write(self, tape: Tape, x: Value) -> Value:
-        """``execute`` on a tape. x: (in,)."""
-        return self.up.write(tape, self.down.write(tape, x))
 
 
 @dataclass
@@ -171,13 +154,6 @@ class DepthLMHeads(jt.nn.ModuleList):
         if self.kind == "own":
             return self[depth](y)
         return self.lm_logits(y) + self[depth](y) if self.kind == "low_rank" else self.lm_logits(y)
-
-    def write(self, tape: Tape, y: Value, depth: int) -> Value:
-        """``execute`` on a tape. y: (dim,)."""
-        if self.kind == "own":
-            return self[depth].write(tape, y)
-        shared = tape.linear(y, self.borrowed.lm_head)
-        return tape.add(shared, self[depth].write(tape, y)) if self.kind == "low_rank" else shared
 
     def project(self, y, depth: int) -> Projection:
         """The same for the loss to multiply: low_rank is two products, LM(y) and B_k (A_k y)."""

@@ -67,12 +67,3 @@ class MedusaHead(ParallelHead):
 
     def depth_hidden(self, x, depth):
         return self.blocks[depth](x)
-
-    def write_chain(self, tape, num_depths):
-        # Depth by depth at each stage, so that the threads of the kernel wait once a stage and not once a depth.
-        ys = [tape.hidden] * num_depths
-        for layer in range(self.config.num_layers):
-            ys = [self.blocks[depth][layer].write(tape, y) for depth, y in enumerate(ys)]
-        for logits in [self.lm_heads.write(tape, y, depth) for depth, y in enumerate(ys)]:
-            tape.choose(logits)
-        return True

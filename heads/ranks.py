@@ -8,6 +8,7 @@ first d ranks is in it, so counting paths is counting accepted tokens.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,21 +51,21 @@ def accepted_depths(ranks: np.ndarray, paths: list[tuple[int, ...]]) -> np.ndarr
     return depths
 
 
-def walk(depths: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-    """Decode replies from what their positions would accept: (tokens, passes).
+def walk(depths: np.ndarray, lengths: Sequence[int]) -> list[list[int]]:
+    """Decode texts from what a pass at each position accepts: the tokens that each pass adds, text by text.
 
-    depths: (positions,), see ``accepted_depths``, replies behind each other; lengths: (replies,), positions of each. A
-    pass from a position that accepts d emits d + 1 tokens, as far as the reply goes, and the next begins behind them.
+    depths: (positions,), see ``accepted_depths``, the texts one after another; lengths: (texts,), positions of each. A
+    pass from a position that accepts d emits d + 1 tokens, as far as the text goes; the next pass begins after them.
 
-    Worked example: one reply of 4 positions that accept 2, 0, 0, 1: the first pass emits 3 tokens, the second, from the
-    last position, one, where the reply ends: 4 tokens in 2 passes.
+    Worked example: one text of 4 positions that accept 2, 0, 0, 1: the first pass emits 3 tokens, the second, from the
+    last position, one, where the text ends: [[3, 1]].
     """
-    tokens = passes = 0
-    steps, first = (np.asarray(depths) + 1).tolist(), 0
-    for length in np.asarray(lengths).tolist():
-        here, end = first, first + length
-        while here < end:
-            here += steps[here]
-            passes += 1
-        tokens, first = tokens + length, end
-    return tokens, passes
+    steps, first, passes = (np.asarray(depths) + 1).tolist(), 0, []
+    for length in lengths:
+        here, taken = 0, []
+        while here < length:
+            taken.append(min(steps[first + here], int(length) - here))
+            here += taken[-1]
+        passes.append(taken)
+        first += length
+    return passes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from heads.base import Features, Head, HeadOutput
-from ops.draft import Tape, Value
 
 
 class RecurrentHead(Head):
@@ -46,22 +45,3 @@ class RecurrentHead(Head):
     def step(self, state, token_ids, parents):
         state = self.advance(tuple(part[parents] for part in state), token_ids)
         return self.score(state), state
-
-    def write_chain(self, tape, num_depths):
-        state = self.write_start(tape)
-        for depth in range(num_depths if state else 0):
-            state = self.write_advance(tape, state, tape.token(depth))
-            tape.choose(self.write_score(tape, state))
-        return state is not None
-
-    def write_start(self, tape: Tape) -> tuple[Value, ...] | None:
-        """``start`` on a tape; None: this head's chains are drafted step by step."""
-        return None
-
-    def write_advance(self, tape: Tape, state: tuple[Value, ...], token: Value) -> tuple[Value, ...]:
-        """``advance`` on a tape. token: its embedding, (dim,)."""
-        raise TypeError(f"{type(self).__name__} does not define write_advance")
-
-    def write_score(self, tape: Tape, state: tuple[Value, ...]) -> Value:
-        """``score`` on a tape."""
-        raise TypeError(f"{type(self).__name__} does not define write_score")

@@ -1,6 +1,6 @@
 """Finds heads on disk: a folder ``<name>/`` with a ``head.py``, whose ``__init__`` says ``HEAD = <class>``, is a head.
 
-Heads lie in ``heads/`` and in the folders that the environment variable GORGON_HEADS names, separated as in PATH:
+Heads are in ``heads/`` and in the folders that the environment variable GORGON_HEADS names, separated as in PATH:
 
     GORGON_HEADS=~/my_heads python train.py --list-heads
 
@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +73,11 @@ def head_class(name: str) -> type[Head]:
     folder = head_folder(name)
     from heads.base import Head  # before the head's own import: what goes wrong here is not the head's fault
 
-    module = _import(name, folder)
-    where = folder / "__init__.py"
+    heads.__path__[:] = [str(root) for root in roots()]
+    module, where = _import(name, folder), folder / "__init__.py"
+    files = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
+    if str(folder) not in files:
+        raise ValueError(f"{folder} needs another name: heads.{name} is {files[0] or files[-1]}")
     if not hasattr(module, "HEAD"):
         raise ValueError(f"{where} must say HEAD = <the class of the head>")
     found = module.HEAD
@@ -85,28 +89,40 @@ def head_class(name: str) -> type[Head]:
     return found
 
 
+def chain_writer(head: type[Head]) -> Callable | None:
+    """``write_chain`` of the ``chain.py`` in the folder of a head's class (``heads.chains``); None where there is none.
+
+    Raises ValueError naming a file that cannot be imported or does not define it.
+    """
+    room, _, name = head.__module__.rpartition(".")[0].partition(".")
+    if room != "heads" or not name:
+        return None  # a class of no head's folder
+    file = Path(sys.modules[f"heads.{name}"].__path__[0]) / "chain.py"
+    if not file.is_file():
+        return None
+    module = _import(f"{name}.chain", file.parent)
+    if not hasattr(module, "write_chain"):
+        raise ValueError(f"{file} must define write_chain(head, tape, num_depths)")
+    return module.write_chain
+
+
 def _import(name: str, folder: Path):
-    """The package of a head. Raises ValueError naming the folder and, where its code is to blame, the line."""
-    heads.__path__[:] = [str(root) for root in roots()]
+    """``heads.<name>``, from a head's folder. Raises ValueError naming the folder and the line that fails."""
     if f"heads.{name}" not in sys.modules:
         importlib.invalidate_caches()  # the folder may be younger than the last look at its parent
     try:
-        module = importlib.import_module(f"heads.{name}")
+        return importlib.import_module(f"heads.{name}")
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
         line = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
         raise ValueError(f"{folder} cannot be imported: {type(error).__name__}: {error}{line}") from error
-    files = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
-    if str(folder) not in files:
-        raise ValueError(f"{folder} needs another name: heads.{name} is {files[0] or files[-1]}")
-    return module
 
 
 def summary(name: str) -> str:
-    """What a head says of itself in one line: the first of its package, else of its class."""
-    said = head_class(name)
-    said = sys.modules[f"heads.{name}"].__doc__ or said.__doc__ or ""
-    return said.strip().partition("\n")[0]
+    """One line about a head: the first of its package's docstring, else of its class's."""
+    head = head_class(name)
+    text = sys.modules[f"heads.{name}"].__doc__ or head.__doc__ or ""
+    return text.strip().partition("\n")[0]
 
 
 def make_config(name: str, options: dict):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,14 +132,3 @@ def write_folder(folder: Path, file: str, tensors: Mapping[str, LazyTensor], con
     with atomic_directory(folder) as partial:
         write(partial / file, tensors)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """A single file, beside its place first. write: fills the path that it is given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,10 +15,10 @@ from backbone.formats.cast import FLOATS
 from backbone.formats.containers import write_pickle
 from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_files, read_config, save_checkpoint
 from heads.formats.contents import FLOAT32, Casting, HeadWeights, Target, expect, widen
-from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz, write_file
+from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz
 from heads.formats.inputs import Inputs
 from heads.registry import build, make_config
-from runtime.atomic import sha256_of
+from runtime.atomic import atomic_file, sha256_of
 
 TEXTS = (PROVENANCE, CALIBRATION)
 KEYS = {"head", "head_config", "backbone"}  # what makes a config.json ours
@@ -133,7 +133,8 @@ class JittorPickle(Container):
 
     def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
         tensors, entries = casting.apply(weights.tensors), self.entries(weights, target)
-        write_file(out, lambda path: write_pickle(path, tensors, entries))
+        with atomic_file(out) as path:
+            write_pickle(path, tensors, entries)
 
 
 class Npz(Container):
@@ -147,12 +148,8 @@ class Npz(Container):
             raise ValueError("NumPy has no bfloat16; choose --dtype float32, which holds the same numbers")
         arrays = {name: tensor.whole() for name, tensor in casting.apply(weights.tensors).items()}
         arrays |= {name: np.array(text) for name, text in self.entries(weights, target).items()}
-
-        def write(path: Path) -> None:
-            with open(path, "wb") as file:
-                np.savez(file, **arrays)
-
-        write_file(out, write)
+        with atomic_file(out) as path, open(path, "wb") as file:
+            np.savez(file, **arrays)
 
 
 def check_config(config: object, where: str) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from heads.base import option
 from heads.layers import Linear, RMSNorm
 from heads.recurrent import RecurrentHead
-from ops.draft import Tape, Value
 from runtime import jt
 
 CELLS = ("gated", "gru")
@@ -74,26 +73,3 @@ class GatedRNNHead(RecurrentHead):
 
     def project(self, state):
         return self.lm_projection(state[0])
-
-    def write_start(self, tape):
-        return (tape.hidden,)
-
-    def write_advance(self, tape, state, token):
-        s, e = self.state_norm.write(tape, state[0]), self.token_norm.write(tape, token)
-        gate, proposal = (self.write_gru if self.config.cell == "gru" else self.write_gated)(tape, s, e)
-        return (tape.mix(gate, state[0], proposal),)
-
-    def write_gated(self, tape: Tape, s: Value, e: Value) -> tuple[Value, Value]:
-        """``gated`` on a tape."""
-        joint, inner = self.joint.write(tape, tape.join(s, e)), self.config.inner_size
-        gate, a, b = joint.part(0, self.dim), joint.part(self.dim, inner), joint.part(self.dim + inner, inner)
-        return tape.sigmoid(gate), self.proposal_down.write(tape, tape.multiply(tape.silu(a), b))
-
-    def write_gru(self, tape: Tape, s: Value, e: Value) -> tuple[Value, Value]:
-        """``gru`` on a tape."""
-        gates = tape.sigmoid(self.gates.write(tape, tape.join(s, e)))
-        reset = tape.multiply(gates.part(self.dim, self.dim), s)
-        return gates.part(0, self.dim), tape.tanh(self.proposal.write(tape, tape.join(reset, e)))
-
-    def write_score(self, tape, state):
-        return tape.linear(state[0], self.borrowed.lm_head)

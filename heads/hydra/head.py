@@ -10,7 +10,6 @@ from heads.base import Head, HeadOutput, option
 from heads.decoder import DecoderBlock, HeadCache
 from heads.draft_vocab import DraftVocabulary
 from heads.layers import DepthLMHeads, Linear, LMHeadOptions, ResidualBlock, RMSNorm
-from ops.draft import Tape, Value
 from runtime import jt
 
 
@@ -45,11 +44,6 @@ class InputBlock(jt.Module):
         y = self.linear(x)
         kept, new = y[:, : self.dim], y[:, self.dim :]
         return kept + new * new.sigmoid()
-
-    def write(self, tape: Tape, x: Value) -> Value:
-        """``execute`` on a tape. x: (num_inputs dim,)."""
-        y = self.linear.write(tape, x)
-        return tape.add(y.part(0, self.dim), tape.silu(y.part(self.dim, self.dim)))
 
 
 class HydraHead(DraftVocabulary, Head):
@@ -116,16 +110,3 @@ class HydraHead(DraftVocabulary, Head):
         x, depth, cache = state
         x = self.append(x[parents], token_ids)
         return self.lm_heads(self.blocks[depth](x), depth), (x, depth + 1, cache)
-
-    def write_chain(self, tape, num_depths):
-        if self.config.prefix_layer:
-            return False  # a depth then sees rows before the last
-        x = tape.hidden
-        for depth in range(num_depths):
-            e = tape.token(depth)
-            x = tape.join(x, e if self.token_norm is None else self.token_norm.write(tape, e))
-            y = x
-            for block in self.blocks[depth]:
-                y = block.write(tape, y)
-            tape.choose(self.lm_heads.write(tape, y, depth))
-        return True

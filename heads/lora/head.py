@@ -54,7 +54,7 @@ class LoRAHead(MedusaHead):
         self.shapes = [{name: m.shape for name, m in block.frozen().items()} for block in backbone.blocks]
         self.adapters = jt.nn.ModuleList([self._adapter(shape) for shapes in self.shapes for shape in shapes.values()])
         self.stage, self.progress = JOINT, 1.0
-        self._differentiable = self._merged = None
+        self._differentiable = None
 
     def _adapter(self, shape: tuple[int, int]) -> LowRank:
         num_out, num_in = shape
@@ -78,28 +78,24 @@ class LoRAHead(MedusaHead):
     def enter(self, stage, progress):
         self.stage, self.progress = stage, progress
 
-    def forget_packed(self):
-        super().forget_packed()
-        self._merged = None
-
     @property
     def decoding_backbone(self):
         """The backbone with the adapters merged, made on first use after a change of the parameters."""
-        if self._merged is None:
+        if "backbone" not in self.derived:
             changes = {}
             for layer, shapes in enumerate(self.shapes):
                 for name in shapes:
                     adapter = self.adapter(layer, name)
                     changes[layer, name] = self.scale * adapter.up.weight.numpy() @ adapter.down.weight.numpy()
-            self._merged = self.borrowed.adapted(changes, "lora")
-        return self._merged
+            self.derived["backbone"] = self.borrowed.adapted(changes, "lora")
+        return self.derived["backbone"]
 
     def adapted_hidden(self, token_ids: np.ndarray, lengths: np.ndarray):
         """x' of sequences behind each other, (1, tokens, dim), with gradients to the adapters while training."""
         if not self.is_training():
             plan = RowPlan.sequences(lengths)
             return self.decoding_backbone.forward(token_ids[None], attend=plan, logits=None).hidden
-        self._merged = None
+        self.derived.clear()
         if self._differentiable is None:
             self._differentiable = DifferentiableBackbone(self.borrowed)
 

@@ -62,17 +62,3 @@ class ReDrafterHead(RecurrentHead):
     def project(self, state):
         x = self.blocks(jt.concat(state, 1))
         return self.output.project(x) if self.config.lm_head == "own" else self.lm_projection(self.output(x))
-
-    def write_start(self, tape):
-        return tape.hidden, tape.zeros(self.dim)
-
-    def write_advance(self, tape, state, token):
-        context, s = state
-        return context, tape.silu(self.recurrence.write(tape, tape.join(self.token_norm.write(tape, token), s)))
-
-    def write_score(self, tape, state):
-        x = tape.join(*state)
-        for block in self.blocks:
-            x = block.write(tape, x)
-        y = self.output.write(tape, x)
-        return y if self.config.lm_head == "own" else tape.linear(y, self.borrowed.lm_head)

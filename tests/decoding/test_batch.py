@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from backbone.cache import BatchCache, CacheFull
-from decoding.batch import generate_batch
-from decoding.generate import generate, generate_autoregressive
+from decoding.generate import generate, generate_autoregressive, generate_batch
 from decoding.rules import Greedy, Lossless, Typical
 from decoding.sampling import Sampler
 from decoding.tree import Tree, default_tree
@@ -128,7 +127,7 @@ def test_batches_that_cannot_be_are_refused(small):
         generate_batch(small, None, [[3], []], TREE, max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt 0 holds tokens 3 to 64"):
         generate_batch(small, None, [[3, 64], [4]], TREE, max_new_tokens=4)
-    with pytest.raises(ValueError, match="prompt 1 has 9 tokens, its cache 8 rows"):
+    with pytest.raises(ValueError, match="prompt 1 has 9 tokens, the cache 8 rows"):
         generate_batch(small, None, [[3], [4] * 9], TREE, max_new_tokens=4, cache=lanes(small, 8))
     with pytest.raises(ValueError, match="the cache has 1 lanes, there are 2 prompts"):
         generate_batch(small, None, [[3], [4]], TREE, max_new_tokens=4, cache=lanes(small, 8, 1))

@@ -7,8 +7,7 @@ import pytest
 
 import runtime
 from backbone.model import Backbone
-from decoding.batch import generate_batch
-from decoding.generate import generate, generate_autoregressive
+from decoding.generate import generate, generate_autoregressive, generate_batch
 from decoding.tree import Tree, default_tree
 from ops.kernel import emulated_cuda
 from tests.small import draw_weights, small_config

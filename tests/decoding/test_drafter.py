@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from backbone.cache import BatchCache
-from decoding.batch import generate_batch
 from decoding.drafter import ChainDrafter, StepDrafter, make_drafter
-from decoding.generate import generate, generate_autoregressive
+from decoding.generate import generate, generate_autoregressive, generate_batch
 from decoding.rules import Greedy, Lossless
 from decoding.sampling import Sampler
 from decoding.tree import DynamicTree, Tree
@@ -61,7 +60,7 @@ def test_the_drafts_are_those_made_step_by_step(small, head, monkeypatch):
     tree = Tree.chain(3)
     found = [generate(small, head, p, tree, max_new_tokens=NUM_NEW, draft_dtype="float32") for p in PROMPTS]
     with monkeypatch.context() as patch:
-        patch.setattr(type(head), "chain", lambda self, num_depths, dtype: None)
+        patch.setattr("decoding.drafter.chain_of", lambda head, num_depths, dtype: None)
         steps = [generate(small, head, p, tree, max_new_tokens=NUM_NEW) for p in PROMPTS]
     assert [counts(each) for each in found] == [counts(each) for each in steps]
     with monkeypatch.context() as patch:  # control: behind another row it drafts something else

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from decoding.batch import generate_batch
 from decoding.dynamic import Candidate, assemble, best, draft_dynamic
-from decoding.generate import generate, generate_autoregressive
+from decoding.generate import generate, generate_autoregressive, generate_batch
 from decoding.rules import Lossless
 from decoding.sampling import Sampler
 from decoding.tree import DynamicTree

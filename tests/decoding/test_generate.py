@@ -5,14 +5,8 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from decoding.generate import (
-    Generation,
-    count_depths,
-    first_difference,
-    generate,
-    generate_autoregressive,
-    logit_gap,
-)
+from decoding.generate import Generation, first_difference, generate, generate_autoregressive, logit_gap
+from decoding.loop import count_depths
 from decoding.text import Text
 from decoding.tree import Tree, default_tree
 from ops.decoder_layer import RowPlan
