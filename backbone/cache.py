@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ops.decoder_layer import RowPlan, keep_rows
+from ops.cache_rows import keep_rows
+from ops.row_plan import RowPlan
 from runtime import jt
 
 LANES = 16

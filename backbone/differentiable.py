@@ -8,7 +8,6 @@ import numpy as np
 
 from backbone.model import Backbone
 from ops.attention import attention, rotary
-from ops.decoder_layer import reference_rms_norm
 from ops.layer_weights import FrozenMatrix
 from runtime import jt
 
@@ -18,6 +17,11 @@ Linear = Callable[[int, str, object, FrozenMatrix], object]
 def frozen_linear(layer: int, name: str, x, weight: FrozenMatrix):
     """y = x W^T; the gradient reaches x alone. x: (rows, in), weight: (out, in) -> (rows, out)."""
     return weight(x)
+
+
+def _rms_norm(x, weight, eps: float):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467). x: (rows, dim) float32."""
+    return x * jt.rsqrt(x.sqr().mean(-1, keepdims=True) + eps) * weight
 
 
 class DifferentiableBackbone:
@@ -51,12 +55,12 @@ class DifferentiableBackbone:
             def project(name, x, layer=layer, weights=weights):
                 return linear(layer, name, x, weights[name])
 
-            u = reference_rms_norm(x, block.norm1, c.rms_norm_eps)
+            u = _rms_norm(x, block.norm1, c.rms_norm_eps)
             q = rotary(project("q", u).reshape(rows, c.num_heads, c.head_dim), *tables)
             k = rotary(project("k", u).reshape(rows, c.num_kv_heads, c.head_dim), *tables)
             v = project("v", u).reshape(rows, c.num_kv_heads, c.head_dim)
             x = x + project("o", attention(q, k, v, first, count).reshape(rows, -1))
-            u = reference_rms_norm(x, block.norm2, c.rms_norm_eps)
+            u = _rms_norm(x, block.norm2, c.rms_norm_eps)
             gate = project("gate", u)
             x = x + project("down", gate * gate.sigmoid() * project("up", u))
-        return reference_rms_norm(x, b.norm, c.rms_norm_eps)
+        return _rms_norm(x, b.norm, c.rms_norm_eps)

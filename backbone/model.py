@@ -12,11 +12,11 @@ import numpy as np
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig, read_config, rope_inverse_frequencies
 from backbone.weights import Fingerprint, check_names, expected_shapes, read_backbone
-from ops.decoder_layer import RowPlan
 from ops.decoder_pass import Decoder, decoder_pass
 from ops.layer_weights import LayerShape, LayerWeights
 from ops.linear import PackedLinear
-from ops.quantize import QUANTIZERS
+from ops.packing.quantize import QUANTIZERS
+from ops.row_plan import RowPlan
 from ops.select import argmax
 from runtime import jt
 from runtime.memory import given_back_at_once
@@ -43,9 +43,9 @@ class Backbone:
     other than float32, and with a float16 cache, is rounded to float16 first; on the CPU nothing is.
 
     storage: how the layers' matrices are kept, and so what a pass computes: in the dtype, as ``int8`` with a scale per
-    output, or as ``nf4``, 4 bits with a scale per 64 inputs of an output (``ops.quantize``). Embedding, language-model
-    head, norms and cache are in the dtype always. Rounded it is another model, with the same ``fingerprint``, which
-    names the weights as they were read.
+    output, or as ``nf4``, 4 bits with a scale per 64 inputs of an output (``ops.packing.quantize``). Embedding,
+    language-model head, norms and cache are in the dtype always. Rounded it is another model, with the same
+    ``fingerprint``, which names the weights as they were read.
 
     A row's hidden state and logits are bitwise the same whatever rows run beside it, and whether its ancestors came in
     this pass or lie in the cache.

@@ -24,8 +24,8 @@ from backbone.config import BackboneConfig, read_config
 from backbone.files.layout import META, PICKLE, layouts
 from backbone.model import DTYPES, EMBEDDED, Backbone
 from backbone.weights import fingerprint, read_backbone
-from ops.decoder_layer import RowPlan
 from ops.linear import PackedLinear
+from ops.row_plan import RowPlan
 from runtime import jt
 
 MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}

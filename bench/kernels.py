@@ -21,14 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runtime
 from backbone.model import load_backbone
 from bench.record.schema import check_writable, write_atomically
-from ops.attention import attention, reference_attention
-from ops.decoder_layer import RowPlan
+from ops.attention import attention
 from ops.linear import PackedLinear
+from ops.row_plan import RowPlan
 from ops.training import (
     cross_entropy,
     outer_product,
-    reference_cross_entropy,
-    reference_outer_product,
     trainable_linear,
 )
 from runtime import jt
@@ -74,7 +72,7 @@ def product_times(repeats: int, num_out: int, num_in: int) -> dict[str, float]:
 
 
 def training_times(repeats: int, rows: int, dim: int, vocab: int) -> dict[str, float]:
-    """One depth of a head's loss, forward and back, with our operations and with Jittor's own."""
+    """One depth of a head's loss, forward and back."""
     rng = np.random.default_rng(0)
     x = jt.array(rng.standard_normal((rows, dim)).astype(np.float32))
     weight = jt.array(rng.standard_normal((vocab, dim)).astype(np.float32) * 0.05)
@@ -88,16 +86,12 @@ def training_times(repeats: int, rows: int, dim: int, vocab: int) -> dict[str, f
 
     return {
         "loss_and_gradients": median_ms(lambda: step(trainable_linear, cross_entropy), repeats),
-        "loss_and_gradients_reference": median_ms(
-            lambda: step(jt.nn.matmul_transpose, reference_cross_entropy), repeats
-        ),
         "weight_gradient": median_ms(lambda: outer_product(upstream, x).sync(True), repeats),
-        "weight_gradient_reference": median_ms(lambda: reference_outer_product(upstream, x).sync(True), repeats),
     }
 
 
 def attention_times(repeats: int, heads: int, dim: int, own: int) -> dict[str, float]:
-    """Attention of every second token of ten packed conversations, forward and back, and with Jittor's own operations.
+    """Attention of every second token of ten packed conversations, forward and back.
 
     own: further keys of each row, as after so many drafted tokens.
     """
@@ -118,7 +112,6 @@ def attention_times(repeats: int, heads: int, dim: int, own: int) -> dict[str, f
 
     return {
         "attention_and_gradients": median_ms(lambda: step(attention), repeats),
-        "attention_and_gradients_reference": median_ms(lambda: step(reference_attention), repeats),
     }
 
 

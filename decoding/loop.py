@@ -17,7 +17,7 @@ from decoding.drafter import ChainDrafter, StepDrafter
 from decoding.rules import Rule
 from decoding.text import Text
 from decoding.tree import DynamicTree, Tree
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime.interrupt import check_interrupt
 
 

@@ -24,9 +24,9 @@ def _include(names: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def cpu_header(name: str = "cpu.h") -> str:
-    """The header text that makes ``ops/kernels/<name>`` visible to a body for the CPU."""
-    return _include(tuple(dict.fromkeys(["vector.h", "cpu.h", name])))
+def cpu_header(*names: str) -> str:
+    """The header text that makes files of ``ops/kernels`` visible to a body for the CPU, after what they need."""
+    return _include(("vector.h", "cpu.h", *names))
 
 
 @functools.cache
@@ -55,15 +55,16 @@ def emulated_cuda():
         _emulating = before
 
 
-def launch(shapes, dtypes, inputs, *, cpu: str, cuda: str, cpu_files: str = "cpu.h", cuda_files=(), data=None):
+def launch(shapes, dtypes, inputs, *, cpu: str, cuda: str, cpu_files=(), cuda_files=(), data=None):
     """One kernel call; returns its output Vars, or the one Var where ``shapes`` is a single shape.
 
     cpu, cuda: C++ text with Jittor's names for inputs and outputs, which calls what the files define in namespace
-    ``gorgon``. cpu_files: a file of ``ops/kernels``; cuda_files: files of ``ops/kernels/cuda``. data: {name: number}.
+    ``gorgon``. cpu_files: files of ``ops/kernels`` beside ``cpu.h``; cuda_files: files of ``ops/kernels/cuda``. data:
+    {name: number}.
     """
     data = data or {}
     if on_cpu():
-        return jt.code(shapes, dtypes, inputs, cpu_header=cpu_header(cpu_files), cpu_src=cpu, data=data)
+        return jt.code(shapes, dtypes, inputs, cpu_header=cpu_header(*cpu_files), cpu_src=cpu, data=data)
     header = cuda_header(tuple(cuda_files), _emulating)
     if _emulating:
         return jt.code(shapes, dtypes, inputs, cpu_header=header, cpu_src=cuda, data=data)

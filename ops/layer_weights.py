@@ -8,8 +8,8 @@ import numpy as np
 
 from ops.kernel import launch, on_cpu
 from ops.linear import pack, pack_gated, random_matrices
-from ops.quantize import QUANTIZERS
-from ops.tiles import pack_matrices
+from ops.packing.quantize import QUANTIZERS
+from ops.packing.tiles import pack_matrices
 from runtime import jt
 
 HEADER = "pass.h"
@@ -36,9 +36,9 @@ class LayerShape:
 class LayerWeights:
     """The frozen weights of one layer. Matrices are (out, in), float16 or float32; norms are float32.
 
-    storage: a name of ``ops.quantize.QUANTIZERS``, else the matrices are kept as they come. The packed matrices lie
-    behind each other in one Var, ``packed``, their scales in ``scales`` (None without) and both norms in ``norms``
-    (2, dim). How they are packed is for the bodies that run when they are made (``ops.linear``, ``ops.tiles``).
+    storage: a name of ``ops.packing.quantize.QUANTIZERS``, else the matrices are kept as they come. The packed matrices
+    lie behind each other in one Var, ``packed``, their scales in ``scales`` (None without) and both norms in ``norms``
+    (2, dim). How they are packed is for the bodies that run when they are made (``ops.linear``, ``ops.packing.tiles``).
     """
 
     def __init__(self, shape: LayerShape, norm1, q, k, v, o, norm2, gate, up, down, storage: str | None = None):
@@ -160,7 +160,7 @@ class FrozenMatrix:
             decltype(layer.o(s)) parts[] = {{layer.qkv(s), layer.o(s), layer.gate_up(s), layer.down(s)}};
             gorgon::unpack(parts[(int)data["part"]], (int64_t)data["output"], out0_shape0, out0_p);
             """,
-            cpu_files=HEADER,
+            cpu_files=[HEADER],
             cuda_files=["linear.h"],
             data={
                 **s.data(),

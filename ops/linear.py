@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ops.kernel import launch, on_cpu
-from ops.quantize import GROUP, NF4
-from ops.tiles import Room, input_bytes, num_slices, pack_on_device, packed_sizes, random_values, stretches
+from ops.packing.quantize import GROUP, NF4
+from ops.packing.tiles import Room, input_bytes, num_slices, pack_on_device, packed_sizes, random_values, stretches
 from runtime import jt
 
 LANES = 16
@@ -42,15 +42,11 @@ def pack_gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.stack([packed_gate, packed_up], 1).reshape(-1, *packed_gate.shape[1:]))
 
 
-def reference_linear(x, weight):
-    """y = x W^T. x: (rows, in) float32; weight: (out, in); y: (rows, out) float32."""
-    return jt.matmul(x, weight.float32().transpose(1, 0))
-
-
 class PackedLinear:
-    """A frozen linear map without bias: weight (out, in) in float16, float32, or what ``ops.quantize`` makes of one,
-    int8 or NF4 codes with their scales. On the CPU all arithmetic is in float32. On CUDA weights other than float32 are
-    multiplied with x rounded to float16 (+-65504 at most), NF4's values are rounded to it too, and sums are float32.
+    """A frozen linear map without bias: weight (out, in) in float16, float32, or what ``ops.packing.quantize`` makes of
+    one, int8 or NF4 codes with their scales. On the CPU all arithmetic is in float32. On CUDA weights other than
+    float32 are multiplied with x rounded to float16 (+-65504 at most), NF4's values are rounded to it too, and sums are
+    float32.
 
     A row's result is bitwise the same whatever rows run beside it.
     """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ops.kernel import cpu_header, cuda_in_place, launch, on_cpu
-from ops.training import outer_product, reference_cross_entropy
+from ops.training import cross_entropy, outer_product
 from runtime import jt
 
 HEADER = "linear_loss.h"
@@ -224,10 +224,9 @@ def _finish_chunk(problem: _Problem, logits, first: int, losses, counted, ranks)
     )
 
 
-def reference_soft_cross_entropy(logits, targets, soft=None, soft_share: float = 0.0):
-    """Plain Jittor, with all logits (rows, vocab) at hand: the loss of each row, the cross-entropy in it, and ranks;
-    see ``linear_cross_entropy``."""
-    hard, ranks = reference_cross_entropy(logits, targets)
+def soft_cross_entropy(logits, targets, soft=None, soft_share: float = 0.0):
+    """The same losses of logits (rows, vocab) that exist already: the loss of each row, its cross-entropy, its rank."""
+    hard, ranks = cross_entropy(logits, targets)
     if soft is None:
         return hard, hard, ranks
     ids, p = soft
@@ -236,10 +235,3 @@ def reference_soft_cross_entropy(logits, targets, soft=None, soft_share: float =
     log_p = jt.where(listed, p, jt.ones_like(p)).log()
     divergence = (p * listed.float32() * (log_p - log_q)).sum(1)
     return (1 - soft_share) * hard + soft_share * divergence * (targets >= 0).float32(), hard, ranks
-
-
-def reference_linear_cross_entropy(terms, targets, row_weights, soft=None, soft_share: float = 0.0):
-    """Plain Jittor: ``linear_cross_entropy`` of one hidden Var a term, with all logits and Jittor's own gradients."""
-    logits = sum(jt.nn.matmul_transpose(hidden, weight) for hidden, weight in terms)
-    losses, hard, ranks = reference_soft_cross_entropy(logits, targets, soft, soft_share)
-    return (losses * row_weights).sum(), hard, ranks

@@ -20,7 +20,7 @@ FACTOR, ADDEND = 0.9995, 0.001  # of the multiply-adds, whose results then stay 
 
 def _launch(shapes, dtypes, inputs: list, cpu: str, cuda: str, data: dict | None = None):
     """A kernel call with a text for each body."""
-    options = dict(cpu=cpu, cuda=cuda, cpu_files=HEADER, cuda_files=[HEADER], data=data)
+    options = dict(cpu=cpu, cuda=cuda, cpu_files=[HEADER], cuda_files=[HEADER], data=data)
     return launch(shapes, dtypes, inputs, **options)
 
 

@@ -27,7 +27,7 @@ def _in_place(inputs: list, call: str, data: dict) -> None:
 
 def _launch(shapes, dtypes, inputs: list, call: str, data: dict, also_on_cpu: str = ""):
     """A kernel call that reads the same for both bodies."""
-    options = dict(cpu=call + also_on_cpu, cuda=call, cpu_files=HEADER, cuda_files=[HEADER], data=data)
+    options = dict(cpu=call + also_on_cpu, cuda=call, cpu_files=[HEADER], cuda_files=[HEADER], data=data)
     return launch(shapes, dtypes, inputs, **options)
 
 
@@ -47,15 +47,6 @@ def squared_norm(grads: list) -> float:
     return math.fsum(sums.numpy().tolist())
 
 
-def reference_adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step):
-    """One update by the equations of AdamW (arXiv 1711.05101); returns the new (weight, mean, square)."""
-    grad = grad * scale
-    mean = beta1 * mean + (1 - beta1) * grad
-    square = beta2 * square + (1 - beta2) * grad * grad
-    update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
-    return weight - rate * update - rate * weight_decay * weight, mean, square
-
-
 def adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step) -> None:
     """One AdamW update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first;
     ``step`` counts updates from 1."""
@@ -72,14 +63,6 @@ def adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, 
     )
 
 
-def reference_lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale):
-    """One update by Lion (arXiv 2302.06675, algorithm 2); returns the new (weight, momentum)."""
-    grad = grad * scale
-    mixed = beta1 * momentum + (1 - beta1) * grad
-    sign = (mixed > 0).float32() - (mixed < 0).float32()
-    return weight - rate * sign - rate * weight_decay * weight, beta2 * momentum + (1 - beta2) * grad
-
-
 def lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale) -> None:
     """One Lion update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first."""
     options = dict(rate=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
@@ -92,16 +75,6 @@ def lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale) -> 
         """,
         options,
     )
-
-
-def reference_orthogonalize(matrix):
-    """Plain Jittor: what ``orthogonalize`` computes, after its equations."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrix / (matrix.sqr().sum().sqrt() + 1e-7)
-    for _ in range(ITERATIONS):
-        gram = jt.matmul(x, x.transpose(1, 0))
-        x = a * x + jt.matmul(b * gram + c * jt.matmul(gram, gram), x)
-    return x
 
 
 def _weighted_sum(a: float, x, b: float, y):
@@ -140,15 +113,6 @@ def orthogonalize(matrix):
             polynomial = _weighted_sum(b, gram, c, jt.nn.matmul_transpose(gram, gram))  # gram is symmetric
             x = _weighted_sum(a, x, 1.0, jt.matmul(polynomial, x))
         return x.transpose(1, 0) if tall else x
-
-
-def reference_muon(weight, grad, momentum, *, rate, beta, weight_decay, scale):
-    """One update by Muon as in arXiv 2502.16982, equation 4, with Nesterov's momentum; returns the new (weight,
-    momentum)."""
-    grad = grad * scale
-    momentum = beta * momentum + grad
-    update = 0.2 * math.sqrt(max(weight.shape)) * reference_orthogonalize(grad + beta * momentum)
-    return weight - rate * (update + weight_decay * weight), momentum
 
 
 def muon(weight, grad, momentum, *, rate, beta, weight_decay, scale) -> None:

@@ -20,7 +20,7 @@ from bench.clock.engine_record import Memory
 from bench.clock.shapes import build_backbone, cache_bytes, config_from, weight_bytes
 from bench.measure.gauges import peak_rss, reset_peak, rss
 from bench.measure.measure import loaded_kernels
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 
 ROOT = Path(__file__).resolve().parents[2]

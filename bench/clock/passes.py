@@ -38,8 +38,8 @@ from bench.measure.gauges import available_memory, interleave, rss, spread_ms
 from bench.measure.measure import loaded_kernels
 from bench.peers import torch_llama
 from decoding.generate import generate_autoregressive
-from ops.decoder_layer import RowPlan
 from ops.linear import PackedLinear
+from ops.row_plan import RowPlan
 from runtime import jt, synchronize, warm
 
 DOUBTFUL = 1.5  # transformers' time in turns with ours over its trial's

@@ -300,15 +300,6 @@ static inline void layer_share(const Shape& s, const Plan& plan, const float* x,
     linear_share<ADD>(big, s.rows, s.inner, layer.down(s), Layer<W>::blocks(s.hidden), s.hidden, out, (const float*)out, t, n);
 }
 
-template <class W, class C>
-static inline void decoder_layer(const Shape& s, const Plan& plan, const float* x, const Layer<W>& layer,
-                                 const float* cosine, const float* sine, float eps, C* cache, float* out) {
-    static Scratch scratch;
-    scratch.resize(s);
-#pragma omp parallel
-    layer_share(s, plan, x, layer, cosine, sine, eps, cache, out, scratch, omp_get_thread_num(), omp_get_num_threads());
-}
-
 // What goes around the layers. E: the type of the embedding and of the language-model head.
 template <class E> struct Ends {
     const int32_t* token_ids;  // (rows,)

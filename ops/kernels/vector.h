@@ -96,7 +96,7 @@ static inline vec fma(vec a, vec b, vec c) {
 
 // NF4 (arXiv 2305.14314): 16 codes in eight bytes, two 32-bit words of eight codes each, the lowest bits first; that of
 // lane i is number i / 2 of word i % 2, so that one broadcast and one shift bring every code to the low bits of its lane.
-// The table is NF4 of ops/quantize.py.
+// The table is NF4 of ops/packing/quantize.py.
 static inline vec load(const uint8_t* p) {
     typedef int64_t words __attribute__((vector_size(64)));
     const vec table = {-1.0f,         -0.696192801f, -0.525072932f, -0.394917428f, -0.284441322f, -0.1847734f,

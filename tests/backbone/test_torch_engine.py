@@ -19,7 +19,7 @@ from decoding.generate import generate, generate_autoregressive
 from decoding.tree import Tree, default_tree
 from heads.checkpoint import load_head, save_checkpoint
 from heads.registry import build
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 from runtime.entry import run_entry
 from tests.small import draw_weights, save_hugging_face, small_config

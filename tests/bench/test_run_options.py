@@ -13,7 +13,7 @@ from backbone.tokenizer import load_tokenizer
 from bench.measure.quantization import agreement, perplexity
 from bench.record.schema import read_record
 from bench.run import main
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime.entry import run_entry
 from trainer.data.tokens import TokenizedData
 

@@ -5,8 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ops.quantize import GROUP, quantize_nf4, quantize_rows
-from ops.tiles import Room, pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, stretches
+from ops.packing.quantize import GROUP, quantize_nf4, quantize_rows
+from ops.packing.tiles import Room, pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, stretches
 
 # Tiles of 16 inputs in a lane's 16 bytes.
 TOGETHER = {"float16": 1, "int8": 2, "uint8": 4}

@@ -38,7 +38,7 @@ template <class W> constexpr bool is_nf4 = std::is_same<W, uint8_t>::value;
 __host__ __device__ inline int64_t tiles_of(int64_t outputs) { return (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS; }
 __host__ __device__ inline int64_t steps_of(int64_t inputs) { return (inputs + 63) / 64; }
 
-// A packed matrix of `outputs` x `inputs`, as ops/tiles.py makes it; scale is not read where there is none.
+// A packed matrix of `outputs` x `inputs`, as ops/packing/tiles.py makes it; scale is not read where there is none.
 template <class W> struct Matrix {
     const W* w;
     const typename Packing<W>::scale* scale;
@@ -133,7 +133,7 @@ template <class W> inline void pack_rows(const float* x, int64_t rows, int64_t i
 
 // ---- weights ----
 
-// The values of NF4 as halves, four in each word; ops.quantize.NF4.
+// The values of NF4 as halves, four in each word; ops.packing.quantize.NF4.
 __device__ inline uint32_t nf4_half(uint32_t code) {
     uint64_t four = code < 4 ? 0xb652b833b992bc00ull : code < 8 ? 0x0000add4b1eab48dull
                   : code < 12 ? 0x356833e031262d18ull : 0x3c0039c93880370dull;
@@ -178,7 +178,7 @@ template <class W> inline void unpack(Matrix<W> m, int64_t first, int64_t count,
 
 // ---- products ----
 
-// Of out (rows, outputs), the sum over slices; ops.tiles.num_slices says the same.
+// Of out (rows, outputs), the sum over slices; ops.packing.tiles.num_slices says the same.
 template <class W> inline int64_t num_slices(int64_t outputs, int64_t inputs) {
     int64_t across = (tiles_of(outputs) + PRODUCT_WARPS - 1) / PRODUCT_WARPS, most = steps_of(inputs) / LEAST_STEPS;
     int64_t slices = PRODUCT_BLOCKS / across;

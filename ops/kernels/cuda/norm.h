@@ -95,10 +95,4 @@ template <class W> inline void norm(const Norm& a, int64_t rows) {
     launch(norm_kernel<W>, dim3(rows), dim3(32 * warps), warps * sizeof(float), a);
 }
 
-inline void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float eps, float* out) {
-    Norm a = {};
-    a.from = x, a.weight = weight, a.eps = eps, a.width = width, a.normed = out;
-    norm<float>(a, rows);
-}
-
 }  // namespace gorgon

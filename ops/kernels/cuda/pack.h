@@ -1,4 +1,4 @@
-// A float32 matrix packed for the products of linear.h on the device: ops.tiles.pack_tiles makes the same on the host.
+// A float32 matrix packed for the products of linear.h on the device: ops.packing.tiles.pack_tiles makes the same on the host.
 #pragma once
 
 namespace gorgon {

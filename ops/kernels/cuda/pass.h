@@ -104,12 +104,12 @@ template <class W, class C> struct Scratch {
         int64_t elements = num_slices<W>(outputs, inputs) * s.rows * outputs;
         return elements > before ? elements : before;
     }
-    // all: rows of the pass; s: of a stretch. x: nullptr for one of its own.
-    Scratch(Workspace& room, const Shape& s, int64_t all, int64_t padded, const Dealt& dealt, float* given) {
+    // all: rows of the pass; s: of a stretch.
+    Scratch(Workspace& room, const Shape& s, int64_t all, int64_t padded, const Dealt& dealt) {
         int64_t stretches = (all + dealt.stretch - 1) / dealt.stretch, queried = s.rows * s.heads;
         int64_t chunks = (dealt.keys + CHUNK_KEYS - 1) / CHUNK_KEYS;
         if (dealt.whole || chunks == 1) chunks = 0;
-        x = given ? given : room.take<float>(all * s.hidden);
+        x = room.take<float>(all * s.hidden);
         normed_bytes = input_bytes<W>(s.rows, s.hidden);
         normed = room.take<unsigned char>(stretches * normed_bytes);
         attended = room.take<unsigned char>(input_bytes<W>(s.rows, s.q_width()));
@@ -134,8 +134,7 @@ template <class W> inline Slices multiplied(const void* packed, int64_t rows, co
 // added to it.
 template <int D, class W, class C>
 inline Slices layer_rows(const Shape& s, const Plan& plan, const Dealt& dealt, int64_t first, const Layer<W>& layer,
-                         const float* cosine, const float* sine, float eps, C* cache, const Scratch<W, C>& room,
-                         const float* from) {
+                         const float* cosine, const float* sine, float eps, C* cache, const Scratch<W, C>& room) {
     void* normed = room.normed + first / dealt.stretch * room.normed_bytes;
     float* x = room.x + first * s.hidden;
     Attention a = {};
@@ -152,7 +151,7 @@ inline Slices layer_rows(const Shape& s, const Plan& plan, const Dealt& dealt, i
            room.queries, cache);
     attention<D, W, C>(a, dealt.most, dealt.parts);
     Norm second = {};
-    second.from = from + first * s.hidden, second.to = x, second.weight = layer.norms + s.hidden, second.eps = eps;
+    second.from = second.to = x, second.weight = layer.norms + s.hidden, second.eps = eps;
     second.added = multiplied(room.attended, s.rows, layer.o(s), room.slices);
     second.width = s.hidden, second.packed = normed;
     norm<W>(second, s.rows);
@@ -175,24 +174,6 @@ template <class Of> inline void stretch_by_stretch(Shape s, int64_t stretch, Of 
 inline Shape largest_stretch(Shape s, const Dealt& dealt) {
     if (s.rows > dealt.stretch) s.rows = dealt.stretch;
     return s;
-}
-
-// x: (rows, hidden); out: (rows, hidden). cache: that of the layer.
-template <int D, class W, class C>
-inline void decoder_layer(const Shape& all, const Plan& plan, const Dealt& dealt, const float* x, const Layer<W>& layer,
-                          const float* cosine, const float* sine, float eps, C* cache, Workspace work, float* out) {
-    Scratch<W, C> room(work, largest_stretch(all, dealt), all.rows, D, dealt, out);
-    if (!work.spent()) throw std::runtime_error("a decoder layer got too much scratch");
-    stretch_by_stretch(all, dealt.stretch, [&](const Shape& s, int64_t first) {
-        Norm a = {};
-        a.from = x + first * s.hidden, a.weight = layer.norms, a.eps = eps, a.width = s.hidden;
-        a.packed = room.normed + first / dealt.stretch * room.normed_bytes;
-        norm<W>(a, s.rows);
-        Norm last = {};
-        last.added = layer_rows<D>(s, plan, dealt, first, layer, cosine, sine, eps, cache, room, x);
-        last.from = last.to = out + first * s.hidden, last.width = s.hidden;
-        norm<W>(last, s.rows);
-    });
 }
 
 // ---- a pass ----
@@ -225,7 +206,7 @@ inline void decoder_pass(const Shape& all, const Plan& plan, const Dealt& dealt,
                          C* cache, int64_t cache_stride, Workspace work, float* hidden, float* taken, float* logits,
                          int32_t* chosen) {
     const int64_t quiet = all.rows - ends.logit_rows;  // rows without logits
-    Scratch<W, C> room(work, largest_stretch(all, dealt), all.rows, D, dealt, nullptr);
+    Scratch<W, C> room(work, largest_stretch(all, dealt), all.rows, D, dealt);
     unsigned char* scored = work.take<unsigned char>(input_bytes<E>(ends.logit_rows, all.hidden));
     const Matrix<E> head = {ends.lm_head, nullptr, ends.vocab, all.hidden};
     const int64_t scored_rows = ends.logit_rows < dealt.stretch ? ends.logit_rows : dealt.stretch;
@@ -257,7 +238,7 @@ inline void decoder_pass(const Shape& all, const Plan& plan, const Dealt& dealt,
     for (size_t i = 0; i < layers.size(); i++)
         stretch_by_stretch(all, dealt.stretch, [&](const Shape& s, int64_t first) {
             settle(s, first, i + 1, layer_rows<D>(s, plan, dealt, first, layers[i], cosine, sine, eps,
-                                                  cache + i * cache_stride, room, room.x));
+                                                  cache + i * cache_stride, room));
         });
     if (!ends.logit_rows) return;
     Shape rows = all;

@@ -189,7 +189,7 @@ def test_the_control_wq_in_metas_row_order_is_another_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("embedding_axis", [0, 1])
-def test_shards_are_put_together_bit_for_bit_whichever_way_the_embedding_is_split(tmp_path, embedding_axis, dtype):
+def test_shards_are_assemble_bit_for_bit_whichever_way_the_embedding_is_split(tmp_path, embedding_axis, dtype):
     state = meta_state(PARAMS, dtype=dtype)
     whole = open_source(write_meta(tmp_path / "whole", PARAMS, [state]))
     sharded = open_source(write_meta(tmp_path / "sharded", PARAMS, split(state, 2, embedding_axis)))

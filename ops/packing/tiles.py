@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ops.kernel import launch, on_cpu
-from ops.quantize import GROUP, QUANTIZERS
+from ops.packing.quantize import GROUP, QUANTIZERS
 from runtime import jt
 
 TILE, STEP, ROW_BLOCK = 16, 64, 8
