@@ -1,1 +1,2 @@
-"""Drafting, verifying and accepting: from a prompt, a backbone and a head to text."""
+"""Decodes with a backbone and a head: drafts a tree of tokens, verifies it in one pass, accepts a path; the door is
+generate.py."""

@@ -1,8 +1,8 @@
-"""From ranks along texts to what decoding would count: no device, no head, no clock.
+"""What decoding a text with a tree would count, from ranks alone: trees are compared without a device or a clock.
 
 Greedy decoding writes the same text with every tree, so one table of ranks (``heads.ranks``) says how any tree would
-have decoded it: from a position the path of ranks is followed as far as it lies in the tree, and the next pass starts
-behind the bonus token.
+have decoded it: a pass follows the path of ranks from its position as far as the tree has it, and the next pass starts
+after the bonus token.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from heads.ranks import MAX_RANK, walk
 
 @dataclass(frozen=True)
 class RankedText:
-    """A greedy reply of n tokens and where a head had them among its candidates.
+    """A greedy reply of n tokens and the ranks that a head gave them.
 
-    ranks: (depths, n - 1) int32. Column i is what is drafted behind reply token i (token 0 is the prefill's): row d
-    holds the rank of token i + 1 + d, drafted at depth d + 1 behind the true tokens; negative where that token is not
-    known. The tokens that the backbone would write past the end may be known: generate drafts past the end, and its
-    counts by depth hold what it accepts there.
+    ranks: (depths, n - 1) int32. Column i is drafted after reply token i (token 0 is the prefill's): row d holds the
+    rank of token i + 1 + d, drafted at depth d + 1 after the true tokens; negative where that token is not known. It
+    may be known past the end of the reply: generate drafts there too and counts by depth what it accepts.
     """
 
     ranks: np.ndarray
@@ -37,7 +36,7 @@ class RankedText:
 
 @dataclass(frozen=True)
 class Replay:
-    """What decoding some texts with a tree comes to; each field as ``decoding.generate.Generation`` counts it.
+    """The counts of some texts decoded with one tree, as ``decoding.loop.Generation`` has them.
 
     accepted_per_pass: for each text, the tokens that each pass added.
     """
@@ -48,7 +47,7 @@ class Replay:
 
     @property
     def passes(self) -> int:
-        """Backbone passes of all texts, prefills not among them."""
+        """Backbone passes of all texts, without the prefills."""
         return sum(map(len, self.accepted_per_pass))
 
     @property
@@ -85,8 +84,8 @@ def replay(
 ) -> Replay:
     """Decode texts with a tree from their ranks alone.
 
-    max_new_tokens: where a longer text would have been cut. cache_length: rows of the cache; as soon as the tree does
-    not fit behind the text, the rest goes token by token, as in ``generate``; None: there is always room.
+    max_new_tokens: where longer texts are cut. cache_length: rows of the cache; once the tree does not fit after the
+    text, the rest is decoded token by token, as in ``generate``; None: there is always room.
 
     Worked example, chain of two (paths [0], [0, 0]) and a reply of 5 tokens with ranks at depth 1 of 0 0 3 0 and at
     depth 2 of 0 3 0 -1: the first pass accepts two and emits three tokens, the next starts at column 3, accepts one and
@@ -102,7 +101,7 @@ def replay(
     # Where the tree fits after the root; elsewhere a pass drafts nothing.
     fits = np.concatenate([np.arange(n) + text.prompt_tokens <= rows for n, text in zip(lengths, texts, strict=True)])
     accepted_per_pass = walk(np.where(fits, tree.depths[ends], 0), lengths)
-    # A pass starts where those before it have ended, and a text with its first column.
+    # Steps of all texts add up to columns: each pass starts where the one before it ended.
     steps = np.array([tokens for accepted in accepted_per_pass for tokens in accepted], np.int64)
     starts = np.cumsum(steps) - steps
     return Replay(accepted_per_pass, *_by_depth(ends[starts[fits[starts]]], tree))
@@ -117,13 +116,13 @@ def _by_depth(ends: np.ndarray, tree: Tree) -> tuple[list[int], list[int]]:
 
 
 def count_ranks(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How often each rank was the true one, given that the depth above was right: (reached, accepted).
+    """How often each rank was the true token's, given that the depths before were right: (reached, accepted).
 
-    ranks: (depths, positions). reached: (depths,), positions whose true tokens are among the candidates of all depths
-    above and known at this one; accepted: (depths, MAX_RANK), those of them where rank r was the true token. A depth
-    has a total of its own: accepted[d] / reached[d] are the conditional probabilities that ``decoding.tree.best_tree``
-    takes. Worked example: positions (0, 1), (0, -1), (MAX_RANK, 0) give reached [3, 1], accepted [2, 0, ..] and
-    [0, 1, ..]: at the third the candidates of depth 0 have missed, so what depth 1 says there does not count.
+    ranks: (depths, positions). reached: (depths,), positions whose true tokens are candidates at all depths before and
+    known at this one; accepted: (depths, MAX_RANK), those of them where rank r was the true token's. accepted[d] /
+    reached[d] are the conditional probabilities that ``decoding.tree.best_tree`` takes. Worked example: positions (0,
+    1), (0, -1), (MAX_RANK, 0) give reached [3, 1], accepted [2, 0, ..] and [0, 1, ..]: at the third the candidates of
+    depth 0 miss, so depth 1 does not count there.
     """
     reached, accepted = np.zeros(len(ranks), np.int64), np.zeros((len(ranks), MAX_RANK), np.int64)
     alive = np.ones(ranks.shape[1], bool)

@@ -1,4 +1,5 @@
-"""From prompts to texts: ``generate`` with a head, ``generate_autoregressive`` without, ``generate_batch`` for several."""
+"""From prompts to texts: ``generate`` with a head, ``generate_autoregressive`` without, ``generate_batch`` for
+several."""
 
 from __future__ import annotations
 
@@ -46,14 +47,14 @@ def generate(
     """Tree decoding: the text of ``generate_autoregressive``, several tokens a backbone pass.
 
     head: None decodes autoregressively, whatever the tree. tree: a Tree, or a DynamicTree that every pass shapes anew.
-    rule: how tokens are chosen, see ``decoding.rules``; None: greedily. With ``Lossless`` the text is not the baseline's
-    but drawn from the same distribution; the same rule, prompt and tree give the same text again.
-    on_tokens: called with the new tokens after the prefill and after each pass, never with any past the end of the
-    text. cache: a KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an
-    exception, it holds the prompt and all tokens of the text so far but the last. When the tree no longer fits into
-    the cache, the rest is decoded without a head. The head drafts in evaluation mode and without gradients.
-    draft_dtype: of the copy of the head's matrices that drafts where the tree is a chain and the head can draft one in
-    one call (``heads.chains``); it may change what is drafted, never the text.
+    rule: how tokens are chosen, see ``decoding.rules``; None: greedily. With ``Lossless`` the text is not the
+    baseline's but drawn from the same distribution; the same rule, prompt and tree give the same text again. on_tokens:
+    called with the new tokens after the prefill and after each pass, never with any past the end of the text. cache: a
+    KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an exception, it holds the
+    prompt and all tokens of the text so far but the last. When the tree no longer fits into the cache, the rest is
+    decoded without a head. The head drafts in evaluation mode and without gradients. draft_dtype: of the copy of the
+    head's matrices that drafts where the tree is a chain and the head can draft one in one call (``heads.chains``); it
+    may change what is drafted, never the text.
 
     Raises ValueError for a tree that the head cannot fill, an empty prompt, tokens outside the vocabulary, a prompt
     longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
@@ -98,8 +99,8 @@ def generate_batch(
     """``generate`` for several prompts in shared passes: each gets the tokens that it gets alone, bit for bit, because
     a row of the backbone is bitwise the same whatever rows run beside it.
 
-    cache: a BatchCache with at least one lane per prompt, to use instead of a new one with room for the longest text, at
-    most the backbone's positions; it is emptied first. rules: one per prompt; default: greedy. Each text drafts for
+    cache: a BatchCache with at least one lane per prompt, to use instead of a new one with room for the longest text,
+    at most the backbone's positions; it is emptied first. rules: one per prompt; default: greedy. Each text drafts for
     itself, and a text that has ended leaves the batch. The timers of every Generation are those of the whole batch.
 
     Raises ValueError as ``generate`` does, naming the prompt by its number, and for no prompts at all.

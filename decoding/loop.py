@@ -70,8 +70,8 @@ class Generation:
     num_passes: backbone passes after the prefill. accepted_per_pass: tokens each pass added to the text.
     reached_by_depth[d]: passes that accepted a node at depth d which has children (depth 0 is the root);
     accepted_by_depth[d]: those of them that accepted one of its children, at depth d + 1. Both count what verification
-    accepted, also where the text ended inside the path. total_variation: the rule's, summed over all ``num_emitted``
-    tokens; None for a rule that is exact.
+    accepted, also where the text ended inside the path. total_variation: the rule's, summed over all tokens that
+    passes emitted, those past the end of the text too; None for a rule that is exact.
     """
 
     token_ids: list[int]
@@ -84,11 +84,6 @@ class Generation:
     accepted_by_depth: list[int] = field(default_factory=list)
     timers: Timers = field(default_factory=Timers)
     total_variation: float | None = None
-
-    @property
-    def num_emitted(self) -> int:
-        """Tokens that the passes emitted, those past the end of the text too."""
-        return self.num_passes + sum(self.accepted_by_depth)
 
     @property
     def accept_length(self) -> float | None:

@@ -1,8 +1,9 @@
-"""Chains drafted in one call: a head's folder may hold a ``chain.py`` that writes its guesses on a tape (``ops.draft``).
+"""Chains drafted in one call: a head's folder may hold a ``chain.py`` that writes its guesses on a tape
+(``ops.draft``).
 
-``chain.py`` defines ``write_chain(head, tape, num_depths) -> bool``: how ``num_depths`` tokens follow the root, each the
-best guess after the one before, as ``begin`` of the last row and ``step`` give them. It returns False where the head's
-options make a draft depend on more than the last hidden state. A head without the file drafts step by step.
+``chain.py`` defines ``write_chain(head, tape, num_depths) -> bool``: how ``num_depths`` tokens follow the root, each
+the best guess after the one before, as ``begin`` of the last row and ``step`` give them. It returns False where the
+head's options make a draft depend on more than the last hidden state. A head without the file drafts step by step.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from runtime import jt
 def chain_of(head, num_depths: int, dtype: str) -> Chain | None:
     """What drafts a chain of ``num_depths`` tokens in one call, with the matrices in float16 or float32.
 
-    None where the head drafts step by step, and everywhere but on the CPU. It is cached in ``head.derived``, so it lasts
-    until parameters change; in training mode it is made anew every time.
+    None where the head drafts step by step, and everywhere but on the CPU. It is cached in ``head.derived``, so it
+    lasts until parameters change; in training mode it is made anew every time.
     """
     if not on_cpu():
         return None
