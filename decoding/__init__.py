@@ -1,2 +1,1 @@
-"""Decodes with a backbone and a head: drafts a tree of tokens, verifies it in one pass, accepts a path; the door is
-generate.py."""
+"""Decoding with a backbone and a head: draft a tree, verify it in one pass, accept a path; the door is generate.py."""

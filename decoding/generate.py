@@ -1,5 +1,4 @@
-"""From prompts to texts: ``generate`` with a head, ``generate_autoregressive`` without, ``generate_batch`` for
-several."""
+"""From prompts to texts: ``generate`` with a head, ``generate_autoregressive`` without one, and ``generate_batch``."""
 
 from __future__ import annotations
 
@@ -48,13 +47,13 @@ def generate(
 
     head: None decodes autoregressively, whatever the tree. tree: a Tree, or a DynamicTree that every pass shapes anew.
     rule: how tokens are chosen, see ``decoding.rules``; None: greedily. With ``Lossless`` the text is not the
-    baseline's but drawn from the same distribution; the same rule, prompt and tree give the same text again. on_tokens:
-    called with the new tokens after the prefill and after each pass, never with any past the end of the text. cache: a
-    KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an exception, it holds the
-    prompt and all tokens of the text so far but the last. When the tree no longer fits into the cache, the rest is
-    decoded without a head. The head drafts in evaluation mode and without gradients. draft_dtype: of the copy of the
-    head's matrices that drafts where the tree is a chain and the head can draft one in one call (``heads.chains``); it
-    may change what is drafted, never the text.
+    baseline's but drawn from the same distribution; the same rule, prompt and tree give the same text again.
+    on_tokens: called with the new tokens after the prefill and after each pass, never with any past the end of the
+    text. cache: a KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an
+    exception, it holds the prompt and all tokens of the text so far but the last. When the tree no longer fits into
+    the cache, the rest is decoded without a head. The head drafts in evaluation mode and without gradients.
+    draft_dtype: of the matrices of a chain that is drafted in one call (``heads.chains``); it may change what is
+    drafted, never the text.
 
     Raises ValueError for a tree that the head cannot fill, an empty prompt, tokens outside the vocabulary, a prompt
     longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
@@ -191,8 +190,8 @@ def _consistent(cache: KVCache, prompt_tokens: int, text: Text) -> Iterator[None
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first index at which two token lists differ; the shorter one's length where it begins the longer one; None
-    when they are equal."""
+    """The first index at which two token lists differ; the length of the shorter one where it is a prefix of the other;
+    None when they are equal."""
     for index, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return index
@@ -200,13 +199,13 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def logit_gap(backbone, prompt_ids: Sequence[int], token_ids: Sequence[int], position: int) -> float:
-    """How close the backbone's two best logits are where ``token_ids[position]`` was chosen; for parity reports.
+    """The gap between the backbone's two best logits where ``token_ids[position]`` was chosen; for parity reports.
 
-    Runs the prompt and ``token_ids[:position]`` in one pass. Raises ValueError for a position outside the text (its
-    length is allowed: the token that would come next) and for an empty prompt.
+    Runs the prompt and ``token_ids[:position]`` in one pass. Raises ValueError for an empty prompt and a position
+    outside the text; the position after its last token is allowed.
     """
     if not 0 <= position <= len(token_ids) or len(prompt_ids) == 0:
-        raise ValueError(f"position {position} is not within the {len(token_ids)} tokens behind a prompt")
+        raise ValueError(f"position {position} is not within the {len(token_ids)} tokens after a prompt")
     rows = np.array([*prompt_ids, *token_ids[:position]], np.int32)
     with jt.no_grad():
         values = top_k(backbone.forward(rows[None], logits="last").logits[0], 2)[0].numpy()

@@ -73,9 +73,10 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def draw(probabilities: np.ndarray, rng: np.random.Generator) -> int:
-    """A token drawn in proportion to (vocab,) probabilities; never one whose probability is 0.""" edges =
-    np.cumsum(probabilities) token = int(np.searchsorted(edges, rng.random() * edges[-1], side="right")) return token if
-    token < len(edges) else int(np.flatnonzero(probabilities)[-1])  # the product rounded up to the last edge
+    """A token drawn in proportion to (vocab,) probabilities; never one whose probability is 0."""
+    edges = np.cumsum(probabilities)
+    token = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
+    return token if token < len(edges) else int(np.flatnonzero(probabilities)[-1])  # rounded up to the last edge
 
 
 def draw_without_replacement(probabilities: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
