@@ -1,4 +1,4 @@
-"""What parallel heads share, and Medusa's networks, which more than one head trains."""
+"""Parallel heads, and Medusa's networks, which more than one head trains."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from heads.base import Head, HeadOutput, option
 from heads.layers import DepthLMHeads, LMHeadOptions, ResidualBlock
 from runtime import jt
+from runtime.types import Var
 
 
 class ParallelHead(Head):
     """A head whose depths all guess from the last hidden state alone. A subclass sets ``lm_heads``, see
-    ``heads.layers.DepthLMHeads``, and says what they read."""
+    ``heads.layers.DepthLMHeads``, and defines their input."""
 
     parallel = True
 
-    def depth_hidden(self, x, depth: int):
-        """What depth ``depth`` feeds to its language-model head. x: (rows, dim) -> (rows, dim)."""
+    def depth_hidden(self, x: Var, depth: int) -> Var:
+        """The input of a depth's language-model head. x: (rows, dim) -> (rows, dim)."""
         raise TypeError(f"{type(self).__name__} does not define depth_hidden")
 
     def execute(self, features, token_ids, positions) -> HeadOutput:
@@ -49,8 +50,8 @@ class MedusaHead(ParallelHead):
     """logits_k = W_k (x + SiLU(A_k x + b_k)), with x the last hidden state after the final norm (arXiv 2401.10774,
     section 2.1).
 
-    A_k starts at zero and W_k as the backbone's language-model head, so an untrained depth repeats the backbone's
-    next-token guess. ``heads.layers.DepthLMHeads`` says what else W_k can be.
+    A_k is initially zero and W_k the backbone's language-model head, so an untrained depth repeats the backbone's
+    next-token guess. ``heads.layers.DepthLMHeads`` lists what else W_k can be.
     """
 
     def __init__(self, config: MedusaConfig, backbone):

@@ -1,8 +1,8 @@
-"""Ranks: where a head had the true token among its candidates, and what they say of trees. Pure functions of arrays.
+"""The ranks of true tokens among a head's candidates, and what they say about trees. Pure functions of arrays.
 
-Teacher forcing gives, for each position of a text, the rank of the true token at each depth: 0 where it was the head's
-best guess. Where the text is the backbone's own greedy text, a tree decodes past depth d exactly when the path of the
-first d ranks is in it, so counting paths is counting accepted tokens.
+Teacher forcing gives, for each position of a text, the rank of the true token at each depth: 0 where it is the head's
+best guess. In the backbone's own greedy text, a tree accepts d tokens exactly when it has the path of the first d
+ranks, so to count paths is to count accepted tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_RANK = 10  # candidates of a node that are considered; published trees use ranks up to 9
+MAX_RANK = 10  # candidates per node that are considered; published trees use ranks up to 9
 
 
 def count_paths(ranks: np.ndarray) -> Counter:
-    """How often each path of ranks begins a position's path. ranks: (depth, positions), negative where unknown.
+    """How many positions have ranks that begin with each path. ranks: (depth, positions), negative where unknown.
 
     Worked example: positions with ranks (0, 1), (0, 0), (2, 0) give (0,): 2, (0, 1): 1, (0, 0): 1, (2,): 1, (2, 0): 1.
     """
@@ -30,16 +30,16 @@ def count_paths(ranks: np.ndarray) -> Counter:
 
 
 def fitted_paths(counts: Counter, num_nodes: int) -> list[tuple[int, ...]]:
-    """The num_nodes - 1 most frequent paths. A path's count never exceeds its parent's, and ties go to the shorter and
-    then to the lower ranks, so the parent of every chosen path is chosen too: the list is a tree."""
+    """The num_nodes - 1 most frequent paths. A path's count never exceeds its parent's, and ties go to the shorter path
+    and then to lower ranks, so the parent of every chosen path is chosen too: the list is a tree."""
     ordered = sorted(counts, key=lambda path: (-counts[path], len(path), path))
     return ordered[: num_nodes - 1]
 
 
 def accepted_depths(ranks: np.ndarray, paths: list[tuple[int, ...]]) -> np.ndarray:
-    """How many drafted tokens a pass from each position accepts: (positions,) int64.
+    """The number of drafted tokens that a pass from each position accepts, (positions,) int64.
 
-    ranks: (depth, positions), negative where unknown; paths: of a tree, each with its parent.
+    ranks: (depth, positions), negative where unknown; paths: all paths of a tree.
 
     Worked example: ranks (0, 1), (0, 0), (2, 0) and the paths [0], [0, 0] give 1, 2, 0.
     """

@@ -1,33 +1,36 @@
-"""What recurrent heads share: one cell for all depths, told one token at each."""
+"""Recurrent heads: one cell for all depths, which reads one token at each."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from heads.base import Features, Head, HeadOutput
+from heads.base import Features, Head, HeadOutput, Projection
+from runtime.types import Var
+
+State = tuple[Var, ...]
 
 
 class RecurrentHead(Head):
-    """A head whose state at depth k + 1 follows from that at depth k and the token drafted between. A subclass says
-    how it starts, advances and scores; a state is a tuple of Vars, (rows, width) each."""
+    """A head whose state at depth k + 1 follows from that at depth k and the token drafted between. A subclass defines
+    ``start``, ``advance`` and ``score``; a state is a tuple of Vars, (rows, width) each."""
 
-    def start(self, hidden) -> tuple:
+    def start(self, hidden: Var) -> State:
         """The state before any token. hidden: (rows, dim), the backbone's last hidden state."""
         raise TypeError(f"{type(self).__name__} does not define start")
 
-    def advance(self, state: tuple, token_ids) -> tuple:
+    def advance(self, state: State, token_ids: Var | np.ndarray) -> State:
         """The state after one more token. token_ids: (rows,)."""
         raise TypeError(f"{type(self).__name__} does not define advance")
 
-    def score(self, state: tuple):
-        """The logits of the token that follows, (rows, vocab)."""
+    def score(self, state: State) -> Var:
+        """The logits of the next token, (rows, vocab)."""
         raise TypeError(f"{type(self).__name__} does not define score")
 
-    def project(self, state: tuple):
-        """``score`` for the loss: the logits, or the ``Projection`` that they would be."""
+    def project(self, state: State) -> Projection | Var:
+        """``score`` for ``execute``: the logits, or a ``Projection``."""
         return self.score(state)
 
-    def unroll(self, features: Features, token_ids, positions) -> list[tuple]:
+    def unroll(self, features: Features, token_ids, positions) -> list[State]:
         """The state after each depth's token, under the true tokens; see ``execute`` for the arguments."""
         state, states = self.start(self.select(features.hidden, positions)), []
         for depth in range(self.num_depths):

@@ -1,10 +1,10 @@
-"""Finds heads on disk: a folder ``<name>/`` with a ``head.py``, whose ``__init__`` says ``HEAD = <class>``, is a head.
+"""Finds heads on disk: a folder ``<name>/`` with a ``head.py`` and ``HEAD = <class>`` in its ``__init__`` is a head.
 
 Heads are in ``heads/`` and in the folders that the environment variable GORGON_HEADS names, separated as in PATH:
 
     GORGON_HEADS=~/my_heads python train.py --list-heads
 
-All are imported as ``heads.<name>``, wherever they lie.
+All are imported as ``heads.<name>``, wherever they are.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ VARIABLE = "GORGON_HEADS"
 
 
 def roots() -> list[Path]:
-    """The folders that hold heads: this one and those of GORGON_HEADS. Raises ValueError for one that cannot."""
+    """The folders that hold heads: this one and those of GORGON_HEADS. Raises ValueError for one that is no such
+    folder."""
     found = [FOLDER]
     for entry in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         root = Path(entry).expanduser().resolve()
         if not root.is_dir():
-            raise ValueError(f"{VARIABLE} names {entry!r}, which is not a folder; it takes folders that hold heads")
+            raise ValueError(f"{VARIABLE} names {entry!r}, which is not a folder; name folders that hold heads")
         if (root / "head.py").exists():
             raise ValueError(f"{VARIABLE} names the head {entry!r} itself; name the folder around it, {root.parent}")
         if root not in found:
@@ -43,7 +44,7 @@ def roots() -> list[Path]:
 
 
 def folders() -> dict[str, Path]:
-    """The folder of each head by name, sorted. Raises ValueError for a name that two folders have."""
+    """The folder of each head by name, sorted. Raises ValueError for two heads of one name."""
     found: dict[str, Path] = {}
     for root in roots():
         for folder in sorted(path.parent for path in root.glob("*/head.py")):
@@ -54,24 +55,24 @@ def folders() -> dict[str, Path]:
 
 
 def available() -> list[str]:
-    """Names of all heads, sorted. A head that cannot be imported is among them: ``head_class`` says why it cannot."""
+    """Names of all heads, sorted, including those that cannot be imported: ``head_class`` says why."""
     return list(folders())
 
 
 def head_folder(name: str) -> Path:
-    """Where a head lies. Raises ValueError with a suggestion for an unknown name."""
+    """The folder of a head. Raises ValueError with a suggestion for an unknown name."""
     known = folders()
     if name not in known:
-        hint = "" if os.environ.get(VARIABLE) else f" ({VARIABLE} is not set: none outside the repository)"
+        hint = "" if os.environ.get(VARIABLE) else f" ({VARIABLE} is not set, so only the repository was searched)"
         raise ValueError(f"{suggest('head', name, known)}{hint}")
     return known[name]
 
 
 def head_class(name: str) -> type[Head]:
-    """The class of a head by name. Raises ValueError for an unknown name, with a suggestion, and for a folder that
-    cannot be imported or does not hold a head, naming it."""
+    """The class of a head by name. Raises ValueError with a suggestion for an unknown name, and naming a folder that
+    cannot be imported or does not hold a head."""
     folder = head_folder(name)
-    from heads.base import Head  # before the head's own import: what goes wrong here is not the head's fault
+    from heads.base import Head  # first: a failure in here is not the head's
 
     heads.__path__[:] = [str(root) for root in roots()]
     module, where = _import(name, folder), folder / "__init__.py"
@@ -79,7 +80,7 @@ def head_class(name: str) -> type[Head]:
     if str(folder) not in files:
         raise ValueError(f"{folder} needs another name: heads.{name} is {files[0] or files[-1]}")
     if not hasattr(module, "HEAD"):
-        raise ValueError(f"{where} must say HEAD = <the class of the head>")
+        raise ValueError(f"{where} must define HEAD = <the class of the head>")
     found = module.HEAD
     if not (isinstance(found, type) and issubclass(found, Head)):
         raise ValueError(f"{where}: HEAD must be a subclass of heads.base.Head, got {found!r}")
@@ -109,7 +110,7 @@ def chain_writer(head: type[Head]) -> Callable | None:
 def _import(name: str, folder: Path):
     """``heads.<name>``, from a head's folder. Raises ValueError naming the folder and the line that fails."""
     if f"heads.{name}" not in sys.modules:
-        importlib.invalidate_caches()  # the folder may be younger than the last look at its parent
+        importlib.invalidate_caches()  # the folder may be newer than the cached listing of its parent
     try:
         return importlib.import_module(f"heads.{name}")
     except Exception as error:
@@ -132,12 +133,12 @@ def make_config(name: str, options: dict):
     for key, value in options.items():
         if key not in fields:
             raise suggest(f"option of head {name!r}:", key, fields)
-        wanted = type(fields[key].default)
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(f"--head.{key} takes {wanted.__name__}, got {value!r}")
+        expected = type(fields[key].default)
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise ValueError(f"--head.{key} takes {expected.__name__}, got {value!r}")
     return config(**options)
 
 
 def build(name: str, options: dict, backbone) -> Head:
-    """A fresh head on this backbone. Raises ValueError for an unknown name or option."""
+    """A new head on this backbone. Raises ValueError for an unknown name or option."""
     return head_class(name)(make_config(name, options), backbone)

@@ -1,4 +1,4 @@
-"""A token-conditioned gated recurrence: every depth is told the token drafted before it."""
+"""A token-conditioned gated recurrence: every depth reads the token drafted before it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GatedRNNHead(RecurrentHead):
     gru: [g; r] = sigmoid(W_g u + b),  c = tanh(W_c [r * n1(s_k); n2(e_k)] + b_c)   (arXiv 1406.1078, eq. 5 to 8)
 
     h: the last hidden state; e_k: the embedding of the token chosen before depth k's guess; n1, n2: RMSNorms; LM: the
-    backbone's frozen language-model head. The gate keeps what the context says and lets each token overwrite the rest.
+    backbone's frozen language-model head. The gate keeps the context and lets each token overwrite the rest.
     """
 
     Config = Config

@@ -1,4 +1,4 @@
-"""ReDrafter (arXiv 2403.09919): the drafted tokens in one recurrent state, the context in another half beside it."""
+"""ReDrafter (arXiv 2403.09919): a recurrent state of the drafted tokens, beside the context."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ReDrafterHead(RecurrentHead):
     """s_0 = 0;  s_{k+1} = SiLU(W n(e_k) + U s_k + b);  logits_k = V (residual blocks of [h; s_{k+1}])
 
     h: the last hidden state, the same at every depth; e_k: the embedding of the token chosen before depth k's guess;
-    n: an RMSNorm. V starts as the backbone's language-model head on h and zero on s, so an untrained depth repeats the
-    backbone's next-token guess.
+    n: an RMSNorm. V is initially the backbone's language-model head on h and zero on s, so an untrained depth repeats
+    the backbone's next-token guess.
     """
 
     Config = Config

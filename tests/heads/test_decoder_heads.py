@@ -247,7 +247,7 @@ def test_what_is_written_into_a_cache_reaches_nothing_else(backbone):
         ("eagle", {"trained_depths": 0}, "trained_depths must be at least 1, got 0"),
         ("eagle", {"noise": -0.1}, "must not be negative"),
         ("eagle", {"feature_weight": -1.0}, "must not be negative"),
-        ("eagle3", {"draft_vocab_size": 65}, "draft_vocab_size must lie in 0 to 64, got 65"),
+        ("eagle3", {"draft_vocab_size": 65}, "draft_vocab_size must be from 0 to 64, got 65"),
     ],
 )
 def test_options_that_make_no_head_are_refused(backbone, name, options, message):

@@ -196,7 +196,7 @@ def test_a_draft_vocabulary_keeps_the_most_frequent_tokens_and_their_rows(backbo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft_vocab_size": VOCAB + 1}, f"draft_vocab_size must lie in 0 to {VOCAB}, got {VOCAB + 1}"),
+        ({"draft_vocab_size": VOCAB + 1}, f"draft_vocab_size must be from 0 to {VOCAB}, got {VOCAB + 1}"),
         ({"draft_vocab_size": 8, "lm_head": "shared"}, "draft_vocab_size 8 needs lm_head own, got shared"),
     ],
 )

@@ -193,7 +193,7 @@ def test_the_merged_backbone_follows_training_and_loading(head, backbone, batch,
     ("options", "message"),
     [
         ({"adapter_rank": 0}, "adapter_rank must be at least 1, got 0"),
-        ({"joint_share": 0.0}, "joint_share must lie above 0 and at most at 1"),
+        ({"joint_share": 0.0}, "joint_share must be above 0 and at most 1"),
         ({"kl_weight": 0.0}, "kl_weight must be above 0"),
         ({"adapter_alpha": float("nan")}, "adapter_alpha must be above 0"),
     ],

@@ -117,7 +117,7 @@ def test_a_name_that_two_folders_have_is_refused(outside, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "code", "package", "message"),
     [
-        ("bad_one", None, '"""No class."""', r"bad_one/__init__\.py must say HEAD = "),
+        ("bad_one", None, '"""No class."""', r"bad_one/__init__\.py must define HEAD = "),
         ("bad_two", None, "HEAD = 3", r"bad_two/__init__\.py: HEAD must be a subclass of heads\.base\.Head, got 3"),
         ("bad_three", None, "HEAD = dict", r"HEAD must be a subclass of heads\.base\.Head, got <class 'dict'>"),
         ("bad_four", "\nimport no_such_module\n", None, r"bad_four cannot be imported: ModuleNotFoundError: .*no_such"),
