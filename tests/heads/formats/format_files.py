@@ -1,4 +1,4 @@
-"""Published heads as their own code writes them, in PyTorch, and what the converter's tests share."""
+"""Published heads in PyTorch, as their own code writes them, and helpers of the converter's tests."""
 
 import json
 
@@ -45,8 +45,8 @@ def save_medusa(folder, heads, **config):
     """The folder that Medusa's code reads; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(heads.state_dict(), folder / "medusa_lm_head.pt")
-    said = {"medusa_num_heads": len(heads), "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}
-    (folder / "config.json").write_text(json.dumps({**said, **config}))
+    fields = {"medusa_num_heads": len(heads), "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}
+    (folder / "config.json").write_text(json.dumps({**fields, **config}))
     return folder
 
 
@@ -56,7 +56,7 @@ def hidden_states(rows: int = ROWS, seed: int = 1) -> np.ndarray:
 
 
 def logits_of(head, hidden: np.ndarray, token_ids: np.ndarray | None = None) -> list[np.ndarray]:
-    """What one of our heads says of every row: (rows, vocab) per depth. token_ids: (rows + depths,)."""
+    """The logits of one of our heads at every row: (rows, vocab) per depth. token_ids: (rows + depths,)."""
     from heads.base import Features
     from runtime import jt
 
@@ -67,19 +67,19 @@ def logits_of(head, hidden: np.ndarray, token_ids: np.ndarray | None = None) -> 
 
 
 def torch_logits(heads, hidden: np.ndarray, lm_head: np.ndarray | None = None) -> list[np.ndarray]:
-    """What Medusa's heads say; lm_head: (vocab, dim), for heads without their own."""
+    """The logits of Medusa's heads; lm_head: (vocab, dim), for heads without their own."""
     with torch.no_grad():
         outputs = [head(torch.from_numpy(hidden)).numpy() for head in heads]
     return outputs if lm_head is None else [y @ lm_head.T for y in outputs]
 
 
 def read_folder(folder, file: str) -> dict[str, np.ndarray]:
-    """The tensors of a ``.pt`` file as torch itself reads them, without trust."""
+    """The tensors of a ``.pt`` file, as torch reads them."""
     return {name: t.numpy() for name, t in torch.load(folder / file, weights_only=True).items()}
 
 
 class EagleLayer(torch.nn.Module):
-    """EAGLE-1's layer: transformers' Llama layer without its first norm, behind fc."""
+    """EAGLE-1's layer: transformers' Llama layer without its first norm, after fc."""
 
     def __init__(self, seed: int = 0):
         super().__init__()

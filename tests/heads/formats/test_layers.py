@@ -1,4 +1,4 @@
-"""Hydra's and EAGLE-1's files, for heads of ours that leave out the norms which the published ones do not have."""
+"""Hydra's and EAGLE-1's files, for heads of ours without the norms that the published ones do not have."""
 
 import dataclasses
 import json
@@ -159,13 +159,13 @@ def test_an_eagle_with_another_embedding_or_without_a_config_is_refused(tmp_path
     ):
         run(source, "gorgon", tmp_path / "out", backbone=folder)
     (source / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json is missing; it says how many attention heads"):
+    with pytest.raises(ValueError, match=r"config\.json is missing; it has the number of attention heads"):
         run(source, "gorgon", tmp_path / "out", backbone=folder)
 
 
 def test_an_eagle_head_of_ours_that_norms_attentions_input_is_not_written(tmp_path, folder, small):
     source = random_checkpoint(tmp_path / "ours", "eagle", small)
-    with pytest.raises(ValueError, match=r"norms attention's input .norm\.weight., EAGLE-1's layer does not"):
+    with pytest.raises(ValueError, match=r"norms attention's input .norm\.weight., EAGLE-1's does not"):
         run(source, "eagle", tmp_path / "out", backbone=folder)
 
 
@@ -212,9 +212,9 @@ class HydraHeads(torch.nn.Module):
 def save_hydra(folder, heads, num_layers, **config):
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(heads.state_dict(), folder / "hydra_lm_head.pt")
-    said = {"hydra_num_heads": DEPTHS, "hydra_num_layers": num_layers, "hydra_head_arch": "mlp",
+    fields = {"hydra_num_heads": DEPTHS, "hydra_num_layers": num_layers, "hydra_head_arch": "mlp",
             "grounded_heads": True, "hidden_state_offset": 0}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({**said, **config}))
+    (folder / "config.json").write_text(json.dumps({**fields, **config}))
     return folder
 
 
@@ -273,9 +273,9 @@ def test_a_hydra_with_a_trained_bias_is_refused(tmp_path, folder, ends):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({}, "norms the embeddings .token_norm.weight."),
-    ({"token_norm": False, "prefix_layer": True}, "a prefix layer is no part of Hydra's mlp heads"),
+    ({"token_norm": False, "prefix_layer": True}, "Hydra's mlp heads have no prefix layer"),
     ({"token_norm": False, "lm_head": "shared"}, "lm_head is shared; pass --merge"),
-    ({"token_norm": False, "num_layers": 3}, r"repeats one residual block, and blocks\.0\.2\.linear\.weight"),
+    ({"token_norm": False, "num_layers": 3}, r"repeats one residual block, but blocks\.0\.2\.linear\.weight"),
 ])  # fmt: skip
 def test_a_hydra_head_that_the_format_cannot_hold_is_refused(tmp_path, folder, small, options, words):
     source = random_checkpoint(tmp_path / "ours", "hydra", small, num_depths=DEPTHS, **options)
