@@ -1,4 +1,4 @@
-"""Heads in other systems' formats: Medusa in PyTorch gives our logits in both directions, and both sides are verified."""
+"""Heads in other systems' formats: Medusa in PyTorch gives our logits in both directions, and sides are verified."""
 
 import json
 

@@ -165,7 +165,7 @@ def test_an_eagle_with_another_embedding_or_without_a_config_is_refused(tmp_path
 
 def test_an_eagle_head_of_ours_that_norms_attentions_input_is_not_written(tmp_path, folder, small):
     source = random_checkpoint(tmp_path / "ours", "eagle", small)
-    with pytest.raises(ValueError, match=r"norms attention's input .norm\.weight., EAGLE-1's does not"):
+    with pytest.raises(ValueError, match=r"norms attention's input .norm\.weight., EAGLE-1's layer does not"):
         run(source, "eagle", tmp_path / "out", backbone=folder)
 
 
