@@ -1,3 +1,5 @@
+"""Trees as values, their plans, and the best tree under an acceptance model."""
+
 import itertools
 
 import numpy as np
