@@ -1,4 +1,4 @@
-"""The backbone's forward pass with gradients, for training that changes it. No cache, every row of a sequence."""
+"""The backbone's forward pass with gradients, for training that changes it; without a cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _rms_norm(x, weight, eps: float):
 class DifferentiableBackbone:
     """The same equations as ``Backbone.forward``, with gradients, over the same weights in 16, 8 or 4 bits.
 
-    It holds no copy of them: every product unpacks the matrix it needs, in the pass and again for the gradient (QLoRA,
+    It holds no copy of the weights: every product unpacks its matrix, in the pass and again for the gradient (QLoRA,
     arXiv 2305.14314, section 3).
     """
 
@@ -38,7 +38,7 @@ class DifferentiableBackbone:
     def hidden(self, token_ids: np.ndarray, lengths: np.ndarray, linear: Linear = frozen_linear):
         """Last hidden states after the final norm, (tokens, dim) float32.
 
-        token_ids: (tokens,) int32, sequences of these lengths behind each other. linear(layer, name, x, weight) -> y
+        token_ids: (tokens,) int32, sequences of these lengths end to end. linear(layer, name, x, weight) -> y
         computes each projection, so that adapters can add to it.
         """
         b, c, lengths = self.backbone, self.backbone.config, np.asarray(lengths)

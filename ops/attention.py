@@ -1,9 +1,9 @@
-"""Attention that trains: rows over a stretch of shared keys and over a few keys of their own, with gradients.
+"""Trainable attention: rows over a range of shared keys and over a few keys of their own, with gradients.
 
     y = softmax(q [K, K_own]^T / sqrt(d)) [V, V_own]
 
-A row of a packed batch sees its conversation up to itself, a stretch of the keys; while a head drafts, it also sees
-the tokens drafted before, which no other row may see. Written in plain Jittor it takes twenty to thirty times as long.
+A row of a packed batch sees its conversation up to itself, a range of the keys; while a head drafts, it also sees the
+tokens drafted before, which no other row may see. Written in plain Jittor it takes twenty to thirty times as long.
 The rotary embedding of such a layer is here as well.
 """
 
@@ -20,7 +20,7 @@ LANES = 16  # floats in a vector: the kernels take head widths that are a multip
 WIDEST_CUDA = 256  # of a head: what the registers of a thread hold
 GRAD_QUERIES = 32  # of ops/kernels/cuda/train_attention_grad.h
 
-# The sizes that the kernels read, and a check of the ranges: they may be Vars, which nothing has looked at before.
+# The sizes that the kernels read, and a check of the ranges: they may be Vars that nothing has checked before.
 SIZES = """
 gorgon::Attention a{in0_shape0, in0_shape1, in1_shape1, in0_shape2, in1_shape0, %s, (float)data["scale"]};
 CHECK(gorgon::ranges_fit(a, in3_p, in4_p)) << "attention: first and count must name keys that there are";
@@ -84,7 +84,7 @@ class _Attention(jt.Function):
 
 
 def _check_ranges(first, count, rows: int, tokens: int, own: int) -> None:
-    """The host's part: shapes and types always, values where they are NumPy arrays."""
+    """Shapes and types always, values where they are NumPy arrays."""
     assert tuple(first.shape) == tuple(count.shape) == (rows,), (first.shape, count.shape, rows)
     assert str(first.dtype) == str(count.dtype) == "int32", (first.dtype, count.dtype)
     if isinstance(first, np.ndarray) and isinstance(count, np.ndarray):
@@ -94,21 +94,21 @@ def _check_ranges(first, count, rows: int, tokens: int, own: int) -> None:
 
 
 def attention(q, k, v, first, count, own_k=None, own_v=None):
-    """Softmax attention of rows over a stretch of shared keys, and over keys of the row's own.
+    """Softmax attention of rows over a range of shared keys and over keys of the row's own.
 
-    q: (rows, heads, d) float32; k, v: (tokens, kv_heads, d) float32, of which a cache need not use all; first, count:
+    q: (rows, heads, d) float32; k, v: (tokens, kv_heads, d) float32, a cache may have unused rows; first, count:
     (rows,) int32, NumPy arrays or Vars: row r sees the keys first[r] .. first[r] + count[r] - 1, at least one where it
     has none of its own; own_k, own_v: (rows, own, kv_heads, d) float32: further keys that only this row sees, or None.
     Query head h reads key-value head h // (heads // kv_heads) (arXiv 2305.13245). Scores are scaled by 1 / sqrt(d).
     Returns (rows, heads, d) float32, with gradients to q, k, v, own_k and own_v; a key that no row sees gets zero.
 
-    Stretches may overlap and come in any order. It is fast where rows that share ``first`` follow each other, and d is
-    a multiple of 16 (otherwise everything is copied into wider heads first). Four tokens, causal in conversations
-    of three and one: first [0, 0, 0, 3], count [1, 2, 3, 1].
+    Ranges may overlap and come in any order. It is fast where rows that share ``first`` are adjacent and d is a
+    multiple of 16 (otherwise everything is copied into wider heads first). Four tokens, causal in conversations of
+    three and one: first [0, 0, 0, 3], count [1, 2, 3, 1].
 
     A range outside the keys raises AssertionError where it can be read at once, RuntimeError from the kernel otherwise.
-    On a GPU the kernel traps then: what waits for its results next raises, and the process cannot use the GPU any more.
-    There d is at most 256.
+    On a GPU the kernel traps: the next wait for results raises, and the process cannot use the GPU any more. There d is
+    at most 256.
     """
     (rows, heads, d), (tokens, kv_heads, _) = q.shape, k.shape
     own = 0 if own_k is None else own_k.shape[1]

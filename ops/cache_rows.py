@@ -6,7 +6,7 @@ import numpy as np
 
 from ops.decoder_pass import CUDA_FILES
 from ops.kernel import launch
-from ops.layer_weights import HEADER
+from ops.layer_weights import CPU_FILES
 from runtime import jt
 
 
@@ -23,7 +23,7 @@ def keep_rows(cache, sources: np.ndarray, targets: np.ndarray) -> None:
         [cache, jt.array(np.stack([sources, targets]).astype(np.int32))],
         cpu=call + "out0_p[0] = 0;\n        ",
         cuda=call,
-        cpu_files=[HEADER],
+        cpu_files=CPU_FILES,
         cuda_files=CUDA_FILES,
     )
     done.sync()
@@ -33,7 +33,8 @@ def write_rows(cache, rows, base: int) -> None:
     """Write ``rows`` into cache[base : base + n], in place, at once.
 
     cache: (capacity, ...) float32, already computed; rows: (n, ...) float32. Whatever reads the cache must be computed
-    before, or asked for after: nothing orders a pending reader and this. Raises ValueError when the rows do not fit.
+    before, or requested afterwards: nothing orders a pending reader and this. Raises ValueError when the rows do not
+    fit.
     """
     count = rows.shape[0]
     if tuple(rows.shape[1:]) != tuple(cache.shape[1:]) or base < 0 or base + count > cache.shape[0]:

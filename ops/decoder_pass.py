@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ops.kernel import launch, on_cpu
-from ops.layer_weights import HEADER, LAYER, LayerShape, LayerWeights
+from ops.layer_weights import CPU_FILES, LAYER, LayerShape, LayerWeights
 from ops.linear import PackedLinear
 from ops.packing.tiles import input_bytes, num_slices
 from ops.row_plan import RowPlan
@@ -65,7 +65,7 @@ class PassOutput:
 
 @functools.lru_cache(maxsize=64)
 def _places(wanted: tuple[int, ...], num_layers: int):
-    """(num_layers + 1,) int32: where the state before layer i goes among the wanted ones, -1 for nowhere."""
+    """(num_layers + 1,) int32: the place of the state before layer i in ``taken``, -1 for none."""
     places = np.full(num_layers + 1, -1, np.int32)
     places[list(wanted)] = np.arange(len(wanted))
     return jt.array(places)
@@ -73,9 +73,8 @@ def _places(wanted: tuple[int, ...], num_layers: int):
 
 @dataclass(frozen=True)
 class Work:
-    """What the CUDA bodies need beyond weights and cache. tiles: those of the plan. data: the numbers that go with
-    them. scratch: bytes for the buffers that the layers share, as ``Scratch`` in ``pass.h`` takes them, which refuses
-    any other number."""
+    """What the CUDA bodies need besides weights and cache. tiles: of the plan. data: numbers about them. scratch: bytes
+    of the buffers that the layers share; ``Scratch`` in ``pass.h`` refuses any other number."""
 
     tiles: Var
     data: dict
@@ -83,12 +82,12 @@ class Work:
 
 
 def aligned(*sizes: int) -> int:
-    """Bytes of buffers behind each other, each a multiple of 256."""
+    """Bytes of several buffers, each rounded up to a multiple of 256."""
     return sum(-(-size // 256) * 256 for size in sizes)
 
 
 def plan_work(plan: RowPlan, s: LayerShape, weights: LayerWeights, cache, base: int) -> Work:
-    """For a pass of ``plan`` over ``cache`` behind ``base`` rows."""
+    """The work of a pass of ``plan`` over ``cache`` after ``base`` rows."""
     tiles = plan.tiles(s.num_heads // s.num_kv_heads)
     stretches, most, _ = tiles.table.shape
     keys = base + tiles.keys
@@ -124,8 +123,8 @@ def decoder_pass(
     """One pass; writes the keys and values of the rows into ``cache`` in place.
 
     token_ids: (rows,) int32 Var. cosine, sine: (positions, head_dim / 2) float32. cache: (layers or 1, 2, kv_heads,
-    max_length, head_dim rounded up to 16), already computed; with one plane all layers use it in turn, which is all
-    that a pass without a past needs. base: rows in the cache before this pass. wanted: ascending indices of states to
+    max_length, head_dim rounded up to 16), already computed; with one plane all layers use it in turn, which is
+    enough for a pass without a past. base: rows in the cache before this pass. wanted: ascending indices of states to
     return; 0 is the embedding, i the output of layer i. logit_rows: the last rows that get logits.
     """
     wanted, layers = tuple(wanted), decoder.layers
@@ -193,7 +192,7 @@ def decoder_pass(
                              in8_shape0 > 1 ? in8_stride0 : 0, out0_p, out1_p, out2_p, out3_p);
         """,
         cuda=source + cuda,
-        cpu_files=[HEADER],
+        cpu_files=CPU_FILES,
         cuda_files=CUDA_FILES,
         data=data,
     )[:4]

@@ -1,8 +1,8 @@
-"""The elementwise work of the optimizers, in place, each beside the plain Jittor that it equals.
+"""The updates of the optimizers, in place.
 
-A kernel writes into Vars that already exist, so no update builds a graph. Jittor does not know of such a write: what
-still waits to read the old values must be synced before (``jt.sync_all``). On CUDA nothing here waits for the device
-but ``squared_norm``, once for all gradients.
+A kernel writes into existing Vars, so no update builds a graph. Jittor does not know of such a write: pending readers
+of the old values must be synced before (``jt.sync_all``). On CUDA only ``squared_norm`` waits for the device, once for
+all gradients.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ HEADER = "optimizer.h"  # of both bodies, whose functions have the same names
 # al., "Muon: an optimizer for hidden layers in neural networks", 2024; arXiv 2502.16982, section 2.1).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-SQUARE_BLOCKS = 1024  # as ops/kernels/cuda/optimizer.h says
+SQUARE_BLOCKS = 1024  # as in ops/kernels/cuda/optimizer.h
 
 
 def _in_place(inputs: list, call: str, data: dict) -> None:
-    """Run a kernel body that writes into its inputs. The one output is there because a call needs one."""
+    """Run a kernel body that writes into its inputs. Its one output exists because a call needs one."""
     _launch((1,), "int32", inputs, call, data, also_on_cpu="\nout0_p[0] = 0;").sync()
 
 
@@ -39,7 +39,7 @@ def squared_norm(grads: list) -> float:
         return math.fsum(float(p.reshape(-1)[0]) for p in jt.fetch_sync(partial))
     if not grads:
         return 0.0
-    # One array for all of them, so that one copy brings them to the host.
+    # One array for all of them: a single copy to the host.
     sums, partial = (jt.zeros((size,), "float64") for size in (len(grads), SQUARE_BLOCKS))
     for place, grad in enumerate(grads):
         call = 'gorgon::sum_of_squares(in0_p, in0->num, in1_p, in2_p + (int64_t)data["place"]);'
@@ -84,7 +84,7 @@ def _weighted_sum(a: float, x, b: float, y):
 
 
 def _unit_on_device(matrix):
-    """The matrix over its Frobenius norm, for which nobody waits; for CUDA alone."""
+    """The matrix divided by its Frobenius norm, without waiting for the device; CUDA only."""
     return launch(
         [tuple(matrix.shape), (SQUARE_BLOCKS,), (1,)],
         ["float32", "float64", "float32"],
@@ -96,8 +96,8 @@ def _unit_on_device(matrix):
 
 
 def orthogonalize(matrix):
-    """The orthogonal factor U V^T of a matrix U S V^T, roughly: five Newton-Schulz iterations bring singular values
-    between 0.7 and 1.2, but for those below some 1e-3 of the Frobenius norm, which stay smaller.
+    """The orthogonal factor U V^T of a matrix U S V^T, approximately: five Newton-Schulz iterations move singular
+    values between 0.7 and 1.2, but for those below some 1e-3 of the Frobenius norm, which stay smaller.
 
     matrix: (out, in) float32 -> the same shape; zero stays zero. The side that is multiplied with itself is the
     shorter one.

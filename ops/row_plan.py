@@ -18,12 +18,12 @@ NO_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the queries of a pass are dealt out to blocks on CUDA. A tile's rows begin at the same slot.
+    """How the queries of a pass are distributed over blocks on CUDA. A tile's rows start at the same slot.
 
-    table: (stretches, most tiles of one, 4) int32: the first query, counted within the stretch; how many, 0 past the
-    end; and, base apart, the keys that all rows have in common for as long as they go on, and the most keys of a row.
-    parts: a tile has up to 16 * parts queries. keys: the most that any row sees, base apart. stretch: rows that go
-    through a layer together.
+    table: (stretches, most tiles of one, 4) int32: the first query, counted within the stretch; the number of queries,
+    0 past the end; and, without the base, the number of keys that all rows share and the most keys of a row.
+    parts: a tile has up to 16 * parts queries. keys: the most that any row sees, without the base. stretch: rows that
+    go through a layer together.
     """
 
     table: Var
@@ -77,7 +77,7 @@ class RowPlan:
 
     @classmethod
     def chain(cls, num_rows: int) -> RowPlan:
-        """Rows that follow each other, as in a prompt."""
+        """Consecutive rows, as in a prompt."""
         plan = cls.__new__(cls)
         rows = np.arange(num_rows)
         plan._build(rows, rows, 0, rows + 1, [[]] * num_rows)
@@ -85,7 +85,7 @@ class RowPlan:
 
     @classmethod
     def sequences(cls, lengths) -> RowPlan:
-        """Several causal sequences behind each other, none of which sees another. lengths: (sequences,)."""
+        """Several causal sequences end to end, none of which sees another. lengths: (sequences,)."""
         plan = cls.__new__(cls)
         lengths = np.asarray(lengths, np.int64)
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -95,7 +95,7 @@ class RowPlan:
 
     @classmethod
     def lanes(cls, lengths, capacity: int) -> RowPlan:
-        """One new row for each of several sequences, each in its own stretch of ``capacity`` cache slots."""
+        """One new row for each of several sequences, each in its own range of ``capacity`` cache slots."""
         starts = np.arange(len(lengths)) * capacity
         return cls.behind([cls.single()] * len(starts), starts, lengths)
 
@@ -107,23 +107,23 @@ class RowPlan:
 
     @classmethod
     def behind(cls, plans: Sequence[RowPlan], starts, lengths) -> RowPlan:
-        """Several plans in one pass, each behind a sequence of its own: that of plan i begins at slot ``starts[i]`` and
+        """Several plans in one pass, each after a sequence of its own: that of plan i starts at slot ``starts[i]`` and
         has ``lengths[i]`` rows. For a pass over a cache whose own length is 0.
 
-        Worked example, two chains of 2 rows behind 3 rows from slot 0 and 5 rows from slot 20: positions [3 4 5 6],
+        Worked example, two chains of 2 rows after 3 rows from slot 0 and 5 rows from slot 20: positions [3 4 5 6],
         slots [3 4 25 26], starts [0 0 20 20], contiguous [4 5 6 7].
         """
         plan, lengths = cls.__new__(cls), np.asarray(lengths, np.int32)
-        begins = np.asarray(starts, np.int32)
+        first_slots = np.asarray(starts, np.int32)
         counts = np.array([each.num_rows for each in plans])
-        length, begin = np.repeat(lengths, counts), np.repeat(begins, counts)
+        length, start = np.repeat(lengths, counts), np.repeat(first_slots, counts)
         meta = np.concatenate([each.meta_array for each in plans])
-        meta = meta + np.stack([length, begin + length, begin, length], 1)
+        meta = meta + np.stack([length, start + length, start, length], 1)
         width = max(each.extras_array.shape[1] for each in plans)
         extras = np.full((len(meta), width), -1, np.int32)
         for row, each in zip(np.cumsum(counts) - counts, plans, strict=True):
             extras[row : row + each.num_rows, : each.extras_array.shape[1]] = each.extras_array
-        extras = np.where(extras < 0, -1, extras + (begin + length)[:, None])
+        extras = np.where(extras < 0, -1, extras + (start + length)[:, None])
         plan._hold(meta.astype(np.int32), extras.astype(np.int32))
         return plan
 
@@ -131,7 +131,7 @@ class RowPlan:
         """The queries of a key-value head that ``group`` query heads share, row by row, in tiles.
 
         Worked example, tiles of 16 queries, group 4: the tree of the class's example has one tile, [0, 16, 1, 3]: rows
-        2 and 3 have extras behind 1 common key, row 3 sees 3 keys. Two chains of 2 rows behind prefixes of 3 and 5 have
+        2 and 3 have extras after 1 shared key, row 3 sees 3 keys. Two chains of 2 rows after prefixes of 3 and 5 have
         the tiles [0, 8, none, 5] and [8, 8, none, 7].
         """
         if group not in self._tiles:
@@ -157,7 +157,7 @@ class RowPlan:
         return self._tiles[group]
 
     def mask(self, base: int, num_slots: int) -> np.ndarray:
-        """The same as a boolean matrix (rows, num_slots): True where the row may look. For the reference."""
+        """The same as a boolean matrix (rows, num_slots): True where the row may look."""
         seen = np.zeros((self.num_rows, num_slots), bool)
         for row, (_, _, start, contiguous) in enumerate(self.meta_array):
             seen[row, start : start + contiguous + base] = True

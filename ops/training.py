@@ -1,7 +1,7 @@
-"""What a training step spends its time on: products with their gradients, cross-entropy, KL divergence.
+"""The expensive operations of a training step: products with their gradients, cross-entropy, KL divergence.
 
 On the CPU, Jittor's own gradient of a product's weight and its cross-entropy take most of a step (docs/LOG.md has
-the figures); these compute the same. On CUDA the products are cuBLAS's, through Jittor.
+the figures); these kernels compute the same. On CUDA the products are cuBLAS's, through Jittor.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ CUDA_FILES = ["loss.h"]
 
 
 def _library_outer_product(a, b):
-    """The same as the sum over rows that Jittor makes one call of cuBLAS of, or of oneDNN where CUDA is emulated: ``a``
-    is not copied to be transposed."""
+    """The same as a sum over rows that Jittor turns into one call of cuBLAS (of oneDNN where CUDA is emulated), without
+    a transposed copy of ``a``."""
     if a.shape[0] == 0:
         return jt.zeros((a.shape[1], b.shape[1]))
     shape = [a.shape[0], a.shape[1], b.shape[1]]
@@ -51,7 +51,7 @@ def trainable_linear(x, weight):
 
 
 def _launch(shapes, dtypes, inputs, call: str):
-    """A kernel call that reads the same for both bodies."""
+    """A kernel call with the same text for both bodies."""
     return launch(shapes, dtypes, inputs, cpu=call, cuda=call, cpu_files=[HEADER], cuda_files=CUDA_FILES)
 
 

@@ -11,7 +11,7 @@ AT_ONCE, LATER = 1 << 20, 32 << 20
 
 
 @contextlib.contextmanager
-def given_back_at_once():
+def freed_at_once():
     """Inside, arrays of 1 MiB and more get pages of their own, so that temporary copies do not stay in the heap (0.3
     times the weights of a 110 M model). Afterwards the heap keeps them for reuse again, which is faster. Does nothing
     where the C library has no ``mallopt``."""

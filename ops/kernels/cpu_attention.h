@@ -1,11 +1,11 @@
 // CPU kernels of trainable attention: rows over a stretch of shared keys and a few keys of their own, with gradients.
 //
 // A query is one head of one row. Queries of one key-value head that share their first key go through in tiles, so that
-// a key is loaded once for all of them. Keys lie in blocks of 16, counted from token 0. A query's result is the
+// a key is loaded once for all of them. Keys are in blocks of 16, counted from token 0. A query's result is the
 // same whatever else is in its tile: each score is one chain over the head's width, each output one over the keys in
 // ascending order, and a key that the query does not see weighs exactly 0. The gradient of a key is one chain over
 // the tiles in ascending order. No sum depends on the number of threads.
-// vector.h and cpu.h come first: Jittor looks for included files itself and does not find those beside this one.
+// vector.h and cpu.h come first: Jittor resolves includes itself and does not find files in this folder.
 #pragma once
 
 namespace gorgon {
@@ -18,7 +18,7 @@ struct Attention {
     int64_t group() const { return heads / kv_heads; }
     int64_t blocks() const { return (tokens + LANES - 1) / LANES; }
     int64_t own_width() const { return (own + LANES - 1) / LANES * LANES; }
-    int64_t query(int64_t row, int64_t kv, int64_t i) const {  // where the i-th query of a tile lies among all
+    int64_t query(int64_t row, int64_t kv, int64_t i) const {  // index of the i-th query of a tile among all
         return (row + i / group()) * heads + kv * group() + i % group();
     }
     int64_t own_key(int64_t row, int64_t o, int64_t kv) const { return ((row * own + o) * kv_heads + kv) * dim; }
@@ -71,7 +71,7 @@ static inline void transpose(vec x[LANES]) {
 }
 
 // x: (tokens, kv_heads, dim) -> (kv_heads, blocks, dim, 16), as linear_share reads its weights. Only blocks that are
-// seen; tokens behind the last are zero. To be called by all threads.
+// seen; tokens after the last are zero. To be called by all threads.
 static inline void pack_keys(const Attention& a, const std::vector<char>& seen, const float* x, float* packed) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < a.blocks(); b++)
@@ -154,8 +154,8 @@ static inline void add_scaled(float w, const float* x, int64_t dim, float* y) {
 
 constexpr float UNSEEN = -1e30f;  // exp of it is 0
 
-// Scores of a tile's queries, which lie behind each other: (queries, width) for the shared keys, of which
-// not every query sees all, and (queries, own_width) for the rows' own keys, UNSEEN behind the last.
+// Scores of a tile's queries, concatenated: (queries, width) for the shared keys, of which not every query sees all,
+// and (queries, own_width) for the rows' own keys, UNSEEN after the last.
 static inline void tile_scores(const Attention& a, const Tile& tile, int64_t kv, const float* queries,
                                const float* packed, const float* own_x, float* scores, float* own_scores) {
     int64_t num = tile.rows * a.group();
@@ -167,7 +167,7 @@ static inline void tile_scores(const Attention& a, const Tile& tile, int64_t kv,
                 o < a.own ? dot(queries + i * a.dim, own_x + a.own_key(tile.row + i / a.group(), o, kv), a.dim) : UNSEEN;
 }
 
-// Where a query's keys lie in its row of scores; the vectors up to `padded` hold them, what is behind is unseen.
+// The place of a query's keys in its row of scores; the vectors up to `padded` hold them, what follows is unseen.
 struct Span {
     int64_t begin, end, padded;
     Span(const Tile& tile, int32_t count)

@@ -1,5 +1,5 @@
-// The gradients of trainable attention on the CPU. Tiles, scores and packed keys are those of cpu_attention.h, which the
-// including text names first.
+// The gradients of trainable attention on the CPU. Tiles, scores and packed keys are those of cpu_attention.h, which
+// the including text names first.
 #pragma once
 
 namespace gorgon {
@@ -60,7 +60,7 @@ static inline void attention_backward(const Attention& a, const float* q, const 
         float* own_s = own_p + most * a.own_width();
         for (size_t batch = 0; batch + 1 < batches.size(); batch++) {
             size_t begin = batches[batch], end = batches[batch + 1];
-            // Where a tile holds its queries and what comes down to them, (queries, dim) behind each other.
+            // A tile's queries and their upstream gradients, (queries, dim) each.
             auto place = [&](int64_t kv, const Tile& tile) {
                 return (kv * most_rows + tile.row - tiles[begin].row) * a.group() * a.dim;
             };

@@ -45,6 +45,6 @@ def rotary(head_dim: int, positions: int):
 def decoder_layer(x, weights, plan, cosine, sine, cache, base):
     """The output of one layer for the states ``x`` (rows, dim) float32: a pass over them as embeddings."""
     rows, dim = x.shape
-    head = PackedLinear(np.zeros((1, dim), np.float32))
+    head = PackedLinear(np.zeros((rows, dim), np.float32))  # its outputs are the vocabulary, one token a row
     decoder = Decoder([weights], x, jt.ones((dim,)), head)
     return decoder_pass(decoder, jt.arange(rows), plan, cosine, sine, cache, base, wanted=(1,)).taken[0]

@@ -1,6 +1,6 @@
 // A pass of a decoder over a key-value cache, kernel after kernel: embedding, layers, final norm, logits.
 //
-// What lies between two products is one kernel: it adds up the slices that the first one leaves and packs its result as
+// The work between two products is one kernel: it adds up the slices that the first one leaves and packs its result as
 // the second one reads it. So a layer takes 9 launches, 10 where attention splits the keys. Rows go through a layer in
 // stretches of at most `stretch`, which bounds the scratch that a long prompt takes; a row sees earlier rows alone, and
 // those have written their keys by then.
@@ -28,7 +28,7 @@ template <class C> __device__ inline void put(C* p, float x) {
 }
 
 // Turns (x_i, x_{i + d/2}) by position * frequency_i, the half-split layout of Hugging Face's Llama; queries go where
-// attention reads them, keys and values into the cache. Also clears what lies behind the inputs of the next product.
+// attention reads them, keys and values into the cache. Also clears the padding of the next product's inputs.
 template <int D, class W, class C>
 __global__ void rope_kernel(Slices qkv, Attention a, const float* cosine, const float* sine, C* queries, C* cache) {
     const int64_t row = blockIdx.x;
@@ -130,15 +130,15 @@ template <class W> inline Slices multiplied(const void* packed, int64_t rows, co
     return {slices, num_slices<W>(m.outputs, m.inputs), rows, m.outputs};
 }
 
-// One layer for the rows of a stretch, whose norm has been packed: leaves x behind attention, and returns what is to be
-// added to it.
+// One layer for the rows of a stretch, whose norm has been packed: leaves x as it is after attention, and returns what
+// is to be added to it.
 template <int D, class W, class C>
 inline Slices layer_rows(const Shape& s, const Plan& plan, const Dealt& dealt, int64_t first, const Layer<W>& layer,
                          const float* cosine, const float* sine, float eps, C* cache, const Scratch<W, C>& room) {
     void* normed = room.normed + first / dealt.stretch * room.normed_bytes;
     float* x = room.x + first * s.hidden;
     Attention a = {};
-    a.plan = plan.behind(first);
+    a.plan = plan.from(first);
     a.tiles = dealt.tiles + first / dealt.stretch * dealt.most * 4;
     a.queries = room.queries, a.cache = cache;
     a.rows = s.rows, a.max_length = s.max_length;
@@ -188,16 +188,6 @@ __global__ void embed_kernel(const int32_t* token_ids, const E* embedding, int64
     }
 }
 
-// What goes around the layers. E: the type of the embedding and of the language-model head.
-template <class E> struct Ends {
-    const int32_t* token_ids;  // (rows,)
-    const E* embedding;        // (vocab, hidden)
-    const float* norm;         // (hidden,)
-    const E* lm_head;          // packed
-    int64_t vocab, logit_rows; // logits of the last `logit_rows` rows
-    const int32_t* wanted;     // (layers + 1,): where the state before layer i goes in `taken`, -1 for nowhere
-};
-
 // hidden: (rows, hidden), taken: (wanted, rows, hidden), logits: (logit_rows, vocab), chosen: their largest's index and
 // best its value.
 template <int D, class W, class E, class C>
@@ -226,7 +216,7 @@ inline void decoder_pass(const Shape& all, const Plan& plan, const Dealt& dealt,
             return norm<W>(a, s.rows);
         }
         a.weight = ends.norm, a.normed = hidden + first * s.hidden;
-        // Row 0 of `scored` is the pass's row `quiet`, which may lie before or behind this stretch.
+        // Row 0 of `scored` is the pass's row `quiet`, which may be before or after this stretch.
         a.packed = ends.logit_rows ? scored : nullptr, a.first_packed = quiet - first;
         norm<E>(a, s.rows);
     };
