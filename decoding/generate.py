@@ -58,19 +58,8 @@ def generate(
     Raises ValueError for a tree that the head cannot fill, an empty prompt, tokens outside the vocabulary, a prompt
     longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
     """
-    clock, rule = Clock(), rule or Greedy()
-    tree = _checked_tree(head, tree, rule)
     text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
-    prompt = _checked_prompt(backbone, prompt_ids, "the prompt")
-    max_length = _cache_rows(backbone, cache, [prompt], max_new_tokens, tree)
-    _check_fits(prompt, max_length, "the prompt")
-    if cache is None:
-        cache = backbone.new_cache(max_length)
-    cache.rewind(0)
-    with jt.no_grad(), _evaluating(head), _consistent(cache, len(prompt), text):
-        lane = Lane(0, prompt, text, rule, tree, _drafter(head, tree, rule, draft_dtype))
-        decode([lane], OneLane(backbone, cache), clock)
-    return lane.generation(clock.stop())
+    return _generate(backbone, head, [prompt_ids], tree, [text], [rule or Greedy()], cache, draft_dtype, OneLane)[0]
 
 
 def generate_autoregressive(backbone, prompt_ids: Sequence[int], *, max_new_tokens: int, **settings) -> Generation:
@@ -104,40 +93,44 @@ def generate_batch(
 
     Raises ValueError as ``generate`` does, naming the prompt by its number, and for no prompts at all.
     """
-    clock = Clock()
     rules = list(rules) if rules is not None else [Greedy() for _ in prompts]
     if len(rules) != len(prompts) or len(prompts) == 0:
         raise ValueError(f"a batch needs prompts and a rule for each, got {len(prompts)} and {len(rules)}")
     if len({type(rule) for rule in rules}) > 1:
         raise ValueError("the texts of a batch are decoded by rules of one kind; only their settings may differ")
-    tree = _checked_tree(head, tree, rules[0])
     stop_ids, stop_strings = list(stop_ids), list(stop_strings)
     texts = [Text(max_new_tokens, stop_ids, stop_strings, tokenizer) for _ in prompts]
-    arrays = [_checked_prompt(backbone, ids, f"prompt {number}") for number, ids in enumerate(prompts)]
-    max_length = _cache_rows(backbone, cache, arrays, max_new_tokens, tree)
-    for number, prompt in enumerate(arrays):
-        _check_fits(prompt, max_length, f"prompt {number}")
-    if cache is None:
-        cache = BatchCache(backbone.config, len(arrays), max_length, backbone.dtype)
-    if len(cache.lengths) < len(arrays):
-        raise ValueError(f"the cache has {len(cache.lengths)} lanes, there are {len(arrays)} prompts")
-    cache.clear()
+    return _generate(backbone, head, prompts, tree, texts, rules, cache, draft_dtype, ManyLanes)
+
+
+def _generate(
+    backbone, head, prompts, tree, texts, rules, cache, draft_dtype: str, kind: type[OneLane | ManyLanes]
+) -> list[Generation]:
+    """Decode one text in a KVCache, or several in a BatchCache, as ``kind`` says."""
+    clock = Clock()
+    if head is None:
+        tree = Tree.autoregressive()
+    else:
+        check_shape(tree, head, rules[0])
+    names = ["the prompt"] if kind is OneLane else [f"prompt {number}" for number in range(len(prompts))]
+    prompts = [_checked_prompt(backbone, ids, name) for ids, name in zip(prompts, names, strict=True)]
+    wanted = max(map(len, prompts)) + texts[0].max_new_tokens + tree.num_nodes
+    max_length = cache.max_length if cache is not None else min(wanted, backbone.config.max_positions)
+    for prompt, name in zip(prompts, names, strict=True):
+        if len(prompt) > max_length:
+            raise ValueError(f"{name} has {len(prompt)} tokens, the cache {max_length} rows; shorten the prompt")
+    passes = kind(backbone, cache, len(prompts), max_length)
     with jt.no_grad(), _evaluating(head):
-        lanes = [
-            Lane(number, prompt, text, rule, tree, _drafter(head, tree, rule, draft_dtype))
-            for number, (prompt, text, rule) in enumerate(zip(arrays, texts, rules, strict=True))
-        ]
-        decode(lanes, ManyLanes(backbone, cache), clock)
+        lanes = []
+        for number, (prompt, text, rule) in enumerate(zip(prompts, texts, rules, strict=True)):
+            drafter = make_drafter(head, tree, rule, draft_dtype) if tree.depth else None
+            lanes.append(Lane(number, prompt, text, rule, tree, drafter))
+        try:
+            decode(lanes, passes, clock)
+        finally:
+            passes.settle(lanes)
     timers = clock.stop()
     return [lane.generation(timers) for lane in lanes]
-
-
-def _checked_tree(head, tree: Tree | DynamicTree, rule: Rule) -> Tree | DynamicTree:
-    """The tree to decode with. ValueError for one that the head cannot fill or the rule cannot use."""
-    if head is None:
-        return Tree.autoregressive()
-    check_shape(tree, head, rule)
-    return tree
 
 
 def _checked_prompt(backbone, prompt_ids: Sequence[int], name: str) -> np.ndarray:
@@ -148,23 +141,6 @@ def _checked_prompt(backbone, prompt_ids: Sequence[int], name: str) -> np.ndarra
     if prompt.min() < 0 or prompt.max() >= vocab_size:
         raise ValueError(f"{name} holds tokens {prompt.min()} to {prompt.max()}, expected 0 to {vocab_size - 1}")
     return prompt.astype(np.int32)
-
-
-def _cache_rows(backbone, cache, prompts: Sequence[np.ndarray], max_new_tokens: int, tree: Tree | DynamicTree) -> int:
-    """Rows of a text's cache: those of the given one, or as many as the longest text may need."""
-    if cache is not None:
-        return cache.max_length
-    return min(max(map(len, prompts)) + max_new_tokens + tree.num_nodes, backbone.config.max_positions)
-
-
-def _check_fits(prompt: np.ndarray, max_length: int, name: str) -> None:
-    if len(prompt) > max_length:
-        raise ValueError(f"{name} has {len(prompt)} tokens, the cache {max_length} rows; shorten the prompt")
-
-
-def _drafter(head, tree: Tree | DynamicTree, rule: Rule, draft_dtype: str):
-    """What fills the tree; None for a lone root."""
-    return make_drafter(head, tree, rule, draft_dtype) if tree.depth else None
 
 
 @contextlib.contextmanager
@@ -178,15 +154,6 @@ def _evaluating(head) -> Iterator[None]:
     finally:
         if training:
             head.train()
-
-
-@contextlib.contextmanager
-def _consistent(cache: KVCache, prompt_tokens: int, text: Text) -> Iterator[None]:
-    """Leave the cache, however the loop ends, with the rows of the prompt and of the text but for its last token."""
-    try:
-        yield
-    finally:
-        cache.rewind(min(cache.length, prompt_tokens + max(len(text.token_ids), 1) - 1))
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

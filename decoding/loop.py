@@ -161,10 +161,11 @@ class Lane:
 
 
 class OneLane:
-    """The passes of a single text, in a KVCache."""
+    """The passes of a single text, in a KVCache, which is emptied first; None: a new one of ``max_length`` rows."""
 
-    def __init__(self, backbone, cache: KVCache):
-        self.backbone, self.cache = backbone, cache
+    def __init__(self, backbone, cache: KVCache | None, num_lanes: int, max_length: int):
+        self.backbone, self.cache = backbone, backbone.new_cache(max_length) if cache is None else cache
+        self.cache.rewind(0)
 
     def room(self, lane: Lane) -> int:
         """Rows that the lane can still take."""
@@ -182,12 +183,22 @@ class OneLane:
         """Keep the accepted rows of the last pass."""
         self.cache.commit(paths[0])
 
+    def settle(self, lanes: Sequence[Lane]) -> None:
+        """Leave the rows of the prompt and of the text but for its last token, however the loop ended."""
+        lane = lanes[0]
+        self.cache.rewind(min(self.cache.length, len(lane.prompt) + max(len(lane.text.token_ids), 1) - 1))
+
 
 class ManyLanes:
     """The same for several texts, each in a lane of a BatchCache."""
 
-    def __init__(self, backbone, cache: BatchCache):
+    def __init__(self, backbone, cache: BatchCache | None, num_lanes: int, max_length: int):
+        if cache is not None and len(cache.lengths) < num_lanes:
+            raise ValueError(f"the cache has {len(cache.lengths)} lanes, there are {num_lanes} prompts")
         self.backbone, self.cache = backbone, cache
+        if cache is None:
+            self.cache = BatchCache(backbone.config, num_lanes, max_length, backbone.dtype)
+        self.cache.clear()
 
     def room(self, lane: Lane) -> int:
         return self.cache.room(lane.number)
@@ -204,6 +215,9 @@ class ManyLanes:
 
     def commit(self, paths: Sequence[np.ndarray]) -> None:
         self.cache.commit(paths)
+
+    def settle(self, lanes: Sequence[Lane]) -> None:
+        """Nothing: the lanes of a batch are emptied before the next one."""
 
 
 def decode(lanes: Sequence[Lane], passes: OneLane | ManyLanes, clock: Clock) -> None:

@@ -7,6 +7,7 @@ turn.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from decoding.tree import Tree
 from decoding.verify import Distribution, check_thresholds, verify_greedy, verify_lossless, verify_typical
 
 
-class Rule:
+class Rule(abc.ABC):
     """The interface of all rules.
 
     total_variation: the distance between the choice of a token and a draw from the sampler's distribution, summed over
@@ -27,29 +28,29 @@ class Rule:
     total_variation: float | None = None
     sampled = False  # whether drafts are drawn, which only ``draft`` can do
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 - a rule without random numbers has nothing to reset
         """Begin a text."""
 
+    @abc.abstractmethod
     def read(self, output) -> np.ndarray:
         """What ``choose`` and ``accept`` need of a pass (a BackboneOutput of batch 1), on the host: (rows, ...). Each
         row stands alone, so one call may read the rows of several texts."""
-        raise TypeError(f"{type(self).__name__} does not define read")
 
+    @abc.abstractmethod
     def choose(self, row: np.ndarray) -> int:
         """The first token of a text, from one row of what ``read`` returned."""
-        raise TypeError(f"{type(self).__name__} does not define choose")
 
     def draft(self, head, state, root_token: int, tree: Tree) -> tuple[np.ndarray, Distribution | None]:
         """The tokens of all nodes, (nodes,) int32, and the distributions that they were drawn from; None for guesses
         that are a function of the text, here the head's best. state: what ``head.begin`` returned."""
         return draft(head, state, root_token, tree), None
 
+    @abc.abstractmethod
     def accept(
         self, tree: Tree, tokens: np.ndarray, rows: np.ndarray, drawn_from: Distribution | None = None
     ) -> tuple[np.ndarray, int]:
         """The accepted path, (accepted + 1,) int32, and the bonus token of one pass. tokens, drawn_from: what ``draft``
         returned; rows: what ``read`` returned for the nodes, (nodes, ...)."""
-        raise TypeError(f"{type(self).__name__} does not define accept")
 
 
 class Greedy(Rule):

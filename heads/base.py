@@ -83,6 +83,14 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def at_least(config, **minima: float) -> None:
+    """Raises ValueError for an option below its minimum, infinite or nan."""
+    for name, minimum in minima.items():
+        value = getattr(config, name)
+        if not minimum <= value < float("inf"):
+            raise ValueError(f"{name} must be at least {minimum} and finite, got {value}")
+
+
 class Head(jt.Module):
     """Base of all draft heads.
 

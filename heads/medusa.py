@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heads.base import Head, HeadOutput, option
+from heads.base import Head, HeadOutput, at_least, option
 from heads.layers import DepthLMHeads, LMHeadOptions, ResidualBlock
 from runtime import jt
 from runtime.types import Var
@@ -56,8 +56,7 @@ class MedusaHead(ParallelHead):
 
     def __init__(self, config: MedusaConfig, backbone):
         super().__init__(config, backbone)
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {config.num_layers}")
+        at_least(config, num_layers=1)
         self.blocks = jt.nn.ModuleList(
             [
                 jt.nn.Sequential(*[ResidualBlock(self.dim) for _ in range(config.num_layers)])

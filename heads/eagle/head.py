@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import HeadOutput, option
+from heads.base import HeadOutput, at_least, option
 from heads.decoder import DecoderBlock, LayerHead
 from heads.layers import Linear, RMSNorm, later_positions, smooth_l1
 from runtime import jt
@@ -35,12 +35,7 @@ class EagleHead(LayerHead):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if not config.trained_depths >= 1:
-            raise ValueError(f"trained_depths must be at least 1, got {config.trained_depths}")
-        if config.feature_weight < 0 or config.noise < 0:
-            raise ValueError(
-                f"feature_weight and noise must not be negative, got {config.feature_weight} and {config.noise}"
-            )
+        at_least(config, trained_depths=1, feature_weight=0, noise=0)
         self.join = Linear(2 * self.dim, self.dim)
         self.norm = RMSNorm(self.dim, backbone.config.rms_norm_eps) if config.attention_norm else None
         self.block = DecoderBlock(backbone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heads.base import option
+from heads.base import at_least, option
 from heads.layers import Linear, RMSNorm
 from heads.recurrent import RecurrentHead
 from runtime import jt
@@ -37,8 +37,7 @@ class GatedRNNHead(RecurrentHead):
         super().__init__(config, backbone)
         if config.cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {config.cell!r}")
-        if config.inner_size < 1:
-            raise ValueError(f"inner_size must be at least 1, got {config.inner_size}")
+        at_least(config, inner_size=1)
         dim = self.dim
         self.state_norm, self.token_norm = RMSNorm(dim), RMSNorm(dim)
         if config.cell == "gru":

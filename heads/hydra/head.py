@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import Head, HeadOutput, option
+from heads.base import Head, HeadOutput, at_least, option
 from heads.decoder import DecoderBlock, HeadCache
 from heads.draft_vocab import DraftVocabulary
 from heads.layers import DepthLMHeads, Linear, LMHeadOptions, ResidualBlock, RMSNorm
@@ -59,8 +59,7 @@ class HydraHead(DraftVocabulary, Head):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {config.num_layers}")
+        at_least(config, num_layers=1)
         self.token_norm = RMSNorm(self.dim) if config.token_norm else None
         if config.prefix_layer:
             self.prefix_norm, self.prefix = RMSNorm(self.dim), DecoderBlock(backbone)

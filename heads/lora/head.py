@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from backbone.differentiable import DifferentiableBackbone
-from heads.base import Features, HeadOutput, Stage, option
+from heads.base import Features, HeadOutput, Stage, at_least, option
 from heads.layers import LowRank
 from heads.medusa import MedusaConfig, MedusaHead
 from ops.linear_loss import linear_cross_entropy
@@ -44,8 +44,7 @@ class LoRAHead(MedusaHead):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.adapter_rank < 1:
-            raise ValueError(f"adapter_rank must be at least 1, got {config.adapter_rank}")
+        at_least(config, adapter_rank=1)
         if not 0 < config.joint_share <= 1:
             raise ValueError(f"joint_share must be above 0 and at most 1, got {config.joint_share}")
         for name in ("adapter_alpha", "adapter_rate", "kl_weight"):

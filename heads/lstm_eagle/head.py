@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import HeadOutput, option
+from heads.base import HeadOutput, at_least, option
 from heads.layers import Linear, RMSNorm, later_positions, smooth_l1
 from heads.recurrent import RecurrentHead
 from runtime import jt
@@ -36,10 +36,7 @@ class LSTMEagleHead(RecurrentHead):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.hidden_size < 1:
-            raise ValueError(f"hidden_size must be at least 1, got {config.hidden_size}")
-        if not 0 <= config.feature_weight < float("inf"):
-            raise ValueError(f"feature_weight must be at least 0 and finite, got {config.feature_weight}")
+        at_least(config, hidden_size=1, feature_weight=0)
         dim, size = self.dim, config.hidden_size
         self.feature_norm, self.token_norm = RMSNorm(dim), RMSNorm(dim)
         self.cell_start = Linear(dim, size, bias=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import HeadOutput, option
+from heads.base import HeadOutput, at_least, option
 from heads.layers import DepthLMHeads, Linear, LMHeadOptions
 from heads.medusa import ParallelHead
 from runtime import einops, jt
@@ -42,14 +42,9 @@ class MoEHead(ParallelHead):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.num_experts < 2:
-            raise ValueError(f"num_experts must be at least 2, got {config.num_experts}")
+        at_least(config, num_experts=2, inner_size=1, balance_weight=0)
         if not 1 <= config.top_k <= config.num_experts:
             raise ValueError(f"top_k must be from 1 to num_experts ({config.num_experts}), got {config.top_k}")
-        if config.inner_size < 1:
-            raise ValueError(f"inner_size must be at least 1, got {config.inner_size}")
-        if not 0 <= config.balance_weight < float("inf"):
-            raise ValueError(f"balance_weight must be at least 0 and finite, got {config.balance_weight}")
         width = config.num_experts * config.inner_size
         self.router = Linear(self.dim, config.num_depths * config.num_experts, bias=False)
         self.expert_in = Linear(self.dim, width, bias=False)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heads.base import Head, HeadOutput, option
+from heads.base import Head, HeadOutput, at_least, option
 from runtime import jt
 
 
@@ -96,8 +96,7 @@ class PromptLookupHead(Head):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.max_ngram < 1:
-            raise ValueError(f"max_ngram must be at least 1, got {config.max_ngram}")
+        at_least(config, max_ngram=1)
         self.shift = np.log(self.vocab_size) - DOUBT
         # Of all tokens, as if none of them ever followed anything.
         self.never_weight = float(np.exp(-np.arange(self.vocab_size) / self.vocab_size).sum())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import option
+from heads.base import at_least, option
 from heads.layers import Linear, ResidualBlock, RMSNorm
 from heads.recurrent import RecurrentHead
 from runtime import jt
@@ -35,8 +35,7 @@ class ReDrafterHead(RecurrentHead):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {config.num_layers}")
+        at_least(config, num_layers=1)
         if config.lm_head not in LM_HEADS:
             raise ValueError(f"lm_head must be one of {', '.join(LM_HEADS)}, got {config.lm_head!r}")
         dim = self.dim

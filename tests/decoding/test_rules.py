@@ -11,7 +11,7 @@ import decoding.verify as verification
 from backbone.model import BackboneOutput
 from decoding.draft import draft, draft_sampled
 from decoding.generate import generate, generate_autoregressive
-from decoding.rules import Greedy, Lossless, Rule, Typical
+from decoding.rules import Greedy, Lossless, Typical
 from decoding.sampling import Sampler, softmax
 from decoding.tree import Tree, default_tree
 from heads.base import Features, Head
@@ -256,13 +256,3 @@ def test_thresholds_that_make_no_rule_are_refused():
     for alpha in (-0.1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="alpha must be a finite number from 0"):
             Typical(Sampler(), 0.1, alpha)
-
-
-def test_a_rule_without_a_method_names_it():
-    for call in (
-        lambda rule: rule.read(None),
-        lambda rule: rule.choose(None),
-        lambda rule: rule.accept(None, None, None),
-    ):
-        with pytest.raises(TypeError, match="Rule does not define"):
-            call(Rule())
