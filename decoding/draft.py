@@ -114,9 +114,9 @@ def draft_sampled(
     def distribution(node: int) -> np.ndarray:
         if head.draft_vocab is None:
             return drawn_from[node]
-        whole = np.zeros(head.vocab_size)
-        whole[head.draft_vocab] = drawn_from[node]
-        return whole
+        row = np.zeros(head.vocab_size)
+        row[head.draft_vocab] = drawn_from[node]
+        return row
 
     return tokens, distribution
 

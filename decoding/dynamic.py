@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from decoding.tree import DynamicTree, Tree, check_tree
+from decoding.verify import Distribution
 from ops.select import top_k_log_probabilities
 from runtime import jt
 
 
-def fill(rule, head, state, root_token: int, tree) -> tuple[Tree, np.ndarray, object]:
+def fill(rule, head, state, root_token: int, tree) -> tuple[Tree, np.ndarray, Distribution | None]:
     """The tree of a pass, its tokens, and what they were drawn from: by ``rule.draft`` for a Tree, by ``draft_dynamic``
     for a DynamicTree."""
     if isinstance(tree, DynamicTree):

@@ -45,7 +45,7 @@ def generate(
 ) -> Generation:
     """Tree decoding: the text of ``generate_autoregressive``, several tokens a backbone pass.
 
-    head: None decodes autoregressively, whatever the tree. tree: a Tree, or a DynamicTree that every pass shapes anew.
+    head: None decodes autoregressively, whatever the tree. tree: a Tree, or a DynamicTree, which every pass shapes.
     rule: how tokens are chosen, see ``decoding.rules``; None: greedily. With ``Lossless`` the text is not the
     baseline's but drawn from the same distribution; the same rule, prompt and tree give the same text again.
     on_tokens: called with the new tokens after the prefill and after each pass, never with any past the end of the
@@ -114,8 +114,8 @@ def _generate(
         check_shape(tree, head, rules[0])
     names = ["the prompt"] if kind is OneLane else [f"prompt {number}" for number in range(len(prompts))]
     prompts = [_checked_prompt(backbone, ids, name) for ids, name in zip(prompts, names, strict=True)]
-    wanted = max(map(len, prompts)) + texts[0].max_new_tokens + tree.num_nodes
-    max_length = cache.max_length if cache is not None else min(wanted, backbone.config.max_positions)
+    longest = max(map(len, prompts)) + texts[0].max_new_tokens + tree.num_nodes
+    max_length = cache.max_length if cache is not None else min(longest, backbone.config.max_positions)
     for prompt, name in zip(prompts, names, strict=True):
         if len(prompt) > max_length:
             raise ValueError(f"{name} has {len(prompt)} tokens, the cache {max_length} rows; shorten the prompt")
@@ -145,7 +145,7 @@ def _checked_prompt(backbone, prompt_ids: Sequence[int], name: str) -> np.ndarra
 
 @contextlib.contextmanager
 def _evaluating(head) -> Iterator[None]:
-    """The head in evaluation mode; a head that was training goes on training afterwards."""
+    """The head in evaluation mode; afterwards in the mode it was in."""
     training = head is not None and head.is_training()
     if training:
         head.eval()

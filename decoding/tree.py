@@ -225,7 +225,7 @@ def check_tree(tree: Tree, head_depths: int, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """The limits of a tree that every pass shapes anew (``decoding.dynamic``): ``num_nodes`` with the root, ``depth``,
+    """The limits of a tree that every pass shapes (``decoding.dynamic``): ``num_nodes`` with the root, ``depth``,
     and ``width`` nodes expanded at each depth, with ``width`` candidates each. Nodes whose confidence is below
     ``min_confidence`` are left out: a row that is hardly ever accepted costs more than it gains. Raises ValueError for
     limits that no tree meets.

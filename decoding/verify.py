@@ -29,12 +29,12 @@ def verify_greedy(parents: np.ndarray, node_tokens: np.ndarray, chosen: np.ndarr
     assert parents.shape == node_tokens.shape == chosen.shape, (parents.shape, node_tokens.shape, chosen.shape)
     # Plain lists: for small trees a loop is faster than array calls. Parents come before their children, and once a
     # child is the tail, its later siblings have another parent than the tail.
-    wanted, tail, path = chosen.tolist(), 0, [0]
+    choices, tail, path = chosen.tolist(), 0, [0]
     for node, (parent, token) in enumerate(zip(parents.tolist(), node_tokens.tolist(), strict=True)):
-        if parent == tail and token == wanted[tail]:
+        if parent == tail and token == choices[tail]:
             tail = node
             path.append(node)
-    return np.array(path, np.int32), wanted[tail]
+    return np.array(path, np.int32), choices[tail]
 
 
 def verify_lossless(

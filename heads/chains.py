@@ -21,7 +21,7 @@ def chain_of(head, num_depths: int, dtype: str) -> Chain | None:
     """What drafts a chain of ``num_depths`` tokens in one call, with the matrices in float16 or float32.
 
     None where the head drafts step by step, and everywhere but on the CPU. It is cached in ``head.derived``, so it
-    lasts until parameters change; in training mode it is made anew every time.
+    lasts until parameters change; in training mode a new one is made every time.
     """
     if not on_cpu():
         return None

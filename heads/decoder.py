@@ -61,14 +61,14 @@ class DecoderBlock(jt.Module):
 
     def over(self, r, u, lengths: np.ndarray, positions: np.ndarray):
         """A batch of concatenated sequences of these lengths. r: (tokens, dim), u: (tokens, num_in); positions: (num,)
-        int, the rows whose output is wanted. Returns y (num, dim) and the ``Context`` of these rows."""
+        int, the rows to compute. Returns y (num, dim) and the ``Context`` of these rows."""
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         everywhere = np.arange(len(starts)) - starts  # each row's position within its sequence
         k, v = self.keys_values(u, self.tables(everywhere))
         here = everywhere[positions]
         context = Context(k, v, starts[positions].astype(np.int32), (here + 1).astype(np.int32), here)
-        wanted = jt.array(np.asarray(positions, np.int32))
-        return self(r[wanted], u[wanted], self.tables(here), k, v, context.first, context.count), context
+        rows = jt.array(np.asarray(positions, np.int32))
+        return self(r[rows], u[rows], self.tables(here), k, v, context.first, context.count), context
 
     def extend(self, cache: HeadCache, r, u):
         """Append new rows of one text to the cache. r: (rows, dim), u: (rows, num_in). Returns y of the last row,
