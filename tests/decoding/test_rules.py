@@ -217,9 +217,9 @@ def second_and_third(backbone, head, tree, sampler, num_texts):
 
     exact, counts, first = np.zeros((vocab, vocab)), np.zeros((vocab, vocab)), after()
     for a in np.flatnonzero(first).tolist():
-        behind = after(a)
-        for b in np.flatnonzero(behind).tolist():
-            exact[b] += first[a] * behind[b] * after(a, b)
+        second = after(a)
+        for b in np.flatnonzero(second).tolist():
+            exact[b] += first[a] * second[b] * after(a, b)
     for seed in range(num_texts):
         rule = Lossless(sampler, seed, sampled=True)
         text = generate(backbone, head, PROMPT, tree, max_new_tokens=3, rule=rule, cache=cache)

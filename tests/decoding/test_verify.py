@@ -33,7 +33,7 @@ def test_a_path_ends_where_it_no_longer_fits():
 
 
 def test_a_child_counts_only_after_an_accepted_parent():
-    # Node 3 fits what follows node 2, but the backbone wanted node 1.
+    # Node 3 fits what follows node 2, but the backbone chose node 1.
     assert run(FOUR, [7, 4, 5, 9], [4, 9, 9, 8]) == ([0, 1], 9)
 
 
@@ -113,10 +113,10 @@ class Table:
     """Distributions by node; records the nodes that it was called for."""
 
     def __init__(self, rows):
-        self.rows, self.asked = [np.array(row, np.float64) for row in rows], []
+        self.rows, self.visited = [np.array(row, np.float64) for row in rows], []
 
     def __call__(self, node):
-        self.asked.append(node)
+        self.visited.append(node)
         return self.rows[node]
 
 
@@ -150,7 +150,7 @@ def test_a_rejected_sibling_is_removed_from_the_target_and_the_draft():
 def test_without_a_draft_distribution_the_child_with_the_drawn_token_is_accepted():
     target = Table([[0, 0, 0, 0, 0.5, 0.5], [1] * 6, [0] * 5 + [1], [1, 0, 0, 0, 0, 0]])
     assert run_lossless(FOUR, [2, 4, 5, 5], target, [0.7, 0.3, 0.9]) == ([0, 2, 3], 0)
-    assert target.asked == [0, 2, 3]  # only the visited nodes
+    assert target.visited == [0, 2, 3]  # only the visited nodes
     assert run_lossless(FOUR, [2, 4, 3, 5], target, [0.7]) == ([0], 5)
 
 
@@ -215,7 +215,7 @@ def test_of_equally_long_paths_the_most_probable_wins_and_then_the_first():
 def test_a_child_of_a_rejected_node_is_not_visited():
     target = Table([[0.99, 0.01], [0.5, 0.5], [0.0, 1.0], [0.0, 1.0]])
     path, bonus, distances = run_typical(FOUR, [9, 1, 1, 1], target, [0.2])
-    assert (path, bonus, distances) == ([0], 0, [0]) and target.asked == [0]
+    assert (path, bonus, distances) == ([0], 0, [0]) and target.visited == [0]
 
 
 @given(trees_with_tokens())

@@ -44,15 +44,15 @@ def step_by_step(head, hidden, row, root, num_depths=DEPTHS):
         if head.parallel:
             logits = head.score_depths(state, num_depths)[depth : depth + 1]
         else:
-            told, parents = (jt.array(np.array([each], np.int32)) for each in (tokens[-1], 0))
-            logits, state = head.step(state, told, parents)
+            token, parent = (jt.array(np.array([each], np.int32)) for each in (tokens[-1], 0))
+            logits, state = head.step(state, token, parent)
         column = int(argmax(logits).numpy()[0])
         tokens.append(column if head.draft_vocab is None else int(head.draft_vocab[column]))
     return tokens
 
 
 def agreeing(head, text, dtype="float32", shift=0):
-    """Rows whose chain is the one drafted step by step behind the row ``shift`` further on."""
+    """The number of rows whose chain is the one drafted step by step from the row ``shift`` further on."""
     (hidden, roots), chain = text, chain_of(head, DEPTHS, dtype)
     return sum(
         chain(hidden, row, root).numpy()[0].tolist() == step_by_step(head, hidden, (row + shift) % ROWS, root)

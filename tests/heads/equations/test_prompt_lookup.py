@@ -79,7 +79,7 @@ def test_execute_equals_an_exhaustive_search(head, texts):
         np.testing.assert_array_equal(logits.numpy(), np.array(expected))
 
 
-def test_conversations_behind_each_other_are_read_each_on_its_own(head, texts):
+def test_packed_conversations_are_read_separately(head, texts):
     """What makes up a packed batch: lengths 2, 5 and the rest. A draft at the end of one runs into the next."""
     text, seq = texts[0], len(texts[0]) - DEPTHS
     lengths = (2, 5, seq - 7)
@@ -110,7 +110,7 @@ def test_every_node_of_a_tree_is_looked_up_with_its_own_path(head, texts):
 
 
 @pytest.mark.parametrize("rule", ["nearest", "longest"])
-def test_the_search_notices_a_rule_that_is_not_kept(backbone, rule):
+def test_the_search_notices_a_missing_rule(backbone, rule):
     text = np.random.default_rng(0).integers(3, 6, 40).tolist()
     head = build("prompt_lookup", {"num_depths": DEPTHS}, backbone)
     logits, _ = stepped(head, begun(head, text), [text[-1]], [0])

@@ -8,11 +8,39 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from backbone.formats import ConvertOptions
+from heads.base import Features
+from heads.checkpoint import save_checkpoint
 from heads.formats import convert
+from heads.registry import build
+from runtime import jt
 from tests.small import SMALL, draw_weights, save_hugging_face, small_config
 
 DIM, VOCAB = SMALL["hidden_size"], SMALL["vocab_size"]
 ROWS = 6
+TOLERANCE = 1e-5  # of the largest logit: float32 sums in two orders
+
+
+def near(ours, theirs):
+    """Whether all depths agree, and there are as many."""
+    assert len(ours) == len(theirs)
+    return all(np.abs(a - b).max() <= TOLERANCE * np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
+
+
+def random_checkpoint(path, name, backbone, **options):
+    """A checkpoint with random parameters and a config with content; returns its path."""
+    head = build(name, options, backbone)
+    random = np.random.default_rng(0)
+    for _, parameter in sorted(head.trainable().items()):
+        parameter.update(jt.array(random.standard_normal(parameter.shape).astype(np.float32) * 0.2))
+    trained_on = {"fingerprint": backbone.fingerprint, "path": backbone.path, "hidden_size": DIM, "vocab_size": VOCAB}
+    config = {
+        "head": name,
+        "head_config": vars(head.config),
+        "backbone": trained_on,
+        "metrics": {"tree": [[0], [0, 0]], "top1": [0.5, 0.25]},
+    }
+    save_checkpoint(path, head, config, {"seed": 7})
+    return path
 
 
 def write_backbone(folder, dtype=np.float16, seed=0, **changes):
@@ -57,9 +85,6 @@ def hidden_states(rows: int = ROWS, seed: int = 1) -> np.ndarray:
 
 def logits_of(head, hidden: np.ndarray, token_ids: np.ndarray | None = None) -> list[np.ndarray]:
     """The logits of one of our heads at every row: (rows, vocab) per depth. token_ids: (rows + depths,)."""
-    from heads.base import Features
-    from runtime import jt
-
     if token_ids is None:
         token_ids = np.zeros(len(hidden) + head.num_depths, np.int32)
     output = head(Features(jt.array(hidden[None])), token_ids[None], np.arange(len(hidden)))

@@ -8,12 +8,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from backbone.files import lazy
-from backbone.model import load_backbone
-from heads.checkpoint import load_head, save_checkpoint
+from heads.checkpoint import load_head
 from heads.formats import FORMATS, files, recognise
 from heads.formats.medusa import VLLMMedusa
 from heads.formats.verify import difference
-from heads.registry import build
 from runtime import jt
 from tests.heads.formats.format_files import (
     DIM,
@@ -21,52 +19,13 @@ from tests.heads.formats.format_files import (
     hidden_states,
     logits_of,
     medusa_heads,
+    near,
     read_folder,
     run,
     save_medusa,
     torch_logits,
     write_backbone,
 )
-
-TOLERANCE = 1e-5  # of the largest logit: sums of 32 float32 products in two orders
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """The small backbone on disk, in float16."""
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "small")
-
-
-@pytest.fixture(scope="session")
-def small(folder):
-    return load_backbone(folder)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, small):
-    """checkpoint(name, **options): a head's checkpoint with random parameters and a config worth keeping."""
-
-    def make(name="mlp", place="checkpoint", **options):
-        head = build(name, options, small)
-        random = np.random.default_rng(0)
-        for _, parameter in sorted(head.trainable().items()):
-            parameter.update(jt.array(random.standard_normal(parameter.shape).astype(np.float32) * 0.3))
-        config = {
-            "head": name,
-            "head_config": vars(head.config),
-            "backbone": {"fingerprint": small.fingerprint, "path": small.path, "hidden_size": DIM, "vocab_size": VOCAB},
-            "metrics": {"tree": [[0], [0, 0]], "top1": [0.5, 0.25]},
-        }
-        save_checkpoint(tmp_path / place, head, config, {"seed": 7})
-        return tmp_path / place
-
-    return make
-
-
-def near(ours, theirs):
-    """Whether all depths agree, and there are as many."""
-    assert len(ours) == len(theirs)
-    return all(np.abs(a - b).max() <= TOLERANCE * np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(("num_heads", "num_layers"), [(3, 1), (2, 2)])

@@ -15,11 +15,6 @@ from heads.registry import available, build
 from tests.heads.formats.format_files import DIM, VOCAB, medusa_heads, run, save_medusa, write_backbone
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "small")
-
-
 @pytest.fixture
 def medusa(tmp_path):
     return save_medusa(tmp_path / "medusa", medusa_heads(2, 1))
