@@ -80,7 +80,7 @@ def passed(weights, place, folder, dtype, target):
     return BY_NAME[name].read(found, target)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.pairwise([*PLACES, "npz"]))
+@pytest.mark.parametrize(("first", "second"), list(itertools.pairwise([*PLACES, "npz"])))
 @settings(max_examples=12, deadline=None)
 @given(data=heads())
 def test_a_head_passed_through_two_formats_is_the_same(first, second, data):
