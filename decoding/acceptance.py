@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from decoding.tree import Tree
-from heads.ranks import MAX_RANK, walk
+from heads.ranks import MAX_RANK, last_accepted, walk
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,6 @@ class Replay:
         return self.tokens / self.passes if self.passes else None
 
 
-def last_accepted(ranks: np.ndarray, tree: Tree) -> np.ndarray:
-    """The deepest node that each position's path of ranks reaches. ranks: (depths, positions) -> (positions,) int64.
-
-    Worked example, the tree of ``decoding.tree.Tree`` (paths [0], [1], [1, 0]): ranks (0, 0), (1, 0), (1, 3), (2, 0)
-    end on the nodes 1, 3, 2, 0.
-    """
-    highest = tree.max_rank + 1  # stands for every rank that no node has
-    child = np.full((tree.num_nodes, highest + 1), -1)
-    child[tree.parents[1:], tree.ranks[1:]] = np.arange(1, tree.num_nodes)
-    node = np.zeros(ranks.shape[1], np.int64)
-    going = np.ones(ranks.shape[1], bool)
-    for level in ranks[: tree.depth]:
-        following = child[node, np.where((level < 0) | (level > tree.max_rank), highest, level)]
-        going &= following >= 0
-        node = np.where(going, following, node)
-    return node
-
-
 def replay(
     texts: Sequence[RankedText], tree: Tree, max_new_tokens: int | None = None, cache_length: int | None = None
 ) -> Replay:
@@ -95,7 +77,7 @@ def replay(
         return Replay([], [0] * tree.depth, [0] * tree.depth)
     most = None if max_new_tokens is None else max_new_tokens - 1  # the first token is the prefill's
     columns = [text.ranks[:, :most] for text in texts]
-    ends = last_accepted(np.concatenate(columns, 1), tree)
+    ends = last_accepted(np.concatenate(columns, 1), tree.paths)
     lengths = [ranks.shape[1] for ranks in columns]
     rows = np.inf if cache_length is None else cache_length - tree.num_nodes
     # Where the tree fits after the root; elsewhere a pass drafts nothing.

@@ -36,19 +36,29 @@ def fitted_paths(counts: Counter, num_nodes: int) -> list[tuple[int, ...]]:
     return ordered[: num_nodes - 1]
 
 
-def accepted_depths(ranks: np.ndarray, paths: list[tuple[int, ...]]) -> np.ndarray:
-    """The number of drafted tokens that a pass from each position accepts, (positions,) int64.
+def last_accepted(ranks: np.ndarray, paths: Sequence[Sequence[int]]) -> np.ndarray:
+    """The longest path that each position's ranks follow, (positions,) int64: 0 for none, i + 1 for ``paths[i]``.
 
-    ranks: (depth, positions), negative where unknown; paths: all paths of a tree.
+    ranks: (depth, positions), negative where unknown; paths: all paths of a tree, each after its parent.
 
-    Worked example: ranks (0, 1), (0, 0), (2, 0) and the paths [0], [0, 0] give 1, 2, 0.
+    Worked example, the paths [0], [1], [1, 0]: ranks (0, 0), (1, 0), (1, 3), (2, 0) give 1, 3, 2, 0.
     """
-    depths = np.zeros(ranks.shape[1], np.int64)
+    nodes = {(): 0} | {tuple(path): node for node, path in enumerate(paths, start=1)}
+    other = max((path[-1] for path in paths), default=-1) + 1  # stands for every rank that no node has
+    child = np.full((len(nodes), other + 1), -1)
     for path in paths:
-        if len(path) <= len(ranks):
-            found = (ranks[: len(path)] == np.array(path)[:, None]).all(0)
-            depths[found] = np.maximum(depths[found], len(path))
-    return depths
+        child[nodes[tuple(path[:-1])], path[-1]] = nodes[tuple(path)]
+    node, following = np.zeros(ranks.shape[1], np.int64), np.ones(ranks.shape[1], bool)
+    for level in ranks[: max(map(len, paths), default=0)]:
+        deeper = child[node, np.where((level < 0) | (level > other), other, level)]
+        following &= deeper >= 0
+        node = np.where(following, deeper, node)
+    return node
+
+
+def accepted_depths(ranks: np.ndarray, paths: Sequence[Sequence[int]]) -> np.ndarray:
+    """The number of drafted tokens that a pass from each position accepts, (positions,) int64."""
+    return np.array([0, *map(len, paths)])[last_accepted(ranks, paths)]
 
 
 def walk(depths: np.ndarray, lengths: Sequence[int]) -> list[list[int]]:

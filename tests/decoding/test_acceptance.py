@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.acceptance import RankedText, count_ranks, last_accepted, replay
+from decoding.acceptance import RankedText, count_ranks, replay
 from decoding.generate import generate
 from decoding.search import LatencyCurve, interpolate, refine, search, shortlist
 from decoding.tree import Tree, default_tree
-from heads.ranks import MAX_RANK
+from heads.ranks import MAX_RANK, last_accepted
 
 FOUR = Tree.from_paths([[0], [1], [1, 0]])
 NUM_NEW, DEPTHS, NEVER = 40, 4, 99
@@ -55,9 +55,9 @@ def known(backbone, prompts, continuations, make_head):
 
 def test_the_last_accepted_nodes_of_four_positions():
     ranks = np.array([[0, 1, 1, 2, -1], [0, 0, 3, 0, 0]])
-    assert last_accepted(ranks, FOUR).tolist() == [1, 3, 2, 0, 0]
-    assert last_accepted(ranks[:, :0], FOUR).tolist() == []
-    assert last_accepted(ranks, Tree.autoregressive()).tolist() == [0] * 5
+    assert last_accepted(ranks, FOUR.paths).tolist() == [1, 3, 2, 0, 0]
+    assert last_accepted(ranks[:, :0], FOUR.paths).tolist() == []
+    assert last_accepted(ranks, []).tolist() == [0] * 5
 
 
 def test_the_replay_of_five_tokens():
