@@ -108,12 +108,12 @@ class Lane:
         self.accepted_per_pass: list[int] = []
         self.ends: list[tuple[int, bool]] = []  # per pass: depth of the last accepted node, whether it has children
 
-    def begin(self, output, row: np.ndarray) -> None:
-        """Take the prompt's pass. row: what the rule read of its last row."""
-        self.root = self.rule.choose(row)
-        self.text.add([self.root])
+    def begin(self, output, root: int) -> None:
+        """Take the prompt's pass and the token chosen after it."""
+        self.root = root
+        self.text.add([root])
         if self.drafter:
-            self.drafter.begin(output, self.prompt, self.root)
+            self.drafter.begin(output, self.prompt, root)
 
     def has_ended(self, room: int) -> bool:
         """Whether the text is over, also because not one row fits. Where the tree no longer fits into ``room`` rows,
@@ -227,10 +227,10 @@ def decode(lanes: Sequence[Lane], passes: OneLane | ManyLanes, clock: Clock) -> 
     for lane in lanes:
         lane.rule.start()
         output = passes.prefill(lane, layers)
-        row = read(output)[0]
+        root = lane.rule.choose(read(output)[0])
         passes.commit([np.arange(len(lane.prompt))])
-        lane.begin(output, row)
-    clock.lap("prefill_s")
+        clock.lap("prefill_s")
+        lane.begin(output, root)
     while True:
         # Every step counts here: a pass of a small backbone takes a tenth of a millisecond.
         ended, drafting = False, False
