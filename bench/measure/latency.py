@@ -56,7 +56,8 @@ def measure_curve(
         cache.commit(np.arange(len(context)))
         told = Features(output.hidden, output.layers), jt.array(np.append(context[1:], root)[None].astype(np.int32))
         accepted = accepted_features(output, np.array([len(context) - 1], np.int32))
-        chains = [chain_of(head, depth, setup.draft_dtype) for depth in range(1, 1 + min(head.num_depths, max_nodes - 1))]
+        depths = range(1, 1 + min(head.num_depths, max_nodes - 1))
+        chains = [chain_of(head, depth, setup.draft_dtype) for depth in depths]
         verify, begin, drafts, one_call = [], [], [], []
         for number in range(rounds + 1):  # the first one warms up
             verify.append([_time_verification(setup, count) for count in rows])
