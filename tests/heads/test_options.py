@@ -1,15 +1,34 @@
 """Options of heads: each explains itself, wrong ones are refused, and an untrained head is the backbone."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from heads.base import Head
+from heads.decoder import LayerHead
+from heads.medusa import ParallelHead
+from heads.recurrent import RecurrentHead
 from heads.registry import available, build, head_class, make_config
 from tests.heads.parity import DEPTHS, VOCAB, close, draw_text, logits_of, run
 
 NAMES = available()
+METHODS = {
+    Head: {"execute": 3, "begin": 2, "step": 3, "score_depths": 2},
+    ParallelHead: {"depth_hidden": 2},
+    RecurrentHead: {"start": 1, "advance": 2, "score": 1},
+    LayerHead: {"pair": 2, "logits": 1},
+}
 LM_HEADS = ("own", "shared", "low_rank")
+
+
+@pytest.mark.parametrize("base", METHODS)
+def test_a_head_without_a_method_names_it(backbone, base):
+    head = base(SimpleNamespace(num_depths=2), backbone)
+    for method, arguments in METHODS[base].items():
+        with pytest.raises(TypeError, match=f"{base.__name__} does not define {method}"):
+            getattr(head, method)(*[None] * arguments)
 
 
 def test_every_head_and_option_explains_itself():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backbone.files.lazy import in_memory
@@ -39,12 +39,14 @@ class Borrowed(Target):
 
 
 @st.composite
-def heads(draw):
-    """(backbone, weights, dtype): an mlp head whose numbers the dtype can hold, some of them at its limits."""
-    depths, layers = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+def heads(draw, places):
+    """(backbone, weights, dtype): an mlp head that these formats can hold, some numbers at the dtype's limits."""
+    tied = any(place.startswith("medusa") for place in places)  # Medusa's own code ties the blocks of a depth
+    depths, layers = draw(st.integers(1, 4)), 1 if tied else draw(st.integers(1, 3))
     width, vocabulary = 8 * draw(st.integers(1, 3)), draw(st.integers(1, 40))
-    dtype = FLOATS[draw(st.sampled_from(list(FLOATS)))]
-    lm_head = draw(st.sampled_from(["own", "shared"]))
+    dtypes = [name for name in FLOATS if name != "bfloat16" or not {"npz", "jtr"} & set(places)]
+    dtype = FLOATS[draw(st.sampled_from(dtypes))]
+    lm_head = draw(st.sampled_from(["own"] if "tensorrt" in places else ["own", "shared"]))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     target = Borrowed(width, vocabulary, random)
     options = default_options("mlp", num_depths=depths, num_layers=layers, lm_head=lm_head)
@@ -61,15 +63,6 @@ def heads(draw):
     return target, HeadWeights("mlp", options, tensors, config), dtype
 
 
-def can_hold(place, weights, dtype):
-    """Whether a format can hold this head."""
-    if place in ("npz", "jtr") and dtype == FLOATS["bfloat16"]:
-        return False
-    if place.startswith("medusa") and weights.options["num_layers"] > 1:
-        return False  # blocks that differ
-    return place != "tensorrt" or weights.options["lm_head"] == "own"
-
-
 def passed(weights, place, folder, dtype, target):
     """The head, written to a file and read again."""
     name, where = PLACES[place]
@@ -82,10 +75,9 @@ def passed(weights, place, folder, dtype, target):
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.pairwise([*PLACES, "npz"])))
 @settings(max_examples=12, deadline=None)
-@given(data=heads())
+@given(data=st.data())
 def test_a_head_passed_through_two_formats_is_the_same(first, second, data):
-    target, weights, dtype = data
-    assume(can_hold(first, weights, dtype) and can_hold(second, weights, dtype))
+    target, weights, dtype = data.draw(heads((first, second)))
     with tempfile.TemporaryDirectory() as folder:
         once = passed(weights, first, Path(folder), dtype, target)
         # A head from another system has no config, which single files need.
