@@ -130,7 +130,7 @@ def load_trained(
         head.eval()
         nodes, least = options.nodes or DEFAULT_NODES, options.min_confidence or 0.0
         own = choose_tree(tree, nodes, directory, config, head, options.runs, note, least)
-        check_shape(own.tree, head, None)
+        check_shape(own.tree, head)
         if directory and config.get("tokenizer", {}).get("fingerprint") != tokenizer.fingerprint:
             note(f"warning: {name} was trained with another tokenizer or chat template; it will draft worse")
         trained.append(Trained(name, directory, config, head, own, output_path(options, name)))

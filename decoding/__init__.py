@@ -1,1 +1,1 @@
-"""Drafting, verifying and accepting: from a prompt, a backbone and a head to text."""
+"""Decoding with a backbone and a head: draft a tree, verify it in one pass, accept a path; the door is generate.py."""

@@ -1,8 +1,8 @@
-"""From ranks along texts to what decoding would count: no device, no head, no clock.
+"""What decoding a text with a tree would count, from ranks alone: trees are compared without a device or a clock.
 
 Greedy decoding writes the same text with every tree, so one table of ranks (``heads.ranks``) says how any tree would
-have decoded it: from a position the path of ranks is followed as far as it lies in the tree, and the next pass starts
-behind the bonus token.
+have decoded it: a pass follows the path of ranks from its position as far as the tree has it, and the next pass starts
+after the bonus token.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from decoding.tree import Tree
-from heads.ranks import MAX_RANK
+from heads.ranks import MAX_RANK, last_accepted, walk
 
 
 @dataclass(frozen=True)
 class RankedText:
-    """A greedy reply of n tokens and where a head had them among its candidates.
+    """A greedy reply of n tokens and the ranks that a head gave them.
 
-    ranks: (depths, n - 1) int32. Column i is what is drafted behind reply token i (token 0 is the prefill's): row d
-    holds the rank of token i + 1 + d, drafted at depth d + 1 behind the true tokens; negative where that token is not
-    known. The tokens that the backbone would write past the end may be known: generate drafts past the end, and its
-    counts by depth hold what it accepts there.
+    ranks: (depths, n - 1) int32. Column i is drafted after reply token i (token 0 is the prefill's): row d holds the
+    rank of token i + 1 + d, drafted at depth d + 1 after the true tokens; negative where that token is not known. It
+    may be known past the end of the reply: generate drafts there too and counts by depth what it accepts.
     """
 
     ranks: np.ndarray
@@ -37,7 +36,7 @@ class RankedText:
 
 @dataclass(frozen=True)
 class Replay:
-    """What decoding some texts with a tree comes to; each field as ``decoding.generate.Generation`` counts it.
+    """The counts of some texts decoded with one tree, as ``decoding.loop.Generation`` has them.
 
     accepted_per_pass: for each text, the tokens that each pass added.
     """
@@ -48,7 +47,7 @@ class Replay:
 
     @property
     def passes(self) -> int:
-        """Backbone passes of all texts, prefills not among them."""
+        """Backbone passes of all texts, without the prefills."""
         return sum(map(len, self.accepted_per_pass))
 
     @property
@@ -62,31 +61,13 @@ class Replay:
         return self.tokens / self.passes if self.passes else None
 
 
-def last_accepted(ranks: np.ndarray, tree: Tree) -> np.ndarray:
-    """The deepest node that each position's path of ranks reaches. ranks: (depths, positions) -> (positions,) int64.
-
-    Worked example, the tree of ``decoding.tree.Tree`` (paths [0], [1], [1, 0]): ranks (0, 0), (1, 0), (1, 3), (2, 0)
-    end on the nodes 1, 3, 2, 0.
-    """
-    highest = tree.max_rank + 1  # stands for every rank that no node has
-    child = np.full((tree.num_nodes, highest + 1), -1)
-    child[tree.parents[1:], tree.ranks[1:]] = np.arange(1, tree.num_nodes)
-    node = np.zeros(ranks.shape[1], np.int64)
-    going = np.ones(ranks.shape[1], bool)
-    for level in ranks[: tree.depth]:
-        following = child[node, np.where((level < 0) | (level > tree.max_rank), highest, level)]
-        going &= following >= 0
-        node = np.where(going, following, node)
-    return node
-
-
 def replay(
     texts: Sequence[RankedText], tree: Tree, max_new_tokens: int | None = None, cache_length: int | None = None
 ) -> Replay:
     """Decode texts with a tree from their ranks alone.
 
-    max_new_tokens: where a longer text would have been cut. cache_length: rows of the cache; as soon as the tree does
-    not fit behind the text, the rest goes token by token, as in ``generate``; None: there is always room.
+    max_new_tokens: where longer texts are cut. cache_length: rows of the cache; once the tree does not fit after the
+    text, the rest is decoded token by token, as in ``generate``; None: there is always room.
 
     Worked example, chain of two (paths [0], [0, 0]) and a reply of 5 tokens with ranks at depth 1 of 0 0 3 0 and at
     depth 2 of 0 3 0 -1: the first pass accepts two and emits three tokens, the next starts at column 3, accepts one and
@@ -94,23 +75,18 @@ def replay(
     """
     if not texts:
         return Replay([], [0] * tree.depth, [0] * tree.depth)
-    ends = last_accepted(np.concatenate([text.ranks for text in texts], 1), tree)
-    depths = tree.depths[ends].tolist()
-    starts, accepted_per_pass, offset = [], [], 0
-    for text in texts:
-        last, room = text.num_tokens - 1, None
-        if max_new_tokens is not None:
-            last = min(last, max_new_tokens - 1)
-        if cache_length is not None:
-            room = cache_length - text.prompt_tokens - tree.num_nodes  # the last root that the tree fits behind
-        root, accepted = 0, []
-        while root < last and (room is None or root <= room):
-            starts.append(offset + root)
-            accepted.append(min(depths[offset + root] + 1, last - root))
-            root += accepted[-1]
-        accepted_per_pass.append(accepted + [1] * (last - root))
-        offset += text.num_tokens - 1
-    return Replay(accepted_per_pass, *_by_depth(ends[starts], tree))
+    most = None if max_new_tokens is None else max_new_tokens - 1  # the first token is the prefill's
+    columns = [text.ranks[:, :most] for text in texts]
+    ends = last_accepted(np.concatenate(columns, 1), tree.paths)
+    lengths = [ranks.shape[1] for ranks in columns]
+    rows = np.inf if cache_length is None else cache_length - tree.num_nodes
+    # Where the tree fits after the root; elsewhere a pass drafts nothing.
+    fits = np.concatenate([np.arange(n) + text.prompt_tokens <= rows for n, text in zip(lengths, texts, strict=True)])
+    accepted_per_pass = walk(np.where(fits, tree.depths[ends], 0), lengths)
+    # Steps of all texts add up to columns: each pass starts where the one before it ended.
+    steps = np.array([tokens for accepted in accepted_per_pass for tokens in accepted], np.int64)
+    starts = np.cumsum(steps) - steps
+    return Replay(accepted_per_pass, *_by_depth(ends[starts[fits[starts]]], tree))
 
 
 def _by_depth(ends: np.ndarray, tree: Tree) -> tuple[list[int], list[int]]:
@@ -122,13 +98,13 @@ def _by_depth(ends: np.ndarray, tree: Tree) -> tuple[list[int], list[int]]:
 
 
 def count_ranks(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How often each rank was the true one, given that the depth above was right: (reached, accepted).
+    """How often each rank was the true token's, given that the depths before were right: (reached, accepted).
 
-    ranks: (depths, positions). reached: (depths,), positions whose true tokens are among the candidates of all depths
-    above and known at this one; accepted: (depths, MAX_RANK), those of them where rank r was the true token. A depth
-    has a total of its own: accepted[d] / reached[d] are the conditional probabilities that ``decoding.tree.best_tree``
-    takes. Worked example: positions (0, 1), (0, -1), (MAX_RANK, 0) give reached [3, 1], accepted [2, 0, ..] and
-    [0, 1, ..]: at the third the candidates of depth 0 have missed, so what depth 1 says there does not count.
+    ranks: (depths, positions). reached: (depths,), positions whose true tokens are candidates at all depths before and
+    known at this one; accepted: (depths, MAX_RANK), those of them where rank r was the true token's. accepted[d] /
+    reached[d] are the conditional probabilities that ``decoding.tree.best_tree`` takes. Worked example: positions (0,
+    1), (0, -1), (MAX_RANK, 0) give reached [3, 1], accepted [2, 0, ..] and [0, 1, ..]: at the third the candidates of
+    depth 0 miss, so depth 1 does not count there.
     """
     reached, accepted = np.zeros(len(ranks), np.int64), np.zeros((len(ranks), MAX_RANK), np.int64)
     alive = np.ones(ranks.shape[1], bool)

@@ -1,4 +1,4 @@
-"""Filling a tree with a head's guesses: only nodes that have children are scored.
+"""Fills a tree of fixed shape with a head's guesses; only nodes that have children are scored.
 
 ``draft`` takes the best candidates and waits for the device once; ``draft_sampled`` draws them, on the host.
 """
@@ -18,12 +18,12 @@ from runtime import jt
 
 
 class DraftPlan:
-    """Where each node's token comes from, as constant indices. Made once per tree.
+    """Where each node's token comes from, as constant indices, made once per tree.
 
     ``steps[d]`` scores the nodes at depth d that have children. With the tree of ``decoding.tree.Tree`` (parents
     [-1, 0, 0, 2]): step 0 scores the root and takes its 2 best, [a b]; step 1 scores node 2 alone, whose parent is row
     0 of step 0 and whose token is entry 1 of [a b], and takes its best, [c]. ``tokens`` = [0, 1, 2] then picks the
-    drafted nodes 1, 2, 3 from the candidates of all steps behind each other, [a b c].
+    drafted nodes 1, 2, 3 from the concatenated candidates of all steps, [a b c].
     """
 
     def __init__(self, tree: Tree):
@@ -49,8 +49,8 @@ class DraftPlan:
 
 
 class DraftStep:
-    """One ``step`` call. nodes: (nodes,) of the tree; parents: (nodes,) their rows of the step before; source:
-    (nodes,) their entries among its flat candidates."""
+    """One ``step`` call. nodes: (nodes,) of the tree; parents: (nodes,) their rows in the step before; source: (nodes,)
+    their entries among its flat candidates."""
 
     def __init__(self, nodes: np.ndarray, parents: np.ndarray, source: np.ndarray, num_candidates: int):
         self.nodes, self.num_candidates = nodes, num_candidates
@@ -64,10 +64,10 @@ def draft_plan(tree: Tree) -> DraftPlan:
 
 
 def draft(head, state, root_token: int, tree: Tree) -> np.ndarray:
-    """Tokens of all nodes, (nodes,) int32 on the host; entry 0 is ``root_token``, whose text the head has begun.
+    """Tokens of all nodes, (nodes,) int32 on the host; entry 0 is ``root_token``.
 
-    state: what ``head.begin`` returned. A parallel head is asked once for all depths, another one once a depth,
-    for the nodes that have children. ``decoding.tree.check_tree`` says whether the head can fill the tree.
+    state: what ``head.begin`` returned. A parallel head is called once for all depths, any other once a depth.
+    ``decoding.tree.check_tree`` says whether the head can fill the tree.
     """
     if tree.depth == 0:
         return np.array([root_token], np.int32)
@@ -81,13 +81,13 @@ def draft(head, state, root_token: int, tree: Tree) -> np.ndarray:
         picked = candidates[plan.parallel_tokens]
     else:
         tokens, per_step = jt.array(np.array([root_token], np.int32)), []
-        meant = None if head.draft_vocab is None else jt.array(head.draft_vocab)  # column of the logits -> token
+        vocabulary = None if head.draft_vocab is None else jt.array(head.draft_vocab)  # column of the logits -> token
         for step in plan.steps:
             if per_step:
                 tokens = per_step[-1].reshape(-1)[step.source]
             logits, state = head.step(state, tokens, step.parents)
             columns = top_k(logits, step.num_candidates)[1]
-            per_step.append(columns if meant is None else meant[columns])
+            per_step.append(columns if vocabulary is None else vocabulary[columns])
         picked = np.concatenate([ids.reshape(-1) for ids in jt.fetch_sync(per_step)])[plan.tokens]
     return np.concatenate([np.array([root_token], np.int32), picked], dtype=np.int32)
 
@@ -97,10 +97,10 @@ def draft_sampled(
 ) -> tuple[np.ndarray, Distribution]:
     """As ``draft``, but the children of a node are drawn without replacement from softmax(logits / temperature).
 
-    temperature: above 0. Draws are made in node order, whatever the ranks: the first child of a node is its first draw,
-    so a tree of ranks [0] and [2] drafts two tokens like one of [0] and [1]. Returns the tokens of all nodes, (nodes,)
-    int32, and the function that ``verify_lossless`` asks for the distribution, (vocab,) float64, that the children of a
-    node were drawn from; it knows the nodes that have children.
+    temperature: above 0. Draws are made in node order and ranks play no part: the first child of a node is its first
+    draw, so a tree of ranks [0] and [2] drafts two tokens like one of [0] and [1]. Returns the tokens of all nodes,
+    (nodes,) int32, and for ``verify_lossless`` the function from a node with children to the distribution that they
+    were drawn from, (vocab,) float64.
     """
     tokens, drawn_from = np.full(tree.num_nodes, root_token, np.int32), {}
     for step, logits in _host_logits(head, state, tokens, tree):
@@ -114,16 +114,16 @@ def draft_sampled(
     def distribution(node: int) -> np.ndarray:
         if head.draft_vocab is None:
             return drawn_from[node]
-        whole = np.zeros(head.vocab_size)
-        whole[head.draft_vocab] = drawn_from[node]
-        return whole
+        row = np.zeros(head.vocab_size)
+        row[head.draft_vocab] = drawn_from[node]
+        return row
 
     return tokens, distribution
 
 
 def _host_logits(head, state, tokens: np.ndarray, tree: Tree) -> Iterator[tuple[DraftStep, np.ndarray]]:
     """Each step of the tree with its nodes' logits, (nodes, columns) float32, one row for all from a parallel head.
-    tokens: (nodes,) of the whole tree; a step's tokens have to be there when it is asked for."""
+    tokens: (nodes,) of the tree, which the caller fills in before it asks for the next step."""
     steps = draft_plan(tree).steps
     if head.parallel and steps:
         by_depth = head.score_depths(state, tree.depth).numpy()

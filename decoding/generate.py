@@ -1,103 +1,31 @@
-"""From a prompt to text: draft, verify, accept, repeat.
-
-``generate`` and its autoregressive twin are one loop with one set of stopping rules, one token counter and one clock;
-the twin's tree is a lone root and it has no head, so it does not pay for drafting.
-"""
+"""From prompts to texts: ``generate`` with a head, ``generate_autoregressive`` without one, and ``generate_batch``."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from backbone.cache import BatchCache, KVCache
 from decoding.drafter import make_drafter
 from decoding.dynamic import check_shape
+from decoding.loop import Clock, Generation, Lane, ManyLanes, OneLane, Timers, decode
 from decoding.rules import Greedy, Rule
 from decoding.text import Text
 from decoding.tree import DynamicTree, Tree
 from ops.select import top_k
 from runtime import jt
-from runtime.interrupt import check_interrupt
 
-OnTokens = Callable[[list[int]], None]
-
-
-@dataclass
-class Timers:
-    """Seconds by stage; the stages add up to ``total_s``, the wall clock of the call.
-
-    prefill_s: the backbone over the prompt. draft_s: the head, its ``begin`` over newly accepted rows (first the
-    prompt's) included. verify_s: the backbone over the tree, until the host has what the rule reads of it. accept_s:
-    choosing the path. cache_s: keeping its rows. host_s: everything else.
-    """
-
-    prefill_s: float = 0.0
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    accept_s: float = 0.0
-    cache_s: float = 0.0
-    host_s: float = 0.0
-    total_s: float = 0.0
-
-
-class Clock:
-    """Books the time since the last reading on a stage. What a stage computed must be on the host by then: the
-    stages end with a read of their result, which waits for the device."""
-
-    def __init__(self):
-        self.timers = Timers()
-        self._start = self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Book the time since the last lap on ``stage``, a field of Timers."""
-        now = time.perf_counter()
-        setattr(self.timers, stage, getattr(self.timers, stage) + now - self._last)
-        self._last = now
-
-    def stop(self) -> Timers:
-        """Book the rest on the host and close the total."""
-        self.lap("host_s")
-        self.timers.total_s = self._last - self._start
-        return self.timers
-
-
-@dataclass
-class Generation:
-    """What one call gave. Tokens are counted one way for every head and for the autoregressive twin.
-
-    token_ids: the new tokens; the first is the prefill's, every other one a pass emitted. A stop token, or the token
-    that completes a stop string, is the last one. text: the decoded tokens, cut before a stop string; None without a
-    tokenizer. finish_reason: "stop", "length" (max_new_tokens) or "cache" (no room for another row). num_passes:
-    backbone passes, the prefill not among them. accepted_per_pass: tokens each pass added to the text.
-    reached_by_depth[d]: passes that accepted a node at depth d which has children (depth 0 is the root);
-    accepted_by_depth[d]: those of them that accepted one of its children, at depth d + 1. Both count what verification
-    accepted, also where the text ended inside the path. total_variation: the rule's, summed over all tokens that passes
-    emitted, ``num_emitted``; None for a rule that is exact.
-    """
-
-    token_ids: list[int]
-    text: str | None
-    finish_reason: str
-    prompt_tokens: int
-    num_passes: int = 0
-    accepted_per_pass: list[int] = field(default_factory=list)
-    reached_by_depth: list[int] = field(default_factory=list)
-    accepted_by_depth: list[int] = field(default_factory=list)
-    timers: Timers = field(default_factory=Timers)
-    total_variation: float | None = None
-
-    @property
-    def num_emitted(self) -> int:
-        """Tokens that the passes emitted, those past the end of the text too."""
-        return self.num_passes + sum(self.accepted_by_depth)
-
-    @property
-    def accept_length(self) -> float | None:
-        """Tokens per backbone pass, the bonus token included; the prefill and its token are left out. None: no pass."""
-        return (len(self.token_ids) - 1) / self.num_passes if self.num_passes else None
+__all__ = [
+    "Generation",
+    "Timers",
+    "first_difference",
+    "generate",
+    "generate_autoregressive",
+    "generate_batch",
+    "logit_gap",
+]
 
 
 def generate(
@@ -110,125 +38,115 @@ def generate(
     stop_ids: Iterable[int] = (),
     stop_strings: Iterable[str] = (),
     tokenizer=None,
-    on_tokens: OnTokens | None = None,
-    cache=None,
+    on_tokens: Callable[[list[int]], None] | None = None,
+    cache: KVCache | None = None,
     rule: Rule | None = None,
     draft_dtype: str = "float16",
 ) -> Generation:
     """Tree decoding: the text of ``generate_autoregressive``, several tokens a backbone pass.
 
-    tree: a Tree, or a DynamicTree that every pass shapes anew. rule: how tokens are chosen, see ``decoding.rules``;
-    None: greedily. With ``Lossless`` the text is not the twin's but drawn from the same distribution; the same rule,
-    prompt and tree give the same text again.
+    head: None decodes autoregressively, whatever the tree. tree: a Tree, or a DynamicTree, which every pass shapes.
+    rule: how tokens are chosen, see ``decoding.rules``; None: greedily. With ``Lossless`` the text is not the
+    baseline's but drawn from the same distribution; the same rule, prompt and tree give the same text again.
     on_tokens: called with the new tokens after the prefill and after each pass, never with any past the end of the
     text. cache: a KVCache to use instead of a new one; it is emptied first, and when the call ends, also by an
     exception, it holds the prompt and all tokens of the text so far but the last. When the tree no longer fits into
     the cache, the rest is decoded without a head. The head drafts in evaluation mode and without gradients.
-    draft_dtype: of the copy of the head's matrices that drafts where the tree is a chain and the head can draft one in
-    one call (``Head.chain``); what is drafted may change with it, and the text does not.
+    draft_dtype: of the matrices of a chain that is drafted in one call (``heads.chains``); it may change what is
+    drafted, never the text.
 
     Raises ValueError for a tree that the head cannot fill, an empty prompt, tokens outside the vocabulary, a prompt
     longer than the cache, max_new_tokens < 1, and stop strings that are empty or come without a tokenizer.
     """
-    clock = Clock()
-    rule = rule or Greedy()
-    check_shape(tree, head, rule)
     text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
-    with evaluating(head):
-        drafter = make_drafter(head, tree, rule, draft_dtype) if tree.depth else None
-        return _decode(backbone, drafter, prompt_ids, tree, text, cache, clock, rule)
+    return _generate(backbone, head, [prompt_ids], tree, [text], [rule or Greedy()], cache, draft_dtype, OneLane)[0]
 
 
-def generate_autoregressive(
+def generate_autoregressive(backbone, prompt_ids: Sequence[int], *, max_new_tokens: int, **settings) -> Generation:
+    """One token a backbone pass, the most probable or, by ``rule``, drawn: the baseline of every head.
+
+    settings: those of ``generate`` from ``stop_ids`` to ``rule``.
+    """
+    return generate(backbone, None, prompt_ids, Tree.autoregressive(), max_new_tokens=max_new_tokens, **settings)
+
+
+def generate_batch(
     backbone,
-    prompt_ids: Sequence[int],
+    head,
+    prompts: Sequence[Sequence[int]],
+    tree: Tree | DynamicTree,
     *,
     max_new_tokens: int,
     stop_ids: Iterable[int] = (),
     stop_strings: Iterable[str] = (),
     tokenizer=None,
-    on_tokens: OnTokens | None = None,
-    cache=None,
-    rule: Rule | None = None,
-) -> Generation:
-    """One token a backbone pass, the most probable or, by ``rule``, drawn: the twin that every head is compared with.
-    See ``generate``."""
+    cache: BatchCache | None = None,
+    rules: Sequence[Rule] | None = None,
+    draft_dtype: str = "float16",
+) -> list[Generation]:
+    """``generate`` for several prompts in shared passes: each gets the tokens that it gets alone, bit for bit, because
+    a row of the backbone is bitwise the same whatever rows run beside it.
+
+    cache: a BatchCache with at least one lane per prompt, to use instead of a new one with room for the longest text,
+    at most the backbone's positions; it is emptied first. rules: one per prompt; default: greedy. Each text drafts for
+    itself, and a text that has ended leaves the batch. The timers of every Generation are those of the whole batch.
+
+    Raises ValueError as ``generate`` does, naming the prompt by its number, and for no prompts at all.
+    """
+    rules = list(rules) if rules is not None else [Greedy() for _ in prompts]
+    if len(rules) != len(prompts) or len(prompts) == 0:
+        raise ValueError(f"a batch needs prompts and a rule for each, got {len(prompts)} and {len(rules)}")
+    if len({type(rule) for rule in rules}) > 1:
+        raise ValueError("the texts of a batch are decoded by rules of one kind; only their settings may differ")
+    stop_ids, stop_strings = list(stop_ids), list(stop_strings)
+    texts = [Text(max_new_tokens, stop_ids, stop_strings, tokenizer) for _ in prompts]
+    return _generate(backbone, head, prompts, tree, texts, rules, cache, draft_dtype, ManyLanes)
+
+
+def _generate(
+    backbone, head, prompts, tree, texts, rules, cache, draft_dtype: str, kind: type[OneLane | ManyLanes]
+) -> list[Generation]:
+    """Decode one text in a KVCache, or several in a BatchCache, as ``kind`` says."""
     clock = Clock()
-    text = Text(max_new_tokens, stop_ids, stop_strings, tokenizer, on_tokens)
-    return _decode(backbone, None, prompt_ids, Tree.autoregressive(), text, cache, clock, rule or Greedy())
+    if head is None:
+        tree = Tree.autoregressive()
+    else:
+        check_shape(tree, head, rules[0])
+    names = ["the prompt"] if kind is OneLane else [f"prompt {number}" for number in range(len(prompts))]
+    prompts = [_checked_prompt(backbone, ids, name) for ids, name in zip(prompts, names, strict=True)]
+    longest = max(map(len, prompts)) + texts[0].max_new_tokens + tree.num_nodes
+    max_length = cache.max_length if cache is not None else min(longest, backbone.config.max_positions)
+    for prompt, name in zip(prompts, names, strict=True):
+        if len(prompt) > max_length:
+            raise ValueError(f"{name} has {len(prompt)} tokens, the cache {max_length} rows; shorten the prompt")
+    passes = kind(backbone, cache, len(prompts), max_length)
+    with jt.no_grad(), _evaluating(head):
+        lanes = []
+        for number, (prompt, text, rule) in enumerate(zip(prompts, texts, rules, strict=True)):
+            drafter = make_drafter(head, tree, rule, draft_dtype) if tree.depth else None
+            lanes.append(Lane(number, prompt, text, rule, tree, drafter))
+        try:
+            decode(lanes, passes, clock)
+        finally:
+            passes.settle(lanes)
+    timers = clock.stop()
+    return [lane.generation(timers) for lane in lanes]
 
 
-def _decode(backbone, drafter, prompt_ids, tree: Tree, text: Text, cache, clock: Clock, rule: Rule) -> Generation:
-    """The loop. drafter: None drafts nothing, and the tree is then a lone root."""
-    prompt, cache = _prepare(backbone, prompt_ids, tree, text, cache)
-    accepted_per_pass: list[int] = []
-    ends: list[tuple[int, bool]] = []  # per pass: the depth of the last accepted node, and whether it has children
-    depth, layers = tree.depth, drafter.layers if drafter else ()
-    rule.start()
-    with jt.no_grad(), consistent(cache, len(prompt), text):
-        clock.lap("host_s")
-        output = backbone.forward(prompt[None], cache=cache, layers=layers, logits="last")
-        root = rule.choose(rule.read(output)[0])
-        cache.commit(np.arange(len(prompt)))
-        clock.lap("prefill_s")
-        text.add([root])
-        if drafter:
-            drafter.begin(output, prompt, root)
-        while text.finish_reason is None:
-            check_interrupt()
-            if cache.room < tree.num_nodes:
-                tree, drafter, layers = Tree.autoregressive(), None, ()
-            if cache.room < tree.num_nodes:
-                text.finish_reason = "cache"
-                break
-            clock.lap("host_s")
-            if drafter:
-                drawn, tokens, ids, drawn_from = drafter.draft(root)
-                clock.lap("draft_s")
-            else:
-                drawn, tokens, drawn_from = Tree.autoregressive(), np.array([root], np.int32), None
-                ids = tokens[None]
-            output = backbone.forward(ids, cache=cache, attend=drawn.plan, layers=layers)
-            rows = rule.read(output)
-            clock.lap("verify_s")
-            path, root = rule.accept(drawn, tokens, rows, drawn_from)
-            clock.lap("accept_s")
-            cache.commit(path)
-            clock.lap("cache_s")
-            ends.append((len(path) - 1, drawn.has_children[path[-1]]))
-            following = [*tokens[path[1:]].tolist(), root]
-            accepted_per_pass.append(text.add(following))
-            if drafter:
-                drafter.accept(output, path, following)
-    reached, accepted = count_depths(ends, depth)
-    result = Generation(text.token_ids, text.decode(), text.finish_reason, len(prompt), len(ends), accepted_per_pass)
-    result.reached_by_depth, result.accepted_by_depth, result.timers = reached, accepted, clock.stop()
-    result.total_variation = rule.total_variation
-    return result
-
-
-def _prepare(backbone, prompt_ids, tree: Tree, text: Text, cache):
-    """The checked prompt, (tokens,) int32, and an empty cache for it. ValueError for a prompt that cannot be read."""
-    prompt = np.asarray(prompt_ids, np.int64).reshape(-1)
+def _checked_prompt(backbone, prompt_ids: Sequence[int], name: str) -> np.ndarray:
+    """(tokens,) int32. ValueError naming a prompt that is empty or has tokens outside the vocabulary."""
+    prompt, vocab_size = np.asarray(prompt_ids, np.int64).reshape(-1), backbone.config.vocab_size
     if len(prompt) == 0:
-        raise ValueError("the prompt is empty; pass at least one token")
-    vocab_size = backbone.config.vocab_size
+        raise ValueError(f"{name} is empty; pass at least one token")
     if prompt.min() < 0 or prompt.max() >= vocab_size:
-        raise ValueError(f"the prompt holds tokens {prompt.min()} to {prompt.max()}, expected 0 to {vocab_size - 1}")
-    wanted = len(prompt) + text.max_new_tokens + tree.num_nodes
-    max_length = cache.max_length if cache is not None else min(wanted, backbone.config.max_positions)
-    if len(prompt) > max_length:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the cache {max_length} rows; shorten the prompt")
-    if cache is None:
-        cache = backbone.new_cache(max_length)
-    cache.rewind(0)
-    return prompt.astype(np.int32), cache
+        raise ValueError(f"{name} holds tokens {prompt.min()} to {prompt.max()}, expected 0 to {vocab_size - 1}")
+    return prompt.astype(np.int32)
 
 
 @contextlib.contextmanager
-def evaluating(head):
-    """The head in evaluation mode; a head that was training goes on training afterwards."""
-    training = head.is_training()
+def _evaluating(head) -> Iterator[None]:
+    """The head in evaluation mode; afterwards in the mode it was in."""
+    training = head is not None and head.is_training()
     if training:
         head.eval()
     try:
@@ -238,35 +156,9 @@ def evaluating(head):
             head.train()
 
 
-@contextlib.contextmanager
-def consistent(cache, prompt_tokens: int, text: Text):
-    """Leave the cache, however the loop ends, with the rows of the prompt and of the text but for its last token."""
-    try:
-        yield
-    finally:
-        cache.rewind(min(cache.length, prompt_tokens + max(len(text.token_ids), 1) - 1))
-
-
-def count_depths(ends: Sequence[tuple[int, bool]], depth: int) -> tuple[list[int], list[int]]:
-    """(reached_by_depth, accepted_by_depth), each ``depth`` long, from where the path of each pass ended.
-
-    ends: (depth of the last accepted node, whether it has children). Worked example, depth 2: a pass that accepts
-    nothing (0, True), one that ends on a leaf at depth 1 (1, False) and one that ends at depth 1 on a node with
-    children (1, True) reach depth 0's children 3 times and depth 1's once; accepted are 2 and 0.
-    """
-    reached, accepted = [0] * depth, [0] * depth
-    for last, has_children in ends:
-        for d in range(last):
-            reached[d] += 1
-            accepted[d] += 1
-        if has_children:
-            reached[last] += 1
-    return reached, accepted
-
-
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first index at which two token lists differ; the shorter one's length where it begins the longer one; None
-    when they are equal."""
+    """The first index at which two token lists differ; the length of the shorter one where it is a prefix of the other;
+    None when they are equal."""
     for index, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return index
@@ -274,13 +166,13 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def logit_gap(backbone, prompt_ids: Sequence[int], token_ids: Sequence[int], position: int) -> float:
-    """How close the backbone's two best logits are where ``token_ids[position]`` was chosen; for parity reports.
+    """The gap between the backbone's two best logits where ``token_ids[position]`` was chosen; for parity reports.
 
-    Runs the prompt and ``token_ids[:position]`` in one pass. Raises ValueError for a position outside the text (its
-    length is allowed: the token that would come next) and for an empty prompt.
+    Runs the prompt and ``token_ids[:position]`` in one pass. Raises ValueError for an empty prompt and a position
+    outside the text; the position after its last token is allowed.
     """
     if not 0 <= position <= len(token_ids) or len(prompt_ids) == 0:
-        raise ValueError(f"position {position} is not within the {len(token_ids)} tokens behind a prompt")
+        raise ValueError(f"position {position} is not within the {len(token_ids)} tokens after a prompt")
     rows = np.array([*prompt_ids, *token_ids[:position]], np.int32)
     with jt.no_grad():
         values = top_k(backbone.forward(rows[None], logits="last").logits[0], 2)[0].numpy()

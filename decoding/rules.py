@@ -1,12 +1,13 @@
 """How the loop chooses tokens: a rule drafts, reads the backbone's logits and accepts.
 
-A rule object serves one text at a time. ``start`` begins a text and resets its random numbers, so a text depends on
-the rule's settings, its seed among them, and never on the texts before it. Of random numbers there is one NumPy
-Generator, made from the seed: first token, drafts and verification draw from it in turn.
+A rule serves one text at a time. ``start`` begins a text and resets the random numbers, so a text depends on the rule's
+settings and seed and never on earlier texts. One NumPy Generator serves the first token, drafts and verification in
+turn.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,43 +18,43 @@ from decoding.tree import Tree
 from decoding.verify import Distribution, check_thresholds, verify_greedy, verify_lossless, verify_typical
 
 
-class Rule:
-    """What every rule does.
+class Rule(abc.ABC):
+    """The interface of all rules.
 
-    total_variation: summed over the tokens that passes have emitted since ``start``, how far the choice of each was
-    from a draw of the sampler's distribution; None for a rule that is exact.
+    total_variation: the distance between the choice of a token and a draw from the sampler's distribution, summed over
+    the tokens that passes emitted since ``start``; None for a rule that is exact.
     """
 
     total_variation: float | None = None
-    sampled = False  # whether drafts are drawn, and so have to come from ``draft``
+    sampled = False  # whether drafts are drawn, which only ``draft`` can do
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 - a rule without random numbers has nothing to reset
         """Begin a text."""
 
+    @abc.abstractmethod
     def read(self, output) -> np.ndarray:
-        """What ``choose`` and ``accept`` need of a pass (a BackboneOutput of batch 1), on the host: (rows, ...). Row by
-        row, so the rows of several texts may be read at once."""
-        raise TypeError(f"{type(self).__name__} does not define read")
+        """What ``choose`` and ``accept`` need of a pass (a BackboneOutput of batch 1), on the host: (rows, ...). Each
+        row stands alone, so one call may read the rows of several texts."""
 
+    @abc.abstractmethod
     def choose(self, row: np.ndarray) -> int:
-        """A token after one row of what ``read`` gave: the first token of a text."""
-        raise TypeError(f"{type(self).__name__} does not define choose")
+        """The first token of a text, from one row of what ``read`` returned."""
 
     def draft(self, head, state, root_token: int, tree: Tree) -> tuple[np.ndarray, Distribution | None]:
-        """The tokens of all nodes, (nodes,) int32, and what the children of a node were drawn from; None for guesses
-        that follow from the text, here the head's best. state: what ``head.begin`` returned."""
+        """The tokens of all nodes, (nodes,) int32, and the distributions that they were drawn from; None for guesses
+        that are a function of the text, here the head's best. state: what ``head.begin`` returned."""
         return draft(head, state, root_token, tree), None
 
+    @abc.abstractmethod
     def accept(
         self, tree: Tree, tokens: np.ndarray, rows: np.ndarray, drawn_from: Distribution | None = None
     ) -> tuple[np.ndarray, int]:
         """The accepted path, (accepted + 1,) int32, and the bonus token of one pass. tokens, drawn_from: what ``draft``
-        gave; rows: what ``read`` gave of the nodes' logits, (nodes, ...)."""
-        raise TypeError(f"{type(self).__name__} does not define accept")
+        returned; rows: what ``read`` returned for the nodes, (nodes, ...)."""
 
 
 class Greedy(Rule):
-    """Take what the backbone finds most probable: ``verify_greedy``. The choice is made on the device."""
+    """Take the backbone's most probable tokens: ``verify_greedy``. The argmax runs on the device."""
 
     def read(self, output) -> np.ndarray:
         return output.chosen.numpy()[0]
@@ -71,8 +72,8 @@ class Lossless(Rule):
     """Draw every token from the sampler's distribution, drafted or not: ``verify_lossless``.
 
     seed: an int or several, as ``numpy.random.default_rng`` takes. sampled: drafts are drawn from the head's
-    distribution, at the sampler's temperature (at 1 where that is 0), instead of its best guesses taken. Without a head
-    this is plain sampling. At temperature 0 the tokens are those of ``Greedy``.
+    distribution, at the sampler's temperature (at 1 where that is 0); otherwise they are its best guesses. Without a
+    head this is plain sampling. At temperature 0 the tokens are those of ``Greedy``.
     """
 
     def __init__(self, sampler: Sampler, seed: int | Sequence[int] = 0, sampled: bool = False):
@@ -105,10 +106,11 @@ class Lossless(Rule):
 
 class Typical(Lossless):
     """Accept likely guesses, draw the rest from the sampler's distribution: ``verify_typical``. The drafts are the
-    head's best guesses; without a head this is plain sampling. Changes the distribution, and says how far.
+    head's best guesses; without a head this is plain sampling. It changes the distribution; ``total_variation`` says by
+    how much.
 
     epsilon, alpha: of the threshold; the defaults are those of Medusa's code. Raises ValueError for an epsilon outside
-    [0, 1] and an alpha below 0 or not finite.
+    [0, 1] and an alpha that is negative or not finite.
     """
 
     def __init__(self, sampler: Sampler, epsilon: float = 0.09, alpha: float = 0.3, seed: int | Sequence[int] = 0):

@@ -1,6 +1,6 @@
-"""Which tree is fastest on a machine: its latency curve, the ranks of texts, and every size and depth.
+"""Finds the fastest tree for a machine, from its latency curve and the ranks of texts.
 
-A larger tree accepts more tokens a pass and takes longer over it, so the best size depends on what a further row costs:
+A larger tree accepts more tokens a pass and makes the pass longer, so the best size depends on what one more row costs:
 next to nothing on a GPU that waits for its memory, nearly a row's arithmetic on a CPU. Nothing here runs on a device.
 """
 
@@ -15,12 +15,12 @@ from decoding.acceptance import RankedText, Replay, replay
 from decoding.tree import Tree
 from heads.ranks import count_paths, fitted_paths
 
-# A further tree on a shortlist has at least this many times the nodes of one already there, or so many times fewer.
+# Any two trees of a shortlist differ in their number of nodes by at least this factor.
 APART = 1.3
 
 
 def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """y at x on the line through the points, xs ascending; behind the last it goes on as between the last two.
+    """y at x by linear interpolation, xs ascending; beyond the last point the last slope continues, if it is positive.
 
     Worked example: points (1, 10), (3, 20) give 15 at 2, 10 at 0 and 30 at 5.
     """
@@ -32,12 +32,12 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class LatencyCurve:
-    """Seconds of a pass by its parts, on one machine behind a text of ``context`` tokens.
+    """Seconds of a pass by its parts, on one machine after a text of ``context`` tokens.
 
-    rows, verify_s: the backbone over so many rows. begin_s: the head's ``begin``. widths, draft_s: drafting down to
-    depth d + 1 takes draft_s[i][d] where every depth below the root's scores widths[i] nodes. rest_s: everything else
-    of a drafting pass; root_rest_s: of a pass that drafts nothing. chain_s: ``begin`` and a chain of 1, 2, .. tokens
-    where the head drafts chains in one call, else None.
+    rows, verify_s: the backbone over that many rows. begin_s: the head's ``begin``. widths, draft_s: drafting down to
+    depth d + 1 takes draft_s[i][d] where every depth after the root scores widths[i] nodes. rest_s: everything else in
+    a pass that drafts; root_rest_s: in a pass that does not. chain_s: ``begin`` and a chain of 1, 2, .. tokens where
+    the head drafts chains in one call, else None.
     """
 
     context: int
@@ -66,14 +66,14 @@ class LatencyCurve:
         return self.begin_s + sum(interpolate(nodes, self.widths, seconds) for nodes, seconds in scored)
 
     def seconds_per_pass(self, tree: Tree) -> float:
-        """What a pass with this tree is expected to take."""
+        """The expected duration of a pass with this tree."""
         rest = self.rest_s if tree.depth else self.root_rest_s
         return self.verify(tree.num_nodes) + self.drafting(tree) + rest
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tree with what it is expected to give."""
+    """A tree and what is expected of it."""
 
     tree: Tree
     replay: Replay
@@ -83,7 +83,7 @@ class Candidate:
     def accept_length(self) -> float:
         """Tokens per pass."""
         length = self.replay.accept_length
-        assert length is not None, "no text is longer than its prefill's token"
+        assert length is not None, "every text ends with its prefill's token"
         return length
 
     @property
@@ -98,10 +98,11 @@ def search(
     max_nodes: int,
     cache_length: int | None = None,
 ) -> list[Candidate]:
-    """Every tree worth a look, the fastest first; of equals, the one with fewer nodes.
+    """All candidate trees, the fastest first; of equals, the one with fewer nodes.
 
-    These are the lone root, the chains, and for each depth that the ranks reach the most frequent paths down to it,
-    2 to ``max_nodes`` nodes of them. Raises ValueError for max_nodes < 1 and when there is nothing to decode.
+    Candidates are the lone root, the chains, and for each depth that the ranks reach the most frequent paths of at most
+    that depth, in every size from 2 to ``max_nodes`` nodes. Raises ValueError for max_nodes < 1 and when no text is
+    longer than one token.
     """
     if max_nodes < 1:
         raise ValueError(f"a tree has at least its root, got max_nodes={max_nodes}")
@@ -120,15 +121,15 @@ def search(
 
 
 def unique(trees: Sequence[Tree]) -> list[Tree]:
-    """The trees without repetition, in their order."""
+    """The trees without duplicates, in order."""
     return list(dict.fromkeys(trees))
 
 
 def shortlist(ordered: Sequence[Candidate], num_trees: int) -> list[Candidate]:
-    """The lone root and the best trees that differ in size from each other by at least APART, ``num_trees`` in all.
+    """The lone root and the best trees whose sizes differ by at least the factor APART, ``num_trees`` in all.
 
-    ordered: as ``search`` gives them. A model of the cost errs in the same direction for trees that are alike, so
-    the second best of all would not be a second opinion.
+    ordered: what ``search`` returned. A cost model errs in the same direction for similar trees, so to time the second
+    best of all would tell nothing new.
     """
     chosen = [next(each for each in ordered if each.tree.depth == 0)]
     for each in ordered:
@@ -142,8 +143,8 @@ def shortlist(ordered: Sequence[Candidate], num_trees: int) -> list[Candidate]:
 def refine(texts: Sequence[RankedText], tree: Tree, cache_length: int | None = None, rounds: int = 3) -> Tree:
     """A tree of the same size and depth that accepts more, or the tree itself.
 
-    Passes do not start everywhere: after a miss the next draft starts at the missed token. So the most frequent paths
-    are counted again where the passes of this tree start, until nothing changes or ``rounds`` are over.
+    Passes do not start at every position: after a miss the next draft starts at the missed token. So paths are counted
+    again only where the passes of this tree start, until nothing changes or for ``rounds`` rounds.
     """
     best, best_length = tree, replay(texts, tree, None, cache_length).accept_length
     for _ in range(rounds):

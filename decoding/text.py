@@ -1,19 +1,19 @@
-"""The text while it grows, and the rules that end it; one place, so that every way to decode stops alike."""
+"""A text as it grows, and the rules that end it, in one place so that every way to decode stops alike."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-# Characters kept beyond the longest stop string when looking for one: a character that is cut in two at either end of
-# the window decodes to up to four U+FFFD, and some decoders drop a leading space.
+# Characters of a window beyond the longest stop string: a character that is cut at either end of the window decodes to
+# up to four U+FFFD, and some decoders drop a leading space.
 SLACK = 10
-# Tokens a window grows to before it is halved: few enough that decoding one takes some 20 microseconds.
+# A window is halved when it has more tokens; decoding this many takes some 20 microseconds.
 WINDOW = 32
 
 
 class Text:
     """Token ids up to the one that ends the text: a stop token, the token that completes a stop string, or the
-    ``max_new_tokens``-th. ``finish_reason``: None while the text goes on, then "stop", "length", or what the loop sets.
+    ``max_new_tokens``-th. ``finish_reason``: None until the text ends, then "stop", "length", or what the loop sets.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class Text:
         self.tokenizer, self.on_tokens = tokenizer, on_tokens
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
-        self._window = 0  # first token of the stretch in which a stop string may still begin
+        self._window = 0  # the first token at which a stop string may still begin
 
     def add(self, new_ids: list[int]) -> int:
-        """Append tokens up to the end of the text and pass them on to ``on_tokens``; returns how many were taken.
+        """Append tokens up to the end of the text and call ``on_tokens`` with them; returns how many were taken.
 
         Worked example with stop token 2 and the text [5]: add([7, 2, 9, 4]) takes [7, 2] and returns 2; the text
         [5, 7, 2] is finished, reason "stop".
@@ -69,8 +69,8 @@ class Text:
         return text[: min((at for at in found if at >= 0), default=len(text))]
 
     def _completes_stop_string(self) -> bool:
-        """Whether the last token completes a stop string. Looks at the last few tokens only, so that a token costs the
-        same however long the text is."""
+        """Whether the last token completes a stop string. Decodes a window of the last tokens, so that the cost of a
+        token does not grow with the text."""
         if not self.stop_strings:
             return False
         tail = self.tokenizer.decode(self.token_ids[self._window :])
@@ -79,7 +79,7 @@ class Text:
         if len(self.token_ids) - self._window > WINDOW:
             middle = (self._window + len(self.token_ids)) // 2
             shorter = self.tokenizer.decode(self.token_ids[middle:])
-            # A run of bytes that is cut in two may decode differently: then wait for a better place.
+            # A cut within a character decodes differently: then wait for a better place.
             if len(shorter) >= max(map(len, self.stop_strings)) + SLACK and tail.endswith(shorter):
                 self._window = middle
         return False

@@ -1,4 +1,4 @@
-"""The shape of a draft: which node follows which. Topology is a value, made once; the tokens are data of each pass."""
+"""The shape of a draft: which node follows which. A tree is a value, made once; the tokens are data of each pass."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 # The default acceptance model: how often the backbone's choice is the head's first guess (TOP_1) or among its first
-# five (TOP_5) at depths 1 to 4, given that the depth above was accepted; measured for a gated RNN head after five
-# minutes of training on the embedded backbone (assets/tiny-vicuna/RECIPE.md). Deeper counts as depth 4.
+# five (TOP_5) at depths 1 to 4, given that the depth before was accepted; measured for a gated RNN head after five
+# minutes of training on the embedded backbone (assets/tiny-vicuna/RECIPE.md). Deeper depths count as depth 4.
 TOP_1 = (0.40, 0.35, 0.32, 0.31)
 TOP_5 = (0.70, 0.64, 0.62, 0.62)
-# Ranks behind the first share what is left like rank ** -DECAY, through TOP_5. The exponent is a choice: with 1.5 the
-# probabilities of all ranks together stay below one however far the series goes; with 1 they would not. The accept
-# lengths this predicts at 4, 8, 16, 32, 64 nodes, 1.72 1.96 2.16 2.34 2.50, stand beside 1.72 1.99 2.22 2.45 2.66
-# measured for that head.
+# The probabilities of ranks after the first fall like rank ** -DECAY, through TOP_5. The exponent is a choice: with 1.5
+# the sum over all ranks stays below one; with 1 it would not. The accept lengths predicted for 4, 8, 16, 32, 64 nodes
+# are 1.72 1.96 2.16 2.34 2.50; for that head 1.72 1.99 2.22 2.45 2.66 were measured.
 DECAY = 1.5
 
 
@@ -28,17 +27,17 @@ class Tree:
     """A tree of draft nodes. Node 0 is the root, the token the backbone has already chosen; its depth is 0.
 
     parents: (nodes,) int32, parents[0] = -1. ranks: (nodes,) int32, the node's place among its parent's candidates,
-    best first; ranks[0] = 0. Nodes lie in breadth-first order: by depth, then by parent, then by rank.
+    best first; ranks[0] = 0. Nodes are in breadth-first order: by depth, then by parent, then by rank.
 
     Worked example, four tokens: ``Tree.from_paths([[0], [1], [1, 0]])`` is
 
-        0 root          parents [-1, 0, 0, 2]    paths      [0], [1], [1, 0] (of nodes 1, 2, 3)
-        |-- 1 rank 0    depths  [ 0, 1, 1, 2]    leaf_paths [0], [1, 0]
-        `-- 2 rank 1    ranks   [ 0, 0, 1, 0]    num_nodes 4, depth 2, max_rank 1
+        0 root          parents [-1, 0, 0, 2]    paths [0], [1], [1, 0] (of nodes 1, 2, 3)
+        |-- 1 rank 0    depths  [ 0, 1, 1, 2]    num_nodes 4, depth 2, max_rank 1
+        `-- 2 rank 1    ranks   [ 0, 0, 1, 0]
             `-- 3 rank 0
 
     Node 1 drafts the head's best guess for the token after the root, node 2 its second best, node 3 the best guess
-    behind node 2. Raises ValueError for arrays that are no such tree.
+    after node 2. Raises ValueError for arrays that are no such tree.
     """
 
     parents: np.ndarray
@@ -65,19 +64,19 @@ class Tree:
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> Tree:
         """A tree from one rank path per node, in any order, as Medusa (arXiv 2401.10774) writes them; see ``paths``.
 
-        Raises ValueError, naming the path, for an empty path, a negative or non-integer rank, a path that is there
-        twice, and a path whose ancestor is missing.
+        Raises ValueError, naming the path, for an empty path, a negative or non-integer rank, a duplicate, and a path
+        whose parent is missing.
         """
         nodes: dict[tuple[int, ...], int] = {}
         for path in paths:
             key = tuple(path)
             if not key:
-                raise ValueError("got an empty path []; the root is always there and has none")
+                raise ValueError("got an empty path []; the root is implied")
             if not all(isinstance(r, numbers.Integral) and not isinstance(r, bool) and r >= 0 for r in key):
                 raise ValueError(f"path {list(key)} must hold ranks, integers from 0")
             key = tuple(int(r) for r in key)
             if key in nodes:
-                raise ValueError(f"path {list(key)} is there twice")
+                raise ValueError(f"path {list(key)} is given twice")
             nodes[key] = 0
         ordered = sorted(nodes, key=lambda key: (len(key), key))
         index = {(): 0} | {key: i + 1 for i, key in enumerate(ordered)}
@@ -88,7 +87,7 @@ class Tree:
 
     @classmethod
     def chain(cls, num_drafts: int) -> Tree:
-        """The root and ``num_drafts`` tokens behind it, each the best guess after the last. ValueError below 0."""
+        """The root and ``num_drafts`` tokens after it, each the best guess after the last. ValueError below 0."""
         if num_drafts < 0:
             raise ValueError(f"a chain drafts at least 0 tokens, got {num_drafts}")
         return cls(np.arange(num_drafts + 1) - 1, np.zeros(num_drafts + 1))
@@ -116,7 +115,7 @@ class Tree:
 
     @functools.cached_property
     def has_children(self) -> tuple[bool, ...]:
-        """(nodes,): True for the nodes that another one follows."""
+        """(nodes,): whether a node has children."""
         inner = set(self.parents.tolist())
         return tuple(node in inner for node in range(self.num_nodes))
 
@@ -127,21 +126,16 @@ class Tree:
 
     @property
     def paths(self) -> list[list[int]]:
-        """The ranks from below the root down to each node but the root, in node order."""
+        """The ranks along the way from the root to each other node, in node order."""
         paths: list[list[int]] = [[]]
         for node in range(1, self.num_nodes):
             paths.append([*paths[self.parents[node]], int(self.ranks[node])])
         return paths[1:]
 
-    @property
-    def leaf_paths(self) -> list[list[int]]:
-        """The paths that no other path continues."""
-        return [path for path, inner in zip(self.paths, self.has_children[1:], strict=True) if not inner]
-
     @functools.cached_property
     def plan(self):
-        """What the backbone needs to know of the tree: an ``ops.row_plan.RowPlan``, made on first use."""
-        from ops.row_plan import RowPlan  # here, so that shapes can be computed without a device
+        """The tree as the backbone reads it, an ``ops.row_plan.RowPlan``, made on first use."""
+        from ops.row_plan import RowPlan  # here, so that trees can be made without Jittor
 
         return RowPlan(self.parents)
 
@@ -157,7 +151,7 @@ class Tree:
 
 
 def default_acceptance(depth: int, num_ranks: int) -> np.ndarray:
-    """The default acceptance model, (depth, num_ranks) float64: see TOP_1, TOP_5 and DECAY above.
+    """The default acceptance model (TOP_1, TOP_5, DECAY), (depth, num_ranks) float64.
 
     Entry [d, r]: probability that the backbone chooses rank r at depth d + 1, given that depth d was accepted.
     """
@@ -188,8 +182,8 @@ def best_tree(num_nodes: int, acceptance: np.ndarray) -> Tree:
     acceptance: (depth, ranks), entry [d, r] the probability that rank r is the backbone's choice at depth d + 1,
     given that the node at depth d was accepted. A node is accepted with the product along its path, and the
     expected accept length is the sum of these products over the nodes (the root's is 1: the bonus token). No child's
-    product exceeds its parent's, so the ``num_nodes`` largest products always form a tree: taking the best open node
-    again and again is not a heuristic but optimal. Of equals, the shallower and then the lower rank goes first.
+    product exceeds its parent's, so the ``num_nodes`` largest products always form a tree: to take the best open node
+    again and again is optimal. Of equals, the shallower and then the lower rank is taken first.
 
     Raises ValueError for probabilities outside [0, 1], and when depth and ranks do not give that many nodes.
     """
@@ -202,7 +196,7 @@ def best_tree(num_nodes: int, acceptance: np.ndarray) -> Tree:
         raise ValueError(f"a tree has at least its root, got num_nodes={num_nodes}")
     depth, ranks = acceptance.shape
     table, paths = acceptance.tolist(), []
-    open_nodes = [(-1.0, 0, ())]  # (minus the product, depth, rank path)
+    open_nodes = [(-1.0, 0, ())]  # (negative product, depth, rank path)
     for _ in range(num_nodes):
         if not open_nodes:
             most = sum(ranks**d for d in range(depth + 1))
@@ -213,14 +207,6 @@ def best_tree(num_nodes: int, acceptance: np.ndarray) -> Tree:
             for rank, chance in enumerate(table[level]):
                 heapq.heappush(open_nodes, (score * chance, level + 1, (*path, rank)))
     return Tree.from_paths(paths[1:])
-
-
-def expected_accept_length(tree: Tree, acceptance: np.ndarray) -> float:
-    """Tokens a pass is expected to emit, the bonus token included. acceptance: (depth, ranks), as in ``best_tree``."""
-    chances = [1.0]
-    for node in range(1, tree.num_nodes):
-        chances.append(chances[tree.parents[node]] * float(acceptance[tree.depths[node] - 1][tree.ranks[node]]))
-    return sum(chances)
 
 
 def check_tree(tree: Tree, head_depths: int, vocab_size: int) -> None:
@@ -239,10 +225,10 @@ def check_tree(tree: Tree, head_depths: int, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """How large a tree may grow that every pass shapes for itself (``decoding.dynamic``): ``num_nodes`` with the root,
-    ``depth`` levels, ``width`` expanded nodes a level with ``width`` candidates each. Nodes whose confidence is below
-    ``min_confidence`` stay out: a row that is hardly ever accepted costs more than it brings. Raises ValueError for
-    sizes that make no such tree.
+    """The limits of a tree that every pass shapes (``decoding.dynamic``): ``num_nodes`` with the root, ``depth``,
+    and ``width`` nodes expanded at each depth, with ``width`` candidates each. Nodes whose confidence is below
+    ``min_confidence`` are left out: a row that is hardly ever accepted costs more than it gains. Raises ValueError for
+    limits that no tree meets.
     """
 
     num_nodes: int
@@ -253,11 +239,11 @@ class DynamicTree:
     def __post_init__(self):
         if self.depth < 1 or self.width < 1 or self.num_nodes < 2:
             raise ValueError(
-                f"a dynamic tree needs 2 nodes, a depth and a width of 1 at least; got {self.num_nodes}, {self.depth} "
-                f"and {self.width}"
+                f"a dynamic tree needs at least 2 nodes, depth 1 and width 1; got {self.num_nodes}, {self.depth} and "
+                f"{self.width}"
             )
         if not 0 <= self.min_confidence < 1:
-            raise ValueError(f"the least confidence of a node is a probability below 1, got {self.min_confidence}")
+            raise ValueError(f"min_confidence must be a probability below 1, got {self.min_confidence}")
         most = self.depth * self.width**2 + self.width - self.width**2 + 1
         if self.num_nodes > most:
             raise ValueError(
@@ -265,7 +251,7 @@ class DynamicTree:
             )
 
     def check(self, head_depths: int, vocab_size: int) -> None:
-        """Raises ValueError where a head of ``head_depths`` tokens over ``vocab_size`` words cannot draft as deep and
+        """Raises ValueError when a head of ``head_depths`` tokens over ``vocab_size`` words cannot draft as deep and as
         wide."""
         check_tree(Tree.chain(self.depth), head_depths, vocab_size)
         if self.width > vocab_size:

@@ -1,4 +1,4 @@
-"""Which drafted tokens stay. Pure functions of arrays."""
+"""Decides which drafted tokens are accepted, by pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from decoding.sampling import draw
 
-Distribution = Callable[[int], np.ndarray]  # node -> (vocab,) float64; asked for visited nodes alone
+Distribution = Callable[[int], np.ndarray]  # node -> (vocab,) float64; called for visited nodes alone
 
 
 def verify_greedy(parents: np.ndarray, node_tokens: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, int]:
@@ -19,7 +19,7 @@ def verify_greedy(parents: np.ndarray, node_tokens: np.ndarray, chosen: np.ndarr
     is what the backbone chose after its parent; of siblings with the same token, the one with the lowest index.
 
     Returns path, the accepted nodes from the root down, root included, (accepted + 1,) int32 ascending; and the
-    bonus token, chosen[path[-1]], which the pass gives besides.
+    bonus token, chosen[path[-1]].
 
     Worked example, the tree of ``decoding.tree.Tree`` with parents [-1, 0, 0, 2], tokens [7, 4, 5, 9] and chosen
     [5, 3, 9, 8]: after the root (7) the backbone wants 5, which is node 2; after node 2 it wants 9, node 3; after
@@ -27,32 +27,32 @@ def verify_greedy(parents: np.ndarray, node_tokens: np.ndarray, chosen: np.ndarr
     bonus 6.
     """
     assert parents.shape == node_tokens.shape == chosen.shape, (parents.shape, node_tokens.shape, chosen.shape)
-    # Plain lists: a tree is small, and arrays cost more to call than to loop over. Parents come before their children,
-    # and once a child has become the tail, its later siblings have another parent than the tail.
-    wanted, tail, path = chosen.tolist(), 0, [0]
+    # Plain lists: for small trees a loop is faster than array calls. Parents come before their children, and once a
+    # child is the tail, its later siblings have another parent than the tail.
+    choices, tail, path = chosen.tolist(), 0, [0]
     for node, (parent, token) in enumerate(zip(parents.tolist(), node_tokens.tolist(), strict=True)):
-        if parent == tail and token == wanted[tail]:
+        if parent == tail and token == choices[tail]:
             tail = node
             path.append(node)
-    return np.array(path, np.int32), wanted[tail]
+    return np.array(path, np.int32), choices[tail]
 
 
 def verify_lossless(
     parents: np.ndarray, node_tokens: np.ndarray, target: Distribution, rng: np.random.Generator, draft=None
 ) -> tuple[np.ndarray, int]:
-    """Speculative sampling over a tree: what a pass emits is distributed as if drawn from the backbone token by token.
+    """Speculative sampling over a tree: the emitted tokens are distributed as if drawn from the backbone one by one.
 
     parents, node_tokens: as in ``verify_greedy``. target(node): the backbone's distribution after ``node``.
 
     draft None: the guesses are a function of the text before them. At each node from the root down a token is drawn
-    from the target; the child that holds it (the first of equals) is accepted, and where none does, it is the bonus.
+    from the target; the child that holds it (the first of equals) is accepted; where there is none, it is the bonus.
 
-    draft(node): the distribution that the children of ``node`` were drawn from, without replacement, in node order, by
-    chance of their own. A child x is accepted with min(1, p(x) / q(x)), where p is the target and q the draft; else
-    p becomes what p has over q, max(p - q, 0), and q loses x, both renormalised, and the next sibling is tried; after
-    the last, the bonus is drawn from what is left of p. One child: Leviathan et al., arXiv 2211.17192; several, drawn
-    independently: SpecInfer, arXiv 2305.09781; drawn without replacement, as here: recursive rejection sampling, Jeon
-    et al., arXiv 2402.14160. Should q have nothing left, the children not yet tried are guesses as without a draft.
+    draft(node): the distribution that the children of ``node`` were drawn from, without replacement, in node order. A
+    child x is accepted with probability min(1, p(x) / q(x)), where p is the target and q the draft; else p becomes
+    max(p - q, 0) and q loses x, both renormalized, and the next sibling is tried; after the last one the bonus is drawn
+    from p. One child: Leviathan et al., arXiv 2211.17192; several, drawn independently: SpecInfer, arXiv 2305.09781;
+    drawn without replacement, as here: recursive rejection sampling, Jeon et al., arXiv 2402.14160. When nothing is
+    left of q, the remaining children are treated as guesses without a draft.
 
     Returns path, the accepted nodes from the root down, (accepted + 1,) int32 ascending, and the bonus token.
 
@@ -83,10 +83,10 @@ def _try_siblings(
 ) -> tuple[int | None, np.ndarray, int]:
     """Recursive rejection. tokens: of the siblings, in the order they were drawn from q, (vocab,); p: (vocab,).
 
-    Returns (the accepted sibling or None, what is left of p, how many siblings were tried).
+    Returns (the accepted sibling or None, p after the rejections, how many siblings were tried).
     """
     for sibling, token in enumerate(tokens):
-        if q[token] == 0:  # q has nothing left
+        if q[token] == 0:  # nothing is left of q
             return None, p, sibling
         if rng.random() * q[token] < p[token]:
             return sibling, p, sibling + 1
@@ -95,15 +95,15 @@ def _try_siblings(
 
 
 def _residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """max(p - q, 0), renormalised: what p has over q. It is nothing only where p and q are one but for rounding; the
-    rejection was then rounding too, and p stays."""
+    """max(p - q, 0), renormalized. It is zero only where p and q differ by rounding; the rejection was then rounding
+    too, and p stays."""
     left = np.maximum(p - q, 0.0)
     total = left.sum()
     return left / total if total > 0 else p
 
 
 def _without(q: np.ndarray, token: int) -> np.ndarray:
-    """q once ``token`` has been drawn, renormalised; nothing but zeros when that was all of it."""
+    """q after ``token`` was drawn, renormalized; zeros when nothing is left."""
     left = q.copy()
     left[token] = 0.0
     total = left.sum()
@@ -118,7 +118,8 @@ def verify_typical(
     alpha: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, int, np.ndarray]:
-    """Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1): likely guesses stay, which changes the text.
+    """Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1): likely guesses are accepted, which changes the
+    distribution of the text.
 
     parents, node_tokens, target: as in ``verify_lossless``; the guesses may come from anywhere. With p the target after
     its parent and H(p) its entropy in nats, a node x is accepted when its parent is and
@@ -127,15 +128,15 @@ def verify_typical(
     (Medusa's code takes the most probable token there).
 
     Returns path and bonus, as ``verify_lossless`` does, and (accepted + 1,) float64: for each emitted token the total
-    variation distance between how it was chosen, given the guesses, and a draw from p. An accepted x was certain, so
-    the distance is 1 - p(x); the bonus was drawn from p, distance 0.
+    variation distance between how it was chosen, given the guesses, and a draw from p. An accepted x is certain, so its
+    distance is 1 - p(x); the bonus is drawn from p, distance 0.
 
     Worked example: epsilon .3, alpha .3, and after the root p = [.5 .25 .25], so exp(-H) = exp(-1.04) = .354 and the
-    threshold is min(.3, .106) = .106: a child with any of the three tokens is accepted. Children 2 and 0 of the root
-    without children of their own: equally long, and token 0 is more probable. It stays, at a distance of .5.
+    threshold is min(.3, .106) = .106: a child with any of the three tokens is accepted. Two leaves after the root with
+    tokens 2 and 0 make paths of equal length; token 0 is more probable, so it is accepted, at a distance of .5.
     """
     assert parents.shape == node_tokens.shape, (parents.shape, node_tokens.shape)
-    after: dict[int, tuple[np.ndarray, float]] = {}  # accepted node -> the distribution behind it, and the threshold
+    after: dict[int, tuple[np.ndarray, float]] = {}  # accepted node -> the distribution after it, and the threshold
     best, likely = 0, {0: (0, 1.0)}  # accepted node -> its depth, and the product along its path
     for node in range(1, len(parents)):
         parent = int(parents[node])
@@ -160,7 +161,7 @@ def verify_typical(
 
 
 def check_thresholds(epsilon: float, alpha: float) -> None:
-    """Raises ValueError for an epsilon outside [0, 1] and an alpha below 0 or not finite."""
+    """Raises ValueError for an epsilon outside [0, 1] and an alpha that is negative or not finite."""
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
     if not 0 <= alpha < float("inf"):
@@ -168,6 +169,6 @@ def check_thresholds(epsilon: float, alpha: float) -> None:
 
 
 def entropy(probabilities: np.ndarray) -> float:
-    """In nats. probabilities: (vocab,), adding up to 1."""
-    held = probabilities[probabilities > 0]
-    return float(-(held * np.log(held)).sum())
+    """Entropy in nats of (vocab,) probabilities."""
+    positive = probabilities[probabilities > 0]
+    return float(-(positive * np.log(positive)).sum())

@@ -1,1 +1,1 @@
-"""Draft heads: the contract, the registry, and one folder per head."""
+"""Draft heads, a folder each, and what they share; the contract is base.py and the door is registry.py."""

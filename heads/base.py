@@ -1,4 +1,4 @@
-"""The contract every draft head keeps. A head guesses the tokens that follow the one the backbone has just chosen.
+"""The contract of draft heads. A head guesses the tokens that follow the one the backbone has just chosen.
 
 Alignment: ``hidden[:, t]`` is the backbone's last hidden state at the row that consumed ``token_ids[:, t]``. Depth k
 (0-based) scores ``token_ids[:, t + 2 + k]``, given ``hidden[:, :t + 1]`` and tokens up to ``token_ids[:, t + 1 + k]``.
@@ -13,36 +13,35 @@ from typing import ClassVar
 
 import numpy as np
 
-from ops.draft import Chain, Copies, Tape
-from ops.kernel import on_cpu
 from ops.select import top_k_log_probabilities
 from ops.training import trainable_linear
-from runtime import jt
+from runtime import einops, jt
+from runtime.types import Var
 
 
 @dataclass
 class Features:
-    """What the backbone gives a head. hidden: (batch, seq, dim) float32, after the final norm; layers: further hidden
-    states by layer index, same shape; lengths: when several sequences lie behind each other in one row of the batch,
-    the length of each, else None."""
+    """What a head reads of the backbone. hidden: (batch, seq, dim) float32, after the final norm; layers: further
+    hidden states by layer index, same shape; lengths: of each sequence, where several are packed into one row of the
+    batch, else None."""
 
-    hidden: object
-    layers: dict[int, object] = field(default_factory=dict)
+    hidden: Var
+    layers: dict[int, Var] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None
 
 
 @dataclass
 class Projection:
-    """Logits that nobody has computed yet: the sum over the terms of hidden weight^T. A loss can take them a chunk of
-    rows at a time (``ops.linear_loss``).
+    """Logits not yet computed: the sum over the terms of hidden weight^T. A loss computes them in chunks of rows
+    (``ops.linear_loss``).
 
     terms: (hidden (rows, in), weight (vocab, in)) float32 each; a weight that is not trained has its gradient stopped.
     """
 
-    terms: list[tuple]
+    terms: list[tuple[Var, Var]]
 
-    def value(self):
-        """All of them at once, (rows, vocab) float32, with gradients to every term."""
+    def value(self) -> Var:
+        """All logits, (rows, vocab) float32, with gradients to every term."""
         total, *others = (trainable_linear(hidden, weight) for hidden, weight in self.terms)
         for other in others:
             total = total + other
@@ -51,23 +50,23 @@ class Projection:
 
 @dataclass
 class HeadOutput:
-    """What a head says of some positions.
+    """The output of ``Head.execute`` for some positions.
 
-    logits: one entry per depth: a ``Projection`` or, of a head that does not end in a language-model head, a Var
-    (positions, vocab) float32; while training, None for a depth that gets no loss of its own. aux: named extra losses,
-    scalar Vars, already weighted. stats: named figures to report, NumPy arrays (positions, ...); their means over the
-    held-out text go into checkpoints and results, see ``Head.describe``.
+    logits: one entry per depth: a ``Projection`` or, where the head does not end in a language-model head, a Var
+    (positions, vocab) float32; while training, None for a depth without a loss of its own. aux: named extra losses,
+    scalars, already weighted. stats: named figures to report, (positions, ...); their means over the held-out text go
+    into checkpoints and results, see ``Head.describe``.
     """
 
-    logits: list
-    aux: dict[str, object] = field(default_factory=dict)
-    stats: dict[str, object] = field(default_factory=dict)
+    logits: list[Projection | Var | None]
+    aux: dict[str, Var] = field(default_factory=dict)
+    stats: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training. share: of the run's optimizer steps. rates: what the learning rate is multiplied with, by
-    the beginning of a parameter's name; the longest that fits counts, and a parameter that none fits is not trained."""
+    """A stretch of training. share: of the run's optimizer steps. rates: multiples of the learning rate by prefix of a
+    parameter's name; the longest match counts, and a parameter without a match is not trained."""
 
     name: str
     share: float = 1.0
@@ -75,8 +74,8 @@ class Stage:
 
     def rate(self, parameter: str) -> float | None:
         """The multiple for a parameter by name; None: not trained in this stage."""
-        fitting = [prefix for prefix in self.rates if parameter.startswith(prefix)]
-        return self.rates[max(fitting, key=len)] if fitting else None
+        matches = [prefix for prefix in self.rates if parameter.startswith(prefix)]
+        return self.rates[max(matches, key=len)] if matches else None
 
 
 def option(default, help: str):
@@ -84,17 +83,26 @@ def option(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-class Head(jt.Module):
-    """Base of all draft heads: what a subclass has to say and to compute.
+def at_least(config, **minima: float) -> None:
+    """Raises ValueError for an option below its minimum, infinite or nan."""
+    for name, minimum in minima.items():
+        value = getattr(config, name)
+        if not minimum <= value < float("inf"):
+            raise ValueError(f"{name} must be at least {minimum} and finite, got {value}")
 
-    A subclass has a ``Config`` dataclass with at least ``num_depths``, sets ``parallel`` and, where it needs more than
-    the last hidden state, ``layers``, here or in its constructor. It borrows the backbone's embedding and
-    language-model head through ``embed`` and ``lm_logits`` and owns neither, so neither is trained nor saved with it.
+
+class Head(jt.Module):
+    """Base of all draft heads.
+
+    A subclass has a ``Config`` dataclass with at least ``num_depths``, and sets ``parallel`` and, where it reads more
+    than the last hidden state, ``layers``, in the class or in its constructor. It borrows the backbone's embedding and
+    language-model head through ``embed`` and ``lm_logits``; they are neither trained nor saved with it.
 
     parallel: the logits of a depth do not depend on the drafted tokens. trained: False for a head without parameters,
-    which drafts without a checkpoint. buffers: names of Vars that are saved with the parameters and not trained; their
-    constructor stops their gradient. draft_vocab: (draft vocabulary,) int32 NumPy, the token that each column of the
-    logits stands for; None: every token, in order.
+    which drafts without a checkpoint. buffers: names of Vars that are saved with the parameters and not trained; the
+    constructor stops their gradient. draft_vocab: (draft vocabulary,) int32, the token that each column of the logits
+    stands for; None: every token, in order. derived: what others computed from the parameters and cache here, by key;
+    emptied whenever parameters may change.
     """
 
     Config: ClassVar[type]
@@ -111,7 +119,7 @@ class Head(jt.Module):
         self.config = config
         self.borrowed = backbone
         self.dim, self.vocab_size = backbone.config.hidden_size, backbone.config.vocab_size
-        self._forget_chains()
+        self.derived: dict = {}
 
     @property
     def num_depths(self) -> int:
@@ -120,83 +128,64 @@ class Head(jt.Module):
 
     @property
     def num_draftable(self) -> int:
-        """Different tokens that it can draft: the columns of its logits."""
+        """Number of different tokens that it can draft: the columns of its logits."""
         return self.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
 
-    def trainable(self) -> dict:
+    def trainable(self) -> dict[str, Var]:
         """The parameters by name, without the buffers."""
         return {name: p for name, p in self.named_parameters() if name not in self.buffers}
 
     @property
     def num_parameters(self) -> int:
-        """Trainable numbers the head owns."""
+        """Number of trainable values."""
         return sum(int(p.numel()) for p in self.trainable().values())
 
     def forget_packed(self) -> None:
         """Drop what was derived from the parameters; called when they were replaced."""
-        self._forget_chains()
+        self.derived.clear()
         for module in self.modules():
             if hasattr(module, "_packed"):
                 module._packed = None
 
     def train(self):
-        """Set it in training mode. The chains go: they hold copies of the parameters."""
-        self._forget_chains()
+        """Set it in training mode, in which its parameters change."""
+        self.derived.clear()
         return super().train()
 
-    def _forget_chains(self) -> None:
-        self._chains: dict[tuple[int, str], Chain | None] = {}
-        self._copies = Copies()
-
-    def chain(self, num_depths: int, dtype: str) -> Chain | None:
-        """What drafts a chain of so many tokens in one call, with the matrices in float16 or float32; None where the
-        head drafts step by step, and everywhere but on the CPU. Kept until parameters change."""
-        if not on_cpu():
-            return None
-        key = num_depths, dtype
-        if self.is_training():
-            self._forget_chains()
-        if key not in self._chains:
-            tape = Tape(self.dim)
-            written = self.write_chain(tape, num_depths)
-            shared = self.borrowed.embedding, self.draft_vocab, dtype, self._copies
-            self._chains[key] = Chain(tape, *shared) if written else None
-        return self._chains[key]
-
-    # What a head may say about its training and its backbone; most need none of it.
+    # What a head may override about its training and its backbone; most override nothing.
 
     def prepare(self, token_counts: np.ndarray) -> None:
-        """Look at the training text before training. token_counts: (vocab,), how often each token is a reply's."""
+        """Called before training. token_counts: (vocab,), how often each token occurs in the training replies."""
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stretches that training consists of, in order; their shares add up to 1."""
+        """The stages of training, in order; their shares add up to 1."""
         return (Stage("heads"),)
 
     def enter(self, stage: str, progress: float) -> None:
-        """Called before every training step. stage: by name; progress: within it, from 0 to below 1."""
+        """Called before every training step. stage: its name; progress: within it, from 0 to below 1."""
 
     def describe(self, means: dict[str, np.ndarray]) -> dict:
-        """What is reported of the means of ``HeadOutput.stats``; JSON-ready."""
+        """The figures to report, from the means of ``HeadOutput.stats``; JSON-ready."""
         return {name: np.asarray(mean).tolist() for name, mean in means.items()}
 
     @property
     def decoding_backbone(self):
-        """The backbone to decode with: the borrowed one, unless the head changes it (adapters, merged)."""
+        """The backbone to decode with: the borrowed one, unless the head changes it (merged adapters)."""
         return self.borrowed
 
-    def embed(self, token_ids):
-        """The backbone's embedding. token_ids: (rows,) int32, Var or NumPy -> (rows, dim) float32."""
+    def embed(self, token_ids: Var | np.ndarray) -> Var:
+        """The backbone's embedding. token_ids: (rows,) int32 -> (rows, dim) float32."""
         ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
         return self.borrowed.embed(ids).stop_grad()
 
-    def lm_logits(self, hidden):
+    def lm_logits(self, hidden: Var) -> Var:
         """The backbone's frozen language-model head. hidden: (rows, dim), gets gradients -> (rows, vocab)."""
         if self.is_training():
             return jt.nn.matmul_transpose(hidden, self.borrowed.lm_head_weight)
         return self.borrowed.lm_logits(hidden)
 
-    def lm_projection(self, hidden) -> Projection:
-        """The same for ``execute``: what the loss multiplies, chunk by chunk. hidden: (rows, dim)."""
+    def lm_projection(self, hidden: Var) -> Projection:
+        """``lm_logits`` for ``execute``, not yet computed. hidden: (rows, dim)."""
         return Projection([(hidden, self.borrowed.lm_head_weight)])
 
     @staticmethod
@@ -206,12 +195,13 @@ class Head(jt.Module):
         return np.asarray(features.lengths if features.lengths is not None else [seq] * batch, np.int64)
 
     @staticmethod
-    def select(hidden, positions):
-        """Rows of a sequence by flat position. hidden: (batch, seq, dim), positions: (num,) int32 -> (num, dim)."""
-        return hidden.reshape(-1, hidden.shape[-1])[jt.array(np.asarray(positions, np.int32))]
+    def select(hidden: Var, positions: np.ndarray) -> Var:
+        """Rows by flat position. hidden: (batch, seq, dim), positions: (num,) int32 -> (num, dim)."""
+        rows = einops.rearrange(hidden, "batch seq dim -> (batch seq) dim")
+        return rows[jt.array(np.asarray(positions, np.int32))]
 
     def following(self, token_ids: np.ndarray, positions: np.ndarray, depth: int) -> np.ndarray:
-        """The token that depth ``depth`` is told before it guesses: ``token_ids[b, t + 1 + depth]``.
+        """The token that depth ``depth`` reads before it guesses: ``token_ids[b, t + 1 + depth]``.
 
         token_ids: (batch, seq + num_depths) int32; positions: flat indices b * seq + t -> (num,) int32.
         """
@@ -220,27 +210,28 @@ class Head(jt.Module):
         return np.asarray(token_ids).reshape(-1)[positions // seq * width + positions % seq + 1 + depth]
 
     def execute(self, features: Features, token_ids: np.ndarray, positions: np.ndarray) -> HeadOutput:
-        """Training: the logits of all depths at the wanted positions, under the true tokens.
+        """Training: the logits of all depths at the given positions, under the true tokens.
 
         features.hidden: (batch, seq, dim); token_ids: (batch, seq + num_depths) int32, the rows' tokens and those that
-        follow; positions: (num,) int32, flat indices b * seq + t. Returns the logits of each depth, ``num`` rows.
+        follow; positions: (num,) int32, flat indices b * seq + t. Returns (num, vocab) logits per depth.
         """
         raise TypeError(f"{type(self).__name__} does not define execute")
 
     def begin(self, features: Features, token_ids, state=None):
         """Start a draft. features.hidden: (1, rows, dim), the rows accepted since the last call, oldest first;
-        token_ids: (1, rows) int32, the token after each of them (the last one is the tree's root); state: what the
-        last ``begin`` of this text returned, None at its start. Returns a state that leads with the node axis."""
+        token_ids: (1, rows) int32, the token after each of them (the last one is the tree's root); state: what the last
+        ``begin`` of this text returned, None at its start. Returns a state whose first axis is that of nodes."""
         raise TypeError(f"{type(self).__name__} does not define begin")
 
     def step(self, state, token_ids, parents):
-        """One depth of a draft. token_ids: (nodes,) int32, the depth's tokens; parents: (nodes,) int32, each node's
-        row in ``state``. Returns (logits (nodes, vocab) of each node's children, the nodes' state)."""
+        """One depth of a draft. token_ids: (nodes,) int32, the depth's tokens; parents: (nodes,) int32, the row of
+        ``state`` that each node continues. Returns (logits (nodes, vocab) of each node's children, the nodes'
+        state)."""
         raise TypeError(f"{type(self).__name__} does not define step")
 
     def best(self, state, token_ids: np.ndarray, parents: np.ndarray, num: int):
-        """The best guesses of one depth on the host: what ``step`` and a selection give. A head that knows them without
-        scoring the whole vocabulary says so here.
+        """The best guesses of one depth, on the host; a head that knows them without scoring the vocabulary overrides
+        it.
 
         token_ids, parents: (nodes,) int32. Returns (log probabilities (nodes, num) float32, largest first; tokens
         (nodes, num) int32; the nodes' state).
@@ -249,12 +240,7 @@ class Head(jt.Module):
         values, columns = jt.fetch_sync(list(top_k_log_probabilities(logits, num)))
         return values, columns if self.draft_vocab is None else self.draft_vocab[columns], state
 
-    def write_chain(self, tape: Tape, num_depths: int) -> bool:
-        """Write on the tape how ``num_depths`` tokens follow the root, each the best guess after the one before: what
-        ``begin`` of the last row and ``step`` come to, in one kernel (``ops.draft``). False: this head's drafts hang on
-        more than the last hidden state, and are made step by step."""
-        return False
-
     def score_depths(self, state, num_depths: int):
-        """The first ``num_depths`` depths at once, for heads with ``parallel = True``: (num_depths, vocab) float32."""
+        """The logits of the first ``num_depths`` depths, for heads with ``parallel = True``: (num_depths, vocab)
+        float32."""
         raise TypeError(f"{type(self).__name__} does not define score_depths")

@@ -1,14 +1,13 @@
-"""Trained heads on disk: safetensors and JSON, written whole or not at all, read strictly.
+"""Trained heads on disk: safetensors and JSON, written atomically, read strictly.
 
 A checkpoint is a directory with ``head.safetensors`` (parameters by name, float32), ``config.json`` (head, options,
-backbone, tokenizer, data, metrics) and ``provenance.json``. Nothing in it is code.
+backbone, tokenizer, data, metrics) and ``provenance.json``. Nothing in it is executed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from heads.registry import build
-from runtime.atomic import atomic_directory, sha256_of
+from runtime.atomic import atomic_directory, sha256_of, write_file
 
 WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
 
 
 def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> None:
-    """Write a checkpoint beside its place, then swap it in: a reader sees the old one or the new one, never half.
+    """Write a checkpoint atomically: a reader sees the old one or the new one, never a part.
 
     config: JSON-ready; see docs/DESIGN.md for its keys. Raises OSError where the directory cannot be written.
     """
     with atomic_directory(directory) as partial:
         save_parameters(head, partial / WEIGHTS)
-        _write_config(partial / CONFIG, {**config, "files": {WEIGHTS: sha256_of(partial / WEIGHTS)}})
+        files = {WEIGHTS: sha256_of(partial / WEIGHTS)}
+        (partial / CONFIG).write_text(_config_text({**config, "files": files}))
         (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
@@ -38,14 +38,14 @@ def save_parameters(head, path: Path) -> None:
 
 
 def config_digest(config: dict) -> str:
-    """Hash of a config.json's content but for its own ``digest``."""
-    kept = {key: value for key, value in config.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    """Hash of a config.json's content without its ``digest``."""
+    content = {key: value for key, value in config.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _write_config(path: Path, config: dict) -> None:
-    config = json.loads(json.dumps(config))  # as it will be read again, integer keys and tuples for example
-    path.write_text(json.dumps({**config, "digest": config_digest(config)}, indent=2) + "\n")
+def _config_text(config: dict) -> str:
+    config = json.loads(json.dumps(config))  # as it will be read again: integer keys and tuples change
+    return json.dumps({**config, "digest": config_digest(config)}, indent=2) + "\n"
 
 
 def find_checkpoint(directory) -> Path:
@@ -58,7 +58,7 @@ def find_checkpoint(directory) -> Path:
 
 
 def latest_checkpoints(runs: Path) -> dict[str, Path]:
-    """The newest checkpoint of each head under ``runs/<head>/<run>/checkpoint``; empty when nothing was trained."""
+    """The newest checkpoint of each head under ``runs/<head>/<run>/checkpoint``, by head."""
     newest: dict[str, tuple[float, Path]] = {}
     for config in sorted(Path(runs).glob(f"*/*/checkpoint/{CONFIG}")):
         name, when = config.parents[2].name, config.stat().st_mtime
@@ -76,25 +76,22 @@ def read_config(directory: Path) -> dict:
         raise ValueError(f"{path} cannot be read: {error}") from error
     missing = {"head", "head_config", "backbone"} - set(config) if isinstance(config, dict) else {"an object"}
     if missing:
-        raise ValueError(f"{path} is not a head checkpoint: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is not a head checkpoint: {', '.join(sorted(missing))} is missing")
     if "digest" in config and config["digest"] != config_digest(config):
-        raise ValueError(f"{path} was changed after it was written: its digest does not fit")
+        raise ValueError(f"{path} was changed after it was written: its digest does not match")
     return config
 
 
 def update_config(directory: Path, changes: dict) -> None:
-    """Set some keys of a checkpoint's config.json, whole or not at all."""
-    config, path = {**read_config(directory), **changes}, Path(directory) / CONFIG
-    partial = path.with_name(f".{CONFIG}.{os.getpid()}.partial")
-    _write_config(partial, config)
-    os.replace(partial, path)
+    """Set some keys of a checkpoint's config.json, all or none of them."""
+    write_file(Path(directory) / CONFIG, _config_text({**read_config(directory), **changes}))
 
 
 def load_head(directory, backbone):
-    """The head of a checkpoint on this backbone, ready to draft; returns (head, config).
+    """The head of a checkpoint on this backbone, ready to draft, and its config.json.
 
-    Raises ValueError for a checkpoint trained on another backbone, for a damaged file and for parameters that are
-    missing, extra or misshapen, each named.
+    Raises ValueError for a checkpoint trained on another backbone, for a damaged file, and for parameters that are
+    missing, unexpected or of another shape, each named.
     """
     directory = find_checkpoint(directory)
     config = read_config(directory)
@@ -102,24 +99,24 @@ def load_head(directory, backbone):
     if trained_on.get("fingerprint") != backbone.fingerprint:
         raise ValueError(
             f"{directory} was trained on backbone {trained_on.get('fingerprint')} ({trained_on.get('path')}), "
-            f"this is {backbone.fingerprint} ({backbone.path or 'embedded'}); pass --backbone with the one it knows"
+            f"this is {backbone.fingerprint} ({backbone.path or 'embedded'}); pass --backbone with the right one"
         )
     head = build(config["head"], config["head_config"], backbone)
-    load_parameters(head, directory / WEIGHTS)  # first: what does not fit is named
+    load_parameters(head, directory / WEIGHTS)  # before the hashes: it names what does not fit
     check_files(directory, config.get("files", {}))
     head.eval()
     return head, config
 
 
 def check_files(directory: Path, hashes: dict[str, str]) -> None:
-    """Raises ValueError naming a file that is not the one that was written. hashes: sha256 by file name."""
-    for name, wanted in hashes.items():
+    """Raises ValueError naming a file that is missing or whose hash differs. hashes: sha256 by file name."""
+    for name, expected in hashes.items():
         path = Path(directory) / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
         found = sha256_of(path)
-        if found != wanted:
-            raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}..., written was {wanted[:16]}...")
+        if found != expected:
+            raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}..., expected {expected[:16]}...")
 
 
 def load_parameters(head, path: Path) -> None:

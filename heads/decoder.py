@@ -1,4 +1,4 @@
-"""A trainable decoder layer, and the drafting loop of heads that are one such layer over features and tokens."""
+"""A trainable decoder layer, and heads that are one such layer over pairs of feature and token."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import Head, HeadOutput
+from heads.base import Features, Head, HeadOutput, Projection
 from heads.layers import Linear, RMSNorm
 from ops.attention import attention, rotary
 from ops.cache_rows import write_rows
-from runtime import jt
+from runtime import einops, jt
+from runtime.types import Var
 
 
 class DecoderBlock(jt.Module):
-    """One Llama decoder layer (arXiv 2302.13971) whose attention input is the caller's business:
+    """One Llama decoder layer (arXiv 2302.13971); the caller provides the input of attention:
 
         h = r + W_o attention(rope(W_q u), rope(W_k u), W_v u)
         y = h + W_down (silu(W_gate n(h)) * W_up n(h))
 
-    r: (rows, dim), the residual stream; u: (rows, num_in), what attention looks at. The sizes and the rotary embedding
+    r: (rows, dim), the residual stream; u: (rows, num_in), the input of attention. The sizes and the rotary embedding
     are the backbone's. Queries may be fewer than keys, and a row may have keys that only it sees.
     """
 
@@ -42,8 +43,8 @@ class DecoderBlock(jt.Module):
         index = jt.array(positions.astype(np.int32))
         return cosine[index], sine[index]
 
-    def keys_values(self, u, tables):
-        """Keys, turned, and values. u: (rows, num_in) -> two of (rows, kv_heads, head_dim)."""
+    def keys_values(self, u: Var, tables: tuple[Var, Var]) -> tuple[Var, Var]:
+        """Rotated keys, and values. u: (rows, num_in) -> two of (rows, kv_heads, head_dim)."""
         kv = self.kv(u).reshape(u.shape[0], 2, self.num_kv_heads, self.head_dim)
         return rotary(kv[:, 0], *tables), kv[:, 1]
 
@@ -59,18 +60,18 @@ class DecoderBlock(jt.Module):
         return h + self.down(gate * gate.sigmoid() * up)
 
     def over(self, r, u, lengths: np.ndarray, positions: np.ndarray):
-        """A batch of sequences. r: (tokens, dim), u: (tokens, num_in), sequences of these lengths behind each other;
-        positions: (num,) int, the rows whose output is wanted. Returns y (num, dim) and the ``Context`` of the rows."""
+        """A batch of concatenated sequences of these lengths. r: (tokens, dim), u: (tokens, num_in); positions: (num,)
+        int, the rows to compute. Returns y (num, dim) and the ``Context`` of these rows."""
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         everywhere = np.arange(len(starts)) - starts  # each row's position within its sequence
         k, v = self.keys_values(u, self.tables(everywhere))
         here = everywhere[positions]
         context = Context(k, v, starts[positions].astype(np.int32), (here + 1).astype(np.int32), here)
-        wanted = jt.array(np.asarray(positions, np.int32))
-        return self(r[wanted], u[wanted], self.tables(here), k, v, context.first, context.count), context
+        rows = jt.array(np.asarray(positions, np.int32))
+        return self(r[rows], u[rows], self.tables(here), k, v, context.first, context.count), context
 
     def extend(self, cache: HeadCache, r, u):
-        """New rows of one text. r: (rows, dim), u: (rows, num_in). Adds them to the cache, returns the last one's y,
+        """Append new rows of one text to the cache. r: (rows, dim), u: (rows, num_in). Returns y of the last row,
         (1, dim)."""
         here = cache.length + np.arange(r.shape[0])
         tables = self.tables(here)
@@ -82,11 +83,11 @@ class DecoderBlock(jt.Module):
 
 @dataclass
 class Context:
-    """What some rows of a batch see: k, v: (tokens, kv_heads, head_dim); first, count, here: (rows,), the first key a
-    row sees, how many, and its position within its sequence."""
+    """The keys that some rows of a batch see. k, v: (tokens, kv_heads, head_dim); first, count, here: (rows,), the
+    first key a row sees, how many it sees, and its position within its sequence."""
 
-    k: object
-    v: object
+    k: Var
+    v: Var
     first: np.ndarray
     count: np.ndarray
     here: np.ndarray
@@ -102,7 +103,7 @@ class HeadCache:
     def _allocate(self, capacity: int) -> None:
         self.capacity = capacity
         self.keys, self.values = (jt.zeros((capacity, *self.shape)) for _ in range(2))
-        jt.sync([self.keys, self.values])  # they are written in place: each needs memory of its own
+        jt.sync([self.keys, self.values])  # written in place: each needs memory of its own
 
     def append(self, k, v) -> None:
         """Add rows. k, v: (rows, kv_heads, head_dim)."""
@@ -124,31 +125,31 @@ class HeadCache:
 class LayerHead(Head):
     """A head that is one decoder layer over pairs (feature, next token), autoregressive on its own output.
 
-    Position t pairs its feature with token t + 1; the layer's output y_t scores token t + 2 and stands in for the
-    feature of t + 1, which the backbone has not computed yet. So depth k >= 1 pairs y of depth k - 1 with the token
-    drafted there. It sees the pairs of the text up to t, and the k pairs of its own draft.
+    Position t pairs its feature with token t + 1; the layer's output y_t scores token t + 2 and replaces the feature of
+    t + 1, which the backbone has not computed yet. So depth k >= 1 pairs y of depth k - 1 with the token drafted there.
+    It sees the pairs of the text up to t, and the k pairs of its own draft.
 
-    A subclass says what a feature is, how a pair enters the layer and how an output becomes logits.
+    A subclass defines ``pair`` and ``logits``, and ``context`` where a feature is not the last hidden state.
     """
 
-    def context(self, features):
+    def context(self, features: Features) -> Var:
         """The features of a batch, (batch * seq, dim)."""
-        return features.hidden.reshape(-1, self.dim)
+        return einops.rearrange(features.hidden, "batch seq dim -> (batch seq) dim")
 
-    def pair(self, feature, token_ids):
+    def pair(self, feature: Var, token_ids: Var | np.ndarray) -> tuple[Var, Var]:
         """feature: (rows, dim), token_ids: (rows,) -> r (rows, dim), u (rows, num_in), see ``DecoderBlock``."""
         raise TypeError(f"{type(self).__name__} does not define pair")
 
-    def logits(self, y):
+    def logits(self, y: Var) -> Var:
         """y: (rows, dim) -> (rows, vocab)."""
         raise TypeError(f"{type(self).__name__} does not define logits")
 
-    def project(self, y):
-        """``logits`` for the loss: themselves, or the ``Projection`` that they would be."""
+    def project(self, y: Var) -> Projection | Var:
+        """``logits`` for ``execute``: the logits, or a ``Projection``."""
         return self.logits(y)
 
     def unroll(self, feature, lengths: np.ndarray, token_ids: np.ndarray, positions: np.ndarray, num_depths: int):
-        """The layer's outputs at the wanted positions under the true tokens, one (num, dim) per depth.
+        """The layer's outputs at the given positions under the true tokens, one (num, dim) per depth.
 
         feature: (tokens, dim); lengths: of the sequences; token_ids, positions: as ``execute`` takes them.
         """
@@ -177,15 +178,14 @@ class LayerHead(Head):
 
     def step(self, state, token_ids, parents):
         cache, depth, y, own_k, own_v = state
-        if depth > 0:  # the root's pair is the last one that begin has seen
+        if depth > 0:  # begin has seen the root's pair
             r, u = self.pair(y[parents], token_ids)
             nodes = r.shape[0]
             tables = self.block.tables(np.full(nodes, cache.length - 1 + depth))
             new = (part.unsqueeze(1) for part in self.block.keys_values(u, tables))
-            old = (own_k, own_v)
             own_k, own_v = (
-                part if kept is None else jt.concat([kept[parents], part], 1)
-                for kept, part in zip(old, new, strict=True)
+                part if before is None else jt.concat([before[parents], part], 1)
+                for before, part in zip((own_k, own_v), new, strict=True)
             )
             y = self.block(r, u, tables, cache.keys, cache.values, *cache.seen_by(nodes), own_k, own_v)
         return self.logits(y), (cache, depth + 1, y, own_k, own_v)

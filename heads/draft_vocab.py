@@ -1,4 +1,4 @@
-"""Heads that draft some tokens alone: the most frequent of the training replies (EAGLE-3, arXiv 2503.01840)."""
+"""A draft vocabulary: the most frequent tokens of the training replies (EAGLE-3, arXiv 2503.01840)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from runtime import jt
 
 
 class DraftVocabulary:
-    """Beside ``Head``, for a head whose config has ``draft_vocab_size``, 0 for every token. The tokens it drafts are
-    ``drafted``, (size,) int32, saved with the weights and the first ones until ``choose_tokens``."""
+    """A mixin for heads whose config has ``draft_vocab_size``, 0 for every token. ``drafted``: (size,) int32, the
+    tokens it drafts, saved with the weights; the first ones until ``choose_tokens``."""
 
     buffers = ("drafted",)
 
@@ -20,7 +20,7 @@ class DraftVocabulary:
         self._read_drafted = None, None  # the Var that was read, by its id, and the array
 
     def choose_tokens(self, token_counts: np.ndarray) -> bool:
-        """Take the most frequent ones, in ascending order. token_counts: (vocab,). False where all are drafted."""
+        """Take the most frequent tokens, in ascending order. token_counts: (vocab,). False where all are drafted."""
         if not self.config.draft_vocab_size:
             return False
         frequent = np.argsort(-token_counts, kind="stable")[: self.config.draft_vocab_size]
@@ -29,7 +29,7 @@ class DraftVocabulary:
 
     @property
     def draft_vocab(self) -> np.ndarray | None:
-        """As ``Head`` defines it. Read from the device once: a Var that is updated gets another id."""
+        """As in ``Head``. Read from the device once: a Var that is updated gets another id."""
         if not self.config.draft_vocab_size:
             return None
         if self._read_drafted[0] != self.drafted.id:

@@ -1,22 +1,23 @@
-"""What parallel heads share, and Medusa's networks, which more than one head trains."""
+"""Parallel heads, and Medusa's networks, which more than one head trains."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heads.base import Head, HeadOutput, option
+from heads.base import Head, HeadOutput, at_least, option
 from heads.layers import DepthLMHeads, LMHeadOptions, ResidualBlock
 from runtime import jt
+from runtime.types import Var
 
 
 class ParallelHead(Head):
     """A head whose depths all guess from the last hidden state alone. A subclass sets ``lm_heads``, see
-    ``heads.layers.DepthLMHeads``, and says what they read."""
+    ``heads.layers.DepthLMHeads``, and defines their input."""
 
     parallel = True
 
-    def depth_hidden(self, x, depth: int):
-        """What depth ``depth`` feeds to its language-model head. x: (rows, dim) -> (rows, dim)."""
+    def depth_hidden(self, x: Var, depth: int) -> Var:
+        """The input of a depth's language-model head. x: (rows, dim) -> (rows, dim)."""
         raise TypeError(f"{type(self).__name__} does not define depth_hidden")
 
     def execute(self, features, token_ids, positions) -> HeadOutput:
@@ -49,14 +50,13 @@ class MedusaHead(ParallelHead):
     """logits_k = W_k (x + SiLU(A_k x + b_k)), with x the last hidden state after the final norm (arXiv 2401.10774,
     section 2.1).
 
-    A_k starts at zero and W_k as the backbone's language-model head, so an untrained depth repeats the backbone's
-    next-token guess. ``heads.layers.DepthLMHeads`` says what else W_k can be.
+    A_k is initially zero and W_k the backbone's language-model head, so an untrained depth repeats the backbone's
+    next-token guess. ``heads.layers.DepthLMHeads`` lists what else W_k can be.
     """
 
     def __init__(self, config: MedusaConfig, backbone):
         super().__init__(config, backbone)
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {config.num_layers}")
+        at_least(config, num_layers=1)
         self.blocks = jt.nn.ModuleList(
             [
                 jt.nn.Sequential(*[ResidualBlock(self.dim) for _ in range(config.num_layers)])
@@ -67,12 +67,3 @@ class MedusaHead(ParallelHead):
 
     def depth_hidden(self, x, depth):
         return self.blocks[depth](x)
-
-    def write_chain(self, tape, num_depths):
-        # Depth by depth at each stage, so that the threads of the kernel wait once a stage and not once a depth.
-        ys = [tape.hidden] * num_depths
-        for layer in range(self.config.num_layers):
-            ys = [self.blocks[depth][layer].write(tape, y) for depth, y in enumerate(ys)]
-        for logits in [self.lm_heads.write(tape, y, depth) for depth, y in enumerate(ys)]:
-            tape.choose(logits)
-        return True

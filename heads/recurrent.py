@@ -1,34 +1,36 @@
-"""What recurrent heads share: one cell for all depths, told one token at each."""
+"""Recurrent heads: one cell for all depths, which reads one token at each."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from heads.base import Features, Head, HeadOutput
-from ops.draft import Tape, Value
+from heads.base import Features, Head, HeadOutput, Projection
+from runtime.types import Var
+
+State = tuple[Var, ...]
 
 
 class RecurrentHead(Head):
-    """A head whose state at depth k + 1 follows from that at depth k and the token drafted between. A subclass says
-    how it starts, advances and scores; a state is a tuple of Vars, (rows, width) each."""
+    """A head whose state at depth k + 1 follows from that at depth k and the token drafted between. A subclass defines
+    ``start``, ``advance`` and ``score``; a state is a tuple of Vars, (rows, width) each."""
 
-    def start(self, hidden) -> tuple:
+    def start(self, hidden: Var) -> State:
         """The state before any token. hidden: (rows, dim), the backbone's last hidden state."""
         raise TypeError(f"{type(self).__name__} does not define start")
 
-    def advance(self, state: tuple, token_ids) -> tuple:
+    def advance(self, state: State, token_ids: Var | np.ndarray) -> State:
         """The state after one more token. token_ids: (rows,)."""
         raise TypeError(f"{type(self).__name__} does not define advance")
 
-    def score(self, state: tuple):
-        """The logits of the token that follows, (rows, vocab)."""
+    def score(self, state: State) -> Var:
+        """The logits of the next token, (rows, vocab)."""
         raise TypeError(f"{type(self).__name__} does not define score")
 
-    def project(self, state: tuple):
-        """``score`` for the loss: the logits, or the ``Projection`` that they would be."""
+    def project(self, state: State) -> Projection | Var:
+        """``score`` for ``execute``: the logits, or a ``Projection``."""
         return self.score(state)
 
-    def unroll(self, features: Features, token_ids, positions) -> list[tuple]:
+    def unroll(self, features: Features, token_ids, positions) -> list[State]:
         """The state after each depth's token, under the true tokens; see ``execute`` for the arguments."""
         state, states = self.start(self.select(features.hidden, positions)), []
         for depth in range(self.num_depths):
@@ -46,22 +48,3 @@ class RecurrentHead(Head):
     def step(self, state, token_ids, parents):
         state = self.advance(tuple(part[parents] for part in state), token_ids)
         return self.score(state), state
-
-    def write_chain(self, tape, num_depths):
-        state = self.write_start(tape)
-        for depth in range(num_depths if state else 0):
-            state = self.write_advance(tape, state, tape.token(depth))
-            tape.choose(self.write_score(tape, state))
-        return state is not None
-
-    def write_start(self, tape: Tape) -> tuple[Value, ...] | None:
-        """``start`` on a tape; None: this head's chains are drafted step by step."""
-        return None
-
-    def write_advance(self, tape: Tape, state: tuple[Value, ...], token: Value) -> tuple[Value, ...]:
-        """``advance`` on a tape. token: its embedding, (dim,)."""
-        raise TypeError(f"{type(self).__name__} does not define write_advance")
-
-    def write_score(self, tape: Tape, state: tuple[Value, ...]) -> Value:
-        """``score`` on a tape."""
-        raise TypeError(f"{type(self).__name__} does not define write_score")

@@ -113,8 +113,8 @@ def expected_accept_length(ranks: np.ndarray, lengths: np.ndarray, num_nodes: in
     if ranks.shape[1] == 0:
         raise ValueError("the held-out text is too short: no position has a token to draft")
     paths = fitted_paths(count_paths(ranks), num_nodes)
-    tokens, passes = walk(accepted_depths(ranks, paths), np.bincount(owners))
-    return tokens / passes
+    passes = walk(accepted_depths(ranks, paths), np.bincount(owners))
+    return ranks.shape[1] / sum(map(len, passes))
 
 
 def accuracy(ranks: np.ndarray, top: int) -> list[float]:

@@ -18,9 +18,15 @@ from backbone.model import Backbone
 from backbone.tokenizer import ChatTokenizer
 from bench.measure.rules import Acceptance
 from bench.record.prompts import Prompt
-from decoding.batch import generate_batch
 from decoding.drafter import ChainDrafter, make_drafter
-from decoding.generate import Generation, Timers, first_difference, generate, generate_autoregressive
+from decoding.generate import (
+    Generation,
+    Timers,
+    first_difference,
+    generate,
+    generate_autoregressive,
+    generate_batch,
+)
 from decoding.rules import Rule
 from decoding.tree import DynamicTree, Tree
 from heads.base import Head

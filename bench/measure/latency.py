@@ -19,6 +19,7 @@ from decoding.generate import Generation, Timers
 from decoding.search import LatencyCurve
 from decoding.tree import Tree, default_tree
 from heads.base import Features
+from heads.chains import chain_of
 from ops.select import argmax
 from runtime import jt, warm
 from runtime.interrupt import check_interrupt
@@ -55,7 +56,8 @@ def measure_curve(
         cache.commit(np.arange(len(context)))
         told = Features(output.hidden, output.layers), jt.array(np.append(context[1:], root)[None].astype(np.int32))
         accepted = accepted_features(output, np.array([len(context) - 1], np.int32))
-        chains = [head.chain(depth, setup.draft_dtype) for depth in range(1, 1 + min(head.num_depths, max_nodes - 1))]
+        depths = range(1, 1 + min(head.num_depths, max_nodes - 1))
+        chains = [chain_of(head, depth, setup.draft_dtype) for depth in depths]
         verify, begin, drafts, one_call = [], [], [], []
         for number in range(rounds + 1):  # the first one warms up
             verify.append([_time_verification(setup, count) for count in rows])

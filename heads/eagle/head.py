@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import HeadOutput, option
+from heads.base import HeadOutput, at_least, option
 from heads.decoder import DecoderBlock, LayerHead
 from heads.layers import Linear, RMSNorm, later_positions, smooth_l1
 from runtime import jt
@@ -27,20 +27,15 @@ class EagleHead(LayerHead):
     """x_t = W [e_{t+1}; f_t] + b;  f'_{t+1} = layer(x_t; attention over n(x_0) .. n(x_t));  logits_0 = LM(f'_{t+1})
 
     f_t: the backbone's last hidden state, e_{t+1}: the embedding of the next token, LM: the backbone's frozen
-    language-model head; n: an RMSNorm, or with ``attention_norm`` off nothing. Depth k >= 1 reads its own f'_{t+k}
-    where the backbone's feature is not there yet.
+    language-model head; n: an RMSNorm, or the identity without ``attention_norm``. Depth k >= 1 reads its own f'_{t+k}
+    in place of features that the backbone has not computed yet.
     """
 
     Config = Config
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if not config.trained_depths >= 1:
-            raise ValueError(f"trained_depths must be at least 1, got {config.trained_depths}")
-        if config.feature_weight < 0 or config.noise < 0:
-            raise ValueError(
-                f"feature_weight and noise must not be negative, got {config.feature_weight} and {config.noise}"
-            )
+        at_least(config, trained_depths=1, feature_weight=0, noise=0)
         self.join = Linear(2 * self.dim, self.dim)
         self.norm = RMSNorm(self.dim, backbone.config.rms_norm_eps) if config.attention_norm else None
         self.block = DecoderBlock(backbone)
@@ -52,20 +47,21 @@ class EagleHead(LayerHead):
     def logits(self, y):
         return self.lm_logits(y)
 
+    def project(self, y):
+        return self.lm_projection(y)
+
     def execute(self, features, token_ids, positions) -> HeadOutput:
-        lengths, positions = self.sequence_lengths(features), np.asarray(positions)
-        feature = self.context(features)
         if not self.is_training():
-            outputs = self.unroll(feature, lengths, token_ids, positions, self.num_depths)
-            return HeadOutput([self.lm_projection(y) for y in outputs])
-        told = feature
+            return super().execute(features, token_ids, positions)
+        lengths, positions, feature = self.sequence_lengths(features), np.asarray(positions), self.context(features)
+        noisy = feature
         if self.config.noise:
-            told = feature + (jt.rand(*feature.shape) * 2 - 1) * self.config.noise
+            noisy = feature + (jt.rand(*feature.shape) * 2 - 1) * self.config.noise
         depths = min(self.config.trained_depths, self.num_depths)
-        outputs = self.unroll(told, lengths, token_ids, positions, depths)
+        outputs = self.unroll(noisy, lengths, token_ids, positions, depths)
         loss = 0
         for depth, y in enumerate(outputs):
             later, valid = later_positions(positions, lengths, depth + 1)
             loss = loss + smooth_l1(y, feature[jt.array(later)], valid) / depths
-        logits = [self.lm_projection(y) for y in outputs] + [None] * (self.num_depths - depths)
+        logits = [self.project(y) for y in outputs] + [None] * (self.num_depths - depths)
         return HeadOutput(logits, {"feature": loss * self.config.feature_weight})

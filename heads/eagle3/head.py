@@ -8,7 +8,7 @@ from heads.base import option
 from heads.decoder import DecoderBlock, LayerHead
 from heads.draft_vocab import DraftVocabulary
 from heads.layers import Linear, RMSNorm
-from runtime import jt
+from runtime import einops, jt
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Eagle3Head(DraftVocabulary, LayerHead):
     """g_t = W_f [l_t; m_t; h_t];  y_t = layer(residual g_t, attention over [n_e(e_{t+1}); n_g(g_t)])
     logits_0 = W_lm n(y_t);  depth k >= 1 reads y of depth k - 1 in the place of g
 
-    l, m, h: the hidden states of a low, a middle and a high layer of the backbone; e: token embeddings; W_lm: a
-    language-model head of its own over the draft vocabulary, begun as the backbone's rows. With ``token_residual`` the
-    residual is g_t + W_r [n_e(e_{t+1}); n_g(g_t)].
+    l, m, h: the hidden states of a low, a middle and a high layer of the backbone; e: token embeddings; W_lm: its own
+    language-model head over the draft vocabulary, initially the backbone's rows. With ``token_residual`` the residual
+    is g_t + W_r [n_e(e_{t+1}); n_g(g_t)].
     """
 
     Config = Config
@@ -40,7 +40,7 @@ class Eagle3Head(DraftVocabulary, LayerHead):
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
         if not 0 <= config.draft_vocab_size <= self.vocab_size:
-            raise ValueError(f"draft_vocab_size must lie in 0 to {self.vocab_size}, got {config.draft_vocab_size}")
+            raise ValueError(f"draft_vocab_size must be from 0 to {self.vocab_size}, got {config.draft_vocab_size}")
         self.fused = fused_layers(backbone.config.num_layers)
         self.layers = tuple(dict.fromkeys(self.fused))
         eps = backbone.config.rms_norm_eps
@@ -59,8 +59,8 @@ class Eagle3Head(DraftVocabulary, LayerHead):
             self.lm_head.weight.sync()
 
     def context(self, features):
-        parts = [features.layers[index].reshape(-1, self.dim) for index in self.fused]
-        return self.fuse(jt.concat(parts, 1))
+        parts = [features.layers[index] for index in self.fused]
+        return self.fuse(einops.rearrange(jt.concat(parts, 2), "batch seq dim -> (batch seq) dim"))
 
     def pair(self, feature, token_ids):
         u = jt.concat([self.token_norm(self.embed(token_ids)), self.feature_norm(feature)], 1)

@@ -1,4 +1,4 @@
-"""What a conversion passes along: a head's parameters outside of any file, and the backbone that it belongs to."""
+"""What a conversion passes from reader to writer: a head's parameters and the backbone that it belongs to."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FLOAT32 = FLOATS["float32"]
 
 @dataclass
 class HeadWeights:
-    """A head that lies in no file. head: its name; options: all of its Config's; tensors: its parameters by our names.
+    """A head in no format. head: its name; options: all fields of its Config; tensors: its parameters by our names.
 
-    config: what its checkpoint's config.json says, or ``{"imported": ...}`` for a head from elsewhere. texts: further
-    JSON files of the checkpoint, by file name. notes: what was settled or left out while reading, one sentence each.
+    config: its checkpoint's config.json, or ``{"imported": ...}`` for a head from elsewhere. texts: other JSON files of
+    the checkpoint, by file name. notes: what the reader decided or left out, one sentence each.
     """
 
     head: str
@@ -36,18 +36,18 @@ class HeadWeights:
 
 @dataclass
 class Casting:
-    """The type that a conversion writes, and what it cost so far."""
+    """The dtype that a conversion writes, and the rounding so far."""
 
     dtype: np.dtype
     rounding: Rounding = field(default_factory=Rounding)
 
     def apply(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The tensors in that type. Reading raises ValueError naming one whose numbers it cannot hold."""
+        """The tensors in that dtype. Reading raises ValueError naming one whose values it cannot hold."""
         return {name: cast(name, tensor, self.dtype, self.rounding) for name, tensor in tensors.items()}
 
 
 class Target:
-    """The backbone of a head, read as far as it is asked for. path: a directory; None: the embedded one."""
+    """The backbone of a head; only what is used is read. path: a directory; None: the embedded one."""
 
     def __init__(self, path=None):
         self.path = str(path) if path else None
@@ -55,11 +55,11 @@ class Target:
     def __str__(self) -> str:
         return f"the backbone {self.path or 'embedded here'}"
 
-    # Loading a model starts Jittor: the imports wait until one is asked for.
+    # Loading a model starts Jittor, so these imports are inside functions.
 
     @property
     def directory(self) -> Path:
-        """Where it lies."""
+        """Its directory."""
         from backbone.model import EMBEDDED
 
         return Path(self.path) if self.path else EMBEDDED
@@ -71,15 +71,14 @@ class Target:
 
     @functools.cached_property
     def model(self):
-        """The backbone itself, in float16."""
+        """The loaded backbone, in float16."""
         from backbone.model import load_backbone
 
         return load_backbone(self.path)
 
     @functools.cached_property
     def exact_model(self):
-        """The backbone with its embedding and language-model head as they are stored: in float32 unless those are
-        float16."""
+        """The backbone with its embedding and language-model head as stored: in float32 unless those are float16."""
         from backbone.model import load_backbone
 
         stored = {tensor.dtype for tensor in (self.embedding, self.lm_head)}
@@ -91,16 +90,16 @@ class Target:
 
     @property
     def embedding(self) -> LazyTensor:
-        """(vocab, dim), in the type it is stored in."""
+        """(vocab, dim), as stored."""
         return self._ends[EMBEDDING]
 
     @property
     def lm_head(self) -> LazyTensor:
-        """(vocab, dim), in the type it is stored in."""
+        """(vocab, dim), as stored."""
         return self._ends[EMBEDDING if self.config.tie_embeddings else LM_HEAD]
 
     def tokenizer_fingerprint(self) -> str | None:
-        """None where the backbone's folder holds no tokenizer that can be read."""
+        """None where the backbone's folder has no readable tokenizer."""
         from backbone.tokenizer import load_tokenizer
 
         try:
@@ -109,43 +108,43 @@ class Target:
             return None
 
     def check_belongs(self, weights: HeadWeights) -> None:
-        """Raises ValueError for a head that was trained on another backbone; one from elsewhere does not say."""
+        """Raises ValueError for a head that was trained on another backbone; an imported one names none."""
         trained_on = weights.config.get("backbone", {})
-        wanted = trained_on.get("fingerprint")
-        if wanted is not None and wanted != self.model.fingerprint:
+        fingerprint = trained_on.get("fingerprint")
+        if fingerprint is not None and fingerprint != self.model.fingerprint:
             raise ValueError(
-                f"the head was trained on backbone {wanted} ({trained_on.get('path') or 'embedded'}), "
-                f"{self} is {self.model.fingerprint}; pass --backbone with the one it knows"
+                f"the head was trained on backbone {fingerprint} ({trained_on.get('path') or 'embedded'}), "
+                f"{self} is {self.model.fingerprint}; pass --backbone with the right one"
             )
 
     def check_sizes(self, where, width: int, vocabulary: int | None) -> None:
-        """Raises ValueError for a head of another width or, where it says so, another vocabulary; names both."""
+        """Raises ValueError for a head of another width or, where it is known, another vocabulary."""
         own = self.config
         if width != own.hidden_size or vocabulary not in (None, own.vocab_size):
             theirs = f"width {width}" + (f" and vocabulary {vocabulary}" if vocabulary else "")
             raise ValueError(
-                f"{where} is of a backbone of {theirs}; {self} has width {own.hidden_size} and vocabulary "
-                f"{own.vocab_size}; pass --backbone with the one it belongs to"
+                f"{where} belongs to a backbone of {theirs}; {self} has width {own.hidden_size} and vocabulary "
+                f"{own.vocab_size}; pass --backbone with the right one"
             )
 
     def check_same(self, where, name: str, tensor: LazyTensor, own: LazyTensor) -> None:
-        """Raises ValueError when a tensor that a head carries along is not the backbone's, in the type it lies in."""
+        """Raises ValueError when a tensor in a head's file is not the backbone's in the dtype of that file."""
         if tensor.shape != own.shape:
             raise ValueError(f"{where}: {name} is {tensor.shape}, that of {self} is {own.shape}")
         worst = 0.0
         for rows in tensor.stretches():
             mine = own.read_rows(*rows).astype(tensor.dtype).astype(np.float32)
             worst = max(worst, float(np.abs(tensor.read_rows(*rows).astype(np.float32) - mine).max(initial=0)))
-        if not worst == 0:  # also for what is not a number
+        if not worst == 0:  # true for nan
             raise ValueError(
                 f"{where}: {name} is not that of {self}, largest difference {worst:.3g}; "
-                "pass --backbone with the one it belongs to"
+                "pass --backbone with the right one"
             )
 
 
 class Piece(NamedTuple):
-    """Where a tensor of another format lies in ours: ``theirs`` (of this shape) is rows ``first``, ``first`` + 1, .. of
-    ``ours``. Tables of pieces are read in both directions, so that no conversion has a name written twice."""
+    """Where a tensor of another format is in ours: ``theirs`` (of this shape) is rows ``first``, ``first`` + 1, .. of
+    ``ours``. Tables of pieces serve both directions, so no name is written twice."""
 
     theirs: str
     ours: str
@@ -154,7 +153,7 @@ class Piece(NamedTuple):
 
 
 def stretch(tensor: LazyTensor, first: int, shape: Shape) -> LazyTensor:
-    """Rows of a tensor from ``first`` on, as many as the shape says."""
+    """The rows of a tensor from ``first`` on, of this shape."""
     return LazyTensor(tensor.dtype, shape, lambda start, stop: tensor.read_rows(first + start, first + stop))
 
 
@@ -164,9 +163,9 @@ def gather(pieces: Iterable[Piece], theirs: Mapping[str, LazyTensor]) -> dict[st
     for piece in pieces:
         parts.setdefault(piece.ours, []).append(piece)
     ours = {}
-    for name, found in parts.items():
-        found.sort(key=lambda piece: piece.first)
-        tensors = [widen(piece.theirs, theirs[piece.theirs]) for piece in found]
+    for name, pieces_of in parts.items():
+        pieces_of.sort(key=lambda piece: piece.first)
+        tensors = [widen(piece.theirs, theirs[piece.theirs]) for piece in pieces_of]
         ours[name] = tensors[0] if len(tensors) == 1 else join_rows(tensors)
     return ours
 
@@ -182,15 +181,15 @@ def widen(name: str, tensor: LazyTensor) -> LazyTensor:
 
 
 def zeros(shape: Shape) -> LazyTensor:
-    """A tensor that a format leaves out because it is zero."""
+    """A tensor of zeros, which a format leaves out."""
     return in_memory(np.zeros(shape, np.float32))
 
 
 def expect(
     where, tensors: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], integers: Collection[str] = ()
 ) -> None:
-    """Raises ValueError naming every tensor that is missing, unknown, misshapen, or not of floating point numbers;
-    those named in ``integers`` are int32."""
+    """Raises ValueError naming every tensor that is missing, unknown, of another shape, or not floating point; those
+    named in ``integers`` are int32."""
     try:
         check_names({name: tensor.shape for name, tensor in tensors.items()}, shapes)
     except ValueError as error:
@@ -202,7 +201,7 @@ def expect(
 
 
 def with_own_lm_heads(weights: HeadWeights, target: Target) -> HeadWeights:
-    """The same head with a whole language-model head per depth: W + B A in float32 for one of low rank, a copy of the
+    """The same head with a complete language-model head per depth: W + B A in float32 for low rank, a copy of the
     backbone's for a shared one. Raises ValueError for a head of another backbone."""
     if weights.options.get("lm_head", "own") == "own":
         return weights
@@ -212,9 +211,7 @@ def with_own_lm_heads(weights: HeadWeights, target: Target) -> HeadWeights:
         name = f"lm_heads.{depth}."
         down, up = (weights.tensors.get(f"{name}{part}.weight") for part in ("down", "up"))
         tensors[f"{name}weight"] = _sum(target.lm_head, up, down)
-    note = (
-        f"its {weights.options['lm_head']} language-model heads are written whole, one per depth: they come back as own"
-    )
+    note = f"its {weights.options['lm_head']} language-model heads are written in full, one per depth; read back as own"
     options = {**weights.options, "lm_head": "own"}
     return HeadWeights(weights.head, options, tensors, weights.config, weights.texts, [*weights.notes, note])
 

@@ -29,59 +29,59 @@ FORMATS: dict[str, str] = {name: format.sentence for name, format in BY_NAME.ite
 
 
 def recognise(path: str | Path) -> str | None:
-    """The format of the head at a path, from what its file holds; None where there is no head.
+    """The format of the head at a path, from the content of its file; None where there is no head.
 
     Raises ValueError naming the file for a damaged or hostile one.
     """
     found = open_head(Path(path))
-    return None if found is None else _recognised(found)
+    return None if found is None else _format_of(found)
 
 
-def _recognised(found: Found) -> str | None:
+def _format_of(found: Found) -> str | None:
     return next((name for name, format in BY_NAME.items() if format.recognise(found)), None)
 
 
-def _opened(path: Path) -> Found:
+def _open(path: Path) -> Found:
     found = open_head(path)
     if found is None:
-        raise ValueError(f"{path} holds no head; expected the folder or file of one of {', '.join(FORMATS)}")
+        raise ValueError(f"{path} holds no head; expected a folder or file in one of the formats {', '.join(FORMATS)}")
     if not found.tensors:
-        raise ValueError(f"{found.file} holds no parameters: there is nothing to convert")
+        raise ValueError(f"{found.file} holds no parameters, so there is nothing to convert")
     return found
 
 
-def _dtype(asked: str | None, default: np.dtype, tensors: Mapping[str, LazyTensor]) -> np.dtype:
-    """What to write. asked: a type; keep: the source's, float32 where it has several; None: the default."""
-    if asked == KEEP:
-        held = {tensor.dtype for tensor in tensors.values()} & set(FLOATS.values())
-        return held.pop() if len(held) == 1 else FLOAT32
-    if asked is not None and asked not in FLOATS:
-        raise suggest("dtype", asked, [*FLOATS, KEEP])
-    return FLOATS[asked] if asked else default
+def _dtype(name: str | None, default: np.dtype, tensors: Mapping[str, LazyTensor]) -> np.dtype:
+    """The dtype to write. name: of FLOATS; keep: the source's, float32 where it has several; None: the default."""
+    if name == KEEP:
+        dtypes = {tensor.dtype for tensor in tensors.values()} & set(FLOATS.values())
+        return dtypes.pop() if len(dtypes) == 1 else FLOAT32
+    if name is not None and name not in FLOATS:
+        raise suggest("dtype", name, [*FLOATS, KEEP])
+    return FLOATS[name] if name else default
 
 
 def convert(source: Path, to: str, out: Path, options: ConvertOptions) -> int:
     """Write a head in another format. Returns the exit status: 1 where ``verify`` finds a difference, else 0.
 
-    options: of its fields, source_format is a name of FORMATS or None, dtype None the format's own, and tolerance as
-    ``verify.verify`` takes it. Notes go to stderr; the last line of stdout is JSON. Raises ValueError for what cannot
-    be converted, and for an ``out`` in the way.
+    options: source_format is a name of FORMATS or None, dtype None the format's own, tolerance as in ``verify.verify``.
+    Notes go to stderr; the last line of stdout is JSON. Raises ValueError for what cannot be converted, and for an
+    ``out`` that must not be replaced.
     """
     source, out = Path(source), Path(out)
     source_format = options.source_format
     for name in filter(None, (to, source_format)):
         if name not in FORMATS:
             raise suggest("format of heads", name, FORMATS)
-    found = _opened(source)
-    source_format = source_format or _recognised(found)
+    found = _open(source)
+    source_format = source_format or _format_of(found)
     if source_format is None:
         raise ValueError(
-            f"{found.file} is no head in a known format ({', '.join(FORMATS)}); pass --from with its format"
+            f"{found.file} is not a head in a known format ({', '.join(FORMATS)}); pass --from with its format"
         )
     reader, writer, target = BY_NAME[source_format], BY_NAME[to], Target(options.backbone)
     written = writer.check_out(out, options.overwrite)
     if written.resolve() in (found.file.resolve(), found.file.resolve().parent):
-        raise ValueError(f"--out {out} is the head that is read; choose another")
+        raise ValueError(f"--out {out} is the source; choose another")
     casting = Casting(_dtype(options.dtype, writer.dtype, found.tensors))
     weights = reader.read(found, target)
     if options.merge:
@@ -94,7 +94,7 @@ def convert(source: Path, to: str, out: Path, options: ConvertOptions) -> int:
         print(f"rounding to {casting.dtype}: at most {rounding.largest:.3g}, in {rounding.name}", file=sys.stderr)
     same = None
     if options.verify:
-        again = _opened(written)
+        again = _open(written)
         sides = Side(reader, found, weights, target), Side(writer, again, writer.read(again, target), target)
         same, lines = verify(*sides, options.tolerance)
         print("\n".join(lines))

@@ -1,15 +1,15 @@
-"""EAGLE-1's own files (arXiv 2401.15077): one Llama layer behind ``fc``, with the config of a Llama of one layer.
+"""EAGLE-1's own files (arXiv 2401.15077): one Llama layer after ``fc``, with the config of a Llama of one layer.
 
 Equation by equation:
 
     EAGLE-1                                          ours
     x_t = fc [e_{t+1}; f_t]                          join, the same order
-    h = x + o attention(rope(q x), rope(k x), v x)   block, but reads n(x) unless attention_norm is off
+    h = x + o attention(rope(q x), rope(k x), v x)   block, but reads n(x) with attention_norm
     f' = h + down(SiLU(gate m(h)) * up m(h))         the same, m = post_attention_layernorm = mlp_norm
     logits = LM(f')                                  the same; positions count pairs from 0 in both
 
-k and v are the upper and lower half of our kv, gate and up those of gate_up. So files are read into, and written from,
-heads whose attention reads x itself. Sizes and rotary embedding are the backbone's.
+k and v are the upper and lower half of our kv, gate and up those of gate_up. Files correspond to heads without
+attention_norm. Sizes and rotary embedding are the backbone's.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from heads.formats.own import default_options, imported_from
 from heads.formats.published import Float64, PublishedFormat, exact
 
 HEAD = "eagle"
-NORM = "attention_norm"  # the option of ours that leaves attention's input as it is
+NORM = "attention_norm"  # our option; false leaves the input of attention as it is
 EMBEDDING, BIAS = "embed_tokens.weight", "fc.bias"
 LAYER = "layers.0."
-PLAIN, LINEAR = None, "linear"  # rope scalings that EAGLE-1's code knows and we do
-# Depth 0 reads the text alone, depth 1 the head's own output too, and every further one repeats that step: it would add
-# no check, but the rounding errors of all before it.
+PLAIN, LINEAR = None, "linear"  # rope scalings of EAGLE-1's code
+# Depth 0 reads only the text, depth 1 the head's own output too. Deeper ones repeat that step: they would add nothing
+# but rounding errors.
 COMPARED_DEPTHS = 2
-# What a layer of ours takes from the backbone, so that a file must agree.
+# Our layer takes these from the backbone, so a file must agree.
 SAME = ("hidden_size", "vocab_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps",
         "rope_theta", "rope_scaling")  # fmt: skip
 
@@ -71,7 +71,7 @@ class Eagle(PublishedFormat):
         if EMBEDDING in tensors:
             target.check_same(found.file, EMBEDDING, tensors.pop(EMBEDDING), target.embedding)
         options = default_options(HEAD, **{NORM: False})
-        notes.append(f"EAGLE-1 drafts as deep as it is asked to: num_depths is {options['num_depths']}, our default")
+        notes.append(f"EAGLE-1 has no fixed depth: num_depths is {options['num_depths']}, our default")
         pieces, absent = self.table(options, target.config), []
         if not found.config.get("bias", True):
             absent = [piece for piece in pieces if piece.theirs == BIAS]
@@ -81,10 +81,10 @@ class Eagle(PublishedFormat):
         return HeadWeights(HEAD, options, ours, imported_from(self.name, found, notes), notes=notes)
 
     def _check_config(self, found, target) -> None:
-        """Raises ValueError naming what config.json says otherwise than the backbone, whose sizes our layer has."""
+        """Raises ValueError naming where config.json contradicts the backbone, whose sizes our layer has."""
         where = found.file.with_name("config.json")
         if not found.config:
-            raise ValueError(f"{where} is missing; it says how many attention heads there are, and how positions turn")
+            raise ValueError(f"{where} is missing; it has the number of attention heads and the rotary embedding")
         theirs, own = parse_config(found.config, None, str(where)), target.config
         wrong = [f"{key} {getattr(theirs, key)} (backbone: {getattr(own, key)})" for key in SAME
                  if getattr(theirs, key) != getattr(own, key)]  # fmt: skip
@@ -93,14 +93,14 @@ class Eagle(PublishedFormat):
         if theirs.num_layers != 1:
             wrong.append(f"{theirs.num_layers} layers (ours has 1)")
         if wrong:
-            raise ValueError(
-                f"{where} does not fit {target}: {', '.join(wrong)}; pass --backbone with the one it is of"
-            )
+            raise ValueError(f"{where} does not fit {target}: {', '.join(wrong)}; pass --backbone with the right one")
         scaling_of(theirs, str(where))
 
     def check_holds(self, weights):
         if weights.options.get(NORM, True):
-            raise ValueError("this head norms attention's input (norm.weight), EAGLE-1's layer does not: not written")
+            raise ValueError(
+                "this head norms attention's input (norm.weight), EAGLE-1's layer does not: cannot be written"
+            )
 
     def extras(self, weights, target):
         target.check_belongs(weights)
@@ -110,7 +110,7 @@ class Eagle(PublishedFormat):
         c = target.config
         if c.head_dim * c.num_heads != c.hidden_size:
             raise ValueError(
-                f"EAGLE-1's attention heads share the width {c.hidden_size}; {c.num_heads} of {c.head_dim} do not"
+                f"EAGLE-1's attention heads add up to the width {c.hidden_size}; {c.num_heads} of {c.head_dim} do not"
             )
         scaling = scaling_of(c, str(target))
         return {
@@ -137,7 +137,7 @@ class Eagle(PublishedFormat):
         }
 
     def logits(self, found, target, inputs):
-        c, tensors = target.config, dict(Float64(found.tensors))  # every position reads all of them
+        c, tensors = target.config, dict(Float64(found.tensors))  # read once: every position uses all of them
         drawn = inputs.of(c.hidden_size, c.vocab_size, COMPARED_DEPTHS)
         ends = exact(target.embedding), exact(target.lm_head)
         hidden = drawn.hidden.astype(np.float64)
@@ -145,8 +145,8 @@ class Eagle(PublishedFormat):
 
 
 def scaling_of(config: BackboneConfig, where: str) -> str | None:
-    """The kind of rope scaling. Raises ValueError for one that EAGLE-1's code does not know."""
+    """The kind of rope scaling. Raises ValueError for one that EAGLE-1's code does not have."""
     kind = (config.rope_scaling or {}).get("rope_type")
     if kind not in (PLAIN, LINEAR):
-        raise ValueError(f"{where}: rope scaling {kind} is not one that EAGLE-1's code computes")
+        raise ValueError(f"{where}: rope scaling {kind} is unknown to EAGLE-1's code")
     return kind

@@ -1,13 +1,11 @@
-"""The published drafts in NumPy, on tensors as their files name them. Written apart from the conversion and in float64:
-a name that a table maps wrongly shows as other logits.
-
-``tensors`` is read with ``tensors[name]`` -> array and ``name in tensors``.
+"""The published heads in NumPy, on tensors as their files name them. They know nothing of the conversion, so that a
+name that it maps wrongly shows as other logits.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -20,49 +18,47 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def count(tensors: Arrays, pattern: str) -> int:
-    """How many of the names pattern.format(0), pattern.format(1), .. there are, in a row."""
+    """How many of the names pattern.format(0), pattern.format(1), .. exist before the first that does not."""
     return next(i for i in itertools.count() if pattern.format(i) not in tensors)
 
 
-def medusa(tensors: Arrays, hidden: np.ndarray, lm_head: np.ndarray) -> list[np.ndarray]:
+def medusa(tensors: Arrays, hidden: np.ndarray, lm_head: Callable[[], np.ndarray]) -> list[np.ndarray]:
     """Medusa (arXiv 2401.10774, section 2.1): W_i (h + SiLU(A_i h + b_i)), residual blocks in a row.
 
-    hidden: (rows, dim); lm_head: (vocab, dim), for files without W_i. Returns (rows, vocab) per head.
+    hidden: (rows, dim); lm_head: gives (vocab, dim) for files without W_i. Returns (rows, vocab) per depth.
     """
-    logits = []
-    for i in range(count(tensors, "{}.0.linear.weight")):
-        x, j = hidden, 0
-        while f"{i}.{j}.linear.weight" in tensors:
-            x = x + silu(x @ tensors[f"{i}.{j}.linear.weight"].T + tensors[f"{i}.{j}.linear.bias"])
-            j += 1
-        logits.append(x @ tensors.get(f"{i}.{j}.weight", lm_head).T)
-    return logits
+    return _medusa(tensors, hidden, "{}.{}.linear", "{}.{}.weight", lm_head)
 
 
 def vllm_medusa(tensors: Arrays, hidden: np.ndarray) -> list[np.ndarray]:
-    """The same networks under vLLM's names, whose biases may be left out and whose language-model heads may be one."""
-    logits = []
-    for i in range(count(tensors, "blocks.{}.layers.0.weight")):
-        x = hidden
-        for j in range(count(tensors, f"blocks.{i}.layers.{{}}.weight")):
-            y = x @ tensors[f"blocks.{i}.layers.{j}.weight"].T
-            bias = f"blocks.{i}.layers.{j}.bias"
-            x = x + silu(y + tensors[bias] if bias in tensors else y)
-        shared = "lm_head.weight"
-        logits.append(x @ tensors[shared if shared in tensors else f"lm_heads.{i}.weight"].T)
-    return logits
+    """The same networks under vLLM's names. Biases may be left out, and there may be one language-model head for
+    all."""
+    shared = "lm_head.weight"
+    return _medusa(tensors, hidden, "blocks.{}.layers.{}", "lm_heads.{}.weight", lambda: tensors[shared])
 
 
 def tensorrt_medusa(tensors: Arrays, hidden: np.ndarray) -> list[np.ndarray]:
     """The same networks under TensorRT-LLM's names."""
+    return _medusa(tensors, hidden, "medusa_heads.{}.medusa_layers.{}.linear", "medusa_heads.{}.lm_head.weight")
+
+
+def _medusa(
+    tensors: Arrays, hidden: np.ndarray, block: str, lm: str, shared: Callable[[], np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """block: a linear map's name by depth and layer; lm: a language-model head's by depth and number of layers; shared:
+    gives the one for depths without their own."""
     logits = []
-    for i in range(count(tensors, "medusa_heads.{}.lm_head.weight")):
+    for depth in itertools.count():
+        num_layers = count(tensors, f"{block.format(depth, '{}')}.weight")
+        if num_layers == 0:
+            return logits
         x = hidden
-        for j in range(count(tensors, f"medusa_heads.{i}.medusa_layers.{{}}.linear.weight")):
-            layer = f"medusa_heads.{i}.medusa_layers.{j}.linear"
-            x = x + silu(x @ tensors[f"{layer}.weight"].T + tensors[f"{layer}.bias"])
-        logits.append(x @ tensors[f"medusa_heads.{i}.lm_head.weight"].T)
-    return logits
+        for layer in range(num_layers):
+            name = block.format(depth, layer)
+            y = x @ tensors[f"{name}.weight"].T
+            x = x + silu(y + tensors[f"{name}.bias"] if f"{name}.bias" in tensors else y)
+        own = lm.format(depth, num_layers)
+        logits.append(x @ (tensors[own] if own in tensors or shared is None else shared()).T)
 
 
 def hydra(tensors: Arrays, hidden: np.ndarray, token_ids: np.ndarray, embedding: np.ndarray) -> list[np.ndarray]:
@@ -74,11 +70,11 @@ def hydra(tensors: Arrays, hidden: np.ndarray, token_ids: np.ndarray, embedding:
     for i in range(count(tensors, "hydra_lm_head.{}.weight")):
         x = np.concatenate([x, embedding[token_ids[1 + i : 1 + i + rows]]], 1)
         first = f"hydra_mlp.{i}.0"
-        kept, new = (
+        residual, new = (
             x @ tensors[f"{first}.{part}.weight"].T + tensors[f"{first}.{part}.bias"]
             for part in ("res_connection", "linear")
         )
-        y, j = kept + silu(new), 1
+        y, j = residual + silu(new), 1
         while f"hydra_mlp.{i}.{j}.linear.weight" in tensors:
             y = y + silu(y @ tensors[f"hydra_mlp.{i}.{j}.linear.weight"].T + tensors[f"hydra_mlp.{i}.{j}.linear.bias"])
             j += 1
@@ -95,8 +91,8 @@ def eagle(
     lm_head: np.ndarray,
     num_depths: int,
 ) -> list[np.ndarray]:
-    """EAGLE-1 (arXiv 2401.15077, section 4): its layer over the pairs (f_s, e_{s+1}) of the text up to t, then over its
-    own outputs and the tokens that follow, behind every row t.
+    """EAGLE-1 (arXiv 2401.15077, section 4): for every row t, its layer over the pairs (f_s, e_{s+1}) of the text up to
+    t, then over its own outputs and the tokens that follow.
 
     hidden: (rows, dim), row t followed by token_ids[t + 1] ..; token_ids: (rows + num_depths,); embedding, lm_head:
     (vocab, dim). Returns (rows, vocab) per depth.
@@ -113,7 +109,7 @@ def eagle(
 
 
 def eagle_layer(tensors: Arrays, config: dict, pairs: np.ndarray) -> np.ndarray:
-    """EAGLE-1's one Llama layer, which norms nothing before attention. pairs: (rows, 2 dim) -> (rows, dim)."""
+    """EAGLE-1's one Llama layer, without a norm before attention. pairs: (rows, 2 dim) -> (rows, dim)."""
     layer = "layers.0."
     x = pairs @ tensors["fc.weight"].T + tensors.get("fc.bias", 0)
     heads = config["num_attention_heads"]
@@ -135,7 +131,7 @@ def eagle_layer(tensors: Arrays, config: dict, pairs: np.ndarray) -> np.ndarray:
 
 
 def rotated(x: np.ndarray, config: dict) -> np.ndarray:
-    """x, (rows, heads, head_dim), turned by rotary positions 0, 1, .. in the pairing of Hugging Face's Llama."""
+    """x, (rows, heads, head_dim), rotated by positions 0, 1, .. in the pairing of Hugging Face's Llama."""
     half = x.shape[-1] // 2
     factor = (config.get("rope_scaling") or {}).get("factor", 1.0)
     frequencies = config.get("rope_theta", 10000.0) ** (-np.arange(half) / half) / factor

@@ -1,11 +1,10 @@
-"""The files of a head: which one a folder holds, what lies in it, and how a new one appears whole or not at all."""
+"""The files of a head: which one a folder holds, opening it, and writing a folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,20 +19,20 @@ from backbone.weights import open_file
 from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS
 from runtime.atomic import atomic_directory
 
-CALIBRATION = "calibration.json"  # bench/calibrate.py leaves it in a checkpoint; it names the weights it is of
+CALIBRATION = "calibration.json"  # bench/calibrate.py puts it into a checkpoint; it names its weights
 MEDUSA_PT, MEDUSA_SAFETENSORS = "medusa_lm_head.pt", "medusa_lm_head.safetensors"
 HYDRA_PT, TENSORRT = "hydra_lm_head.pt", "rank0.safetensors"
 MODEL_SAFETENSORS, MODEL_BIN = "model.safetensors", "pytorch_model.bin"
-# What a folder is searched for, in this order.
+# The weight files of a folder, by precedence.
 FILES = (WEIGHTS, MEDUSA_SAFETENSORS, MEDUSA_PT, HYDRA_PT, TENSORRT, MODEL_SAFETENSORS, MODEL_BIN)
-# What a conversion may replace: nothing else is ever removed from a folder.
+# The only files that a conversion may replace in a folder.
 REPLACEABLE = {*FILES, CONFIG, PROVENANCE, CALIBRATION}
 
 
 @dataclass
 class Found:
-    """An opened file. file: where the tensors lie; config: the config.json beside it, {} where there is none; texts:
-    text entries of the file itself, by name; notes: what was settled while looking for it."""
+    """An opened file. file: the one with the tensors; config: the config.json beside it, {} where there is none; texts:
+    text entries of the file itself, by name; notes: about files that were not read."""
 
     file: Path
     tensors: dict[str, LazyTensor]
@@ -43,14 +42,14 @@ class Found:
 
 
 def open_head(path: Path) -> Found | None:
-    """The file at a path, or the one that a folder is known by; None where there is none.
+    """The file at a path, or the weight file of a folder; None where there is none.
 
-    Only headers are read, but for ``.npz``. Raises ValueError naming the file for a damaged or hostile one.
+    Only headers are read, except for ``.npz``. Raises ValueError naming a damaged or hostile file.
     """
     path, notes = Path(path), []
     file = path
     if path.is_dir():
-        # A run's folder holds its checkpoint in a folder of its own.
+        # The folder of a run has a folder for its checkpoint.
         folder = path / "checkpoint" if (path / "checkpoint" / WEIGHTS).is_file() else path
         present = [folder / name for name in FILES if (folder / name).is_file()]
         if not present:
@@ -95,9 +94,9 @@ def _read_npz(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 
 def folder_and_file(out: Path, names: tuple[str, ...]) -> tuple[Path, str]:
-    """Where a folder with one of these weight files goes: ``out`` is the folder, or one of the files in it.
+    """The folder and the name of its weight file. out: the folder, or a file in it with one of the names.
 
-    Raises ValueError for another file's name.
+    Raises ValueError for the name of another file.
     """
     out = Path(out)
     if out.name in names:
@@ -108,39 +107,28 @@ def folder_and_file(out: Path, names: tuple[str, ...]) -> tuple[Path, str]:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises ValueError when a folder is in the way: always for one that holds more than a head."""
+    """Raises ValueError when a folder must not be replaced: always when it holds more than a head."""
     if not folder.exists():
         return
-    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
-    foreign = sorted(held - REPLACEABLE)
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {folder.name}
+    foreign = sorted(names - REPLACEABLE)
     if foreign:
-        raise ValueError(f"{folder} holds {foreign[0]}, which is no part of a head; choose another --out")
-    if held and not overwrite:
+        raise ValueError(f"{folder} holds {foreign[0]}, which is not part of a head; choose another --out")
+    if names and not overwrite:
         raise ValueError(f"{folder} exists; pass --overwrite to replace it, or choose another --out")
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """Raises ValueError when a file is in the way."""
+    """Raises ValueError when a file must not be replaced."""
     if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; expected the name of a file")
+        raise ValueError(f"--out {path} is a folder; expected a file name")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; pass --overwrite to replace it, or choose another --out")
 
 
 def write_folder(folder: Path, file: str, tensors: Mapping[str, LazyTensor], config: dict) -> None:
-    """A folder with a weight file, in the container that its name calls for, and config.json."""
+    """A folder with config.json and a weight file, in the container of its suffix."""
     write = write_safetensors if file.endswith(".safetensors") else write_torch
     with atomic_directory(folder) as partial:
         write(partial / file, tensors)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """A single file, beside its place first. write: fills the path that it is given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 """Hydra's own files (arXiv 2402.05109), of the grounded "mlp" architecture.
 
 Its head i computes R x + r + SiLU(L x + b) over x = [h; e_{t+1}; .. e_{t+1+i}], then residual blocks and a
-language-model head with a bias. Ours is that, R and L being the upper and lower half of one matrix, but for two things:
-ours has no bias behind the language-model head, and norms the embeddings. So a file is read when its language-model
-heads' biases are zero, and a head of ours is written when it does without the norm.
+language-model head with a bias. Ours is the same, with R and L as the upper and lower half of one matrix, except that
+it has no bias in the language-model head and norms the embeddings. So a file is read when the biases of its
+language-model heads are zero, and a head of ours is written when it has no norm.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from heads.formats.published import (
     Float64,
     PublishedFormat,
     base_model,
+    count_conflicts,
     exact,
-    kept_config,
+    original_config,
     tied_blocks_differ,
 )
 
 HEAD = "hydra"
 OWN = "own"
-NORM = "token_norm"  # the option of ours that leaves the embeddings as they are
+NORM = "token_norm"  # our option; false leaves the embeddings as they are
 FIRST = re.compile(r"^hydra_mlp\.(\d+)\.(\d+)\.linear\.weight$")
-EMBEDDING = "input_embed_fn.weight"  # saved with the heads because the published module borrows it
-# Settings under which a file computes what ours does.
+EMBEDDING = "input_embed_fn.weight"  # in the file because the published module borrows it
+# Settings under which a file computes the same as ours.
 SETTINGS = {"hydra_head_arch": "mlp", "grounded_heads": True, "hidden_state_offset": 0}
 
 
@@ -59,19 +60,17 @@ class Hydra(PublishedFormat):
         return pieces
 
     def read(self, found, target):
-        for key, wanted in SETTINGS.items():
-            if found.config.get(key) != wanted:
-                said = found.config.get(key, "missing")
-                raise ValueError(f"{found.file}: {key} of config.json is {said}; ours computes {wanted} alone")
+        for key, supported in SETTINGS.items():
+            if found.config.get(key) != supported:
+                value = found.config.get(key, "missing")
+                raise ValueError(f"{found.file}: {key} of config.json is {value}; only {supported} is supported")
         blocks = [match for match in map(FIRST.match, found.tensors) if match]
         if not blocks:
             raise ValueError(f"{found.file} holds no hydra_mlp.0.0.linear.weight: it is not Hydra's")
         num_depths, num_layers = (1 + max(int(match[group]) for match in blocks) for group in (1, 2))
         options = default_options(HEAD, num_depths=num_depths, num_layers=num_layers, lm_head=OWN, **{NORM: False})
         tensors, notes = dict(found.tensors), list(found.notes)
-        for key, held in (("hydra_num_heads", num_depths), ("hydra_num_layers", num_layers)):
-            if found.config.get(key) not in (None, held):
-                notes.append(f"config.json says {key} {found.config[key]}, the tensors hold {held}: those are taken")
+        notes += count_conflicts(found, {"hydra_num_heads": num_depths, "hydra_num_layers": num_layers})
         lm = tensors.get("hydra_lm_head.0.weight")
         target.check_sizes(found.file, tensors[blocks[0].string].num_rows, lm.num_rows if lm else None)
         if EMBEDDING in tensors:
@@ -86,31 +85,29 @@ class Hydra(PublishedFormat):
         return HeadWeights(HEAD, options, gather(pieces, tensors), imported, notes=notes)
 
     def biases(self, num_depths, target) -> dict[str, tuple[int]]:
-        """Names and shapes of what a file has and ours does not."""
+        """Names and shapes of the tensors that a file has and ours does not."""
         return {f"hydra_lm_head.{depth}.bias": (target.config.vocab_size,) for depth in range(num_depths)}
 
     def check_holds(self, weights):
         options = weights.options
         if options.get("draft_vocab_size"):
-            raise ValueError("Hydra's language-model heads score every token, this one's a draft vocabulary")
+            raise ValueError("Hydra's language-model heads score every token, this head's score a draft vocabulary")
         if options.get("prefix_layer"):
-            raise ValueError(
-                "a prefix layer is no part of Hydra's mlp heads, and Hydra++ norms its output; ours does not"
-            )
+            raise ValueError("Hydra's mlp heads have no prefix layer, and Hydra++ norms its output; ours does not")
         if options.get(NORM, True):
-            raise ValueError("this head norms the embeddings (token_norm.weight), Hydra's own does not: not written")
+            raise ValueError("this head norms the embeddings (token_norm.weight), Hydra's does not: cannot be written")
         if options["lm_head"] != OWN:
             raise ValueError(
                 f"Hydra has a language-model head per depth, this one's lm_head is {options['lm_head']}; pass --merge "
-                "to write them whole, which comes back as lm_head=own"
+                "to write them in full, which is read back as lm_head=own"
             )
 
     def check_numbers(self, weights):
         different = tied_blocks_differ(weights, 1)
         if different:
             raise ValueError(
-                f"Hydra's own code repeats one residual block, and {different} is not that of block 1: it would load "
-                "the last alone"
+                f"Hydra's own code repeats one residual block, but {different} differs from that of block 1; only the "
+                "last block would be loaded"
             )
 
     def extras(self, weights, target):
@@ -121,7 +118,7 @@ class Hydra(PublishedFormat):
             "hydra_num_heads": weights.options["num_depths"],
             "hydra_num_layers": weights.options["num_layers"],
             **SETTINGS,
-            "base_model_name_or_path": base_model(weights, target, kept_config(weights, self.name)),
+            "base_model_name_or_path": base_model(weights, target, original_config(weights, self.name)),
         }
 
     def logits(self, found, target, inputs):

@@ -1,4 +1,4 @@
-"""What a comparison of two heads reads: hidden states and tokens that depend on a seed alone."""
+"""The inputs of a comparison of two heads: hidden states and tokens that depend only on a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_DEPTHS = 64  # tokens are drawn for, so that two heads of different depths read the same ones
+MAX_DEPTHS = 64  # tokens are drawn for this many, so that heads of different depths read the same ones
 
 
 class Drawn(NamedTuple):
@@ -21,13 +21,13 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """One sequence of ``rows`` positions. The hidden states are standard normal, about what a final norm gives."""
+    """One sequence of ``rows`` positions. The hidden states are standard normal, as after a final norm."""
 
     rows: int = 8
     seed: int = 0
 
     def of(self, dim: int, vocab_size: int, num_depths: int, layers: Iterable[int] = ()) -> Drawn:
-        """The numbers for a head of these sizes. layers: indices of further hidden states."""
+        """The inputs of a head of these sizes. layers: indices of further hidden states."""
         random = np.random.default_rng(self.seed)
         hidden = random.standard_normal((self.rows, dim)).astype(np.float32)
         token_ids = random.integers(0, vocab_size, self.rows + MAX_DEPTHS).astype(np.int32)

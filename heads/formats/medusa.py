@@ -1,6 +1,6 @@
 """Medusa's networks (arXiv 2401.10774) under three systems' names: its own code's, vLLM's and TensorRT-LLM's.
 
-They compute what our MLP head computes, x_k = x + SiLU(A_k x + b_k) and logits_k = W_k x_k, so that only names and the
+They compute what our MLP head computes, x_k = x + SiLU(A_k x + b_k) and logits_k = W_k x_k; only the names and the
 place of the language-model heads differ:
 
     ours                  Medusa         vLLM                 TensorRT-LLM
@@ -13,6 +13,7 @@ L is the number of blocks. A shared language-model head is Medusa's "version": "
 
 from __future__ import annotations
 
+import abc
 import re
 from typing import ClassVar
 
@@ -21,11 +22,18 @@ import numpy as np
 from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import FLOATS
 from heads.formats import equations
-from heads.formats.contents import HeadWeights, Piece, expect, gather, zeros
+from heads.formats.contents import HeadWeights, Piece, Target, expect, gather, zeros
 from heads.formats.files import MEDUSA_PT, MEDUSA_SAFETENSORS, MODEL_SAFETENSORS, TENSORRT, Found
-from heads.formats.inputs import Inputs
 from heads.formats.own import default_options, imported_from
-from heads.formats.published import Float64, PublishedFormat, base_model, exact, kept_config, tied_blocks_differ
+from heads.formats.published import (
+    Float64,
+    PublishedFormat,
+    base_model,
+    count_conflicts,
+    exact,
+    original_config,
+    tied_blocks_differ,
+)
 
 HEAD = "mlp"
 OWN, SHARED = "own", "shared"
@@ -36,8 +44,8 @@ SECTIONS = ("mapping", "quantization")  # of TensorRT-LLM's config.json
 
 
 class MedusaFormat(PublishedFormat):
-    """block, lm: names of a block's linear map and of a depth's language-model head; heads_key, layers_key: what
-    config.json calls their numbers."""
+    """block, lm: names of a block's linear map and of a depth's language-model head; heads_key, layers_key: the keys of
+    config.json for the number of depths and of blocks per depth."""
 
     head = HEAD
     block: ClassVar[str]
@@ -45,13 +53,13 @@ class MedusaFormat(PublishedFormat):
     heads_key: ClassVar[str]
     layers_key: ClassVar[str]
 
-    def named(self, name: str) -> re.Match | None:
-        """The depth and layer of a block's weight, by its name."""
+    def match_block(self, name: str) -> re.Match | None:
+        """Depth and layer of a block's weight; None for the name of another tensor."""
         pattern = re.escape(self.block).replace(r"\{depth\}", r"(\d+)").replace(r"\{layer\}", r"(\d+)")
         return re.fullmatch(rf"{pattern}\.weight", name)
 
     def recognise(self, found: Found) -> bool:
-        return any(self.named(name) for name in self.own_part(found)[0])
+        return any(self.match_block(name) for name in self.own_part(found)[0])
 
     def table(self, options, sizes):
         dim, pieces = sizes.hidden_size, []
@@ -69,10 +77,10 @@ class MedusaFormat(PublishedFormat):
 
     def read(self, found, target):
         tensors, notes = self.own_part(found)
-        blocks = [match for match in map(self.named, tensors) if match]
+        blocks = [match for match in map(self.match_block, tensors) if match]
         if not blocks:
             raise ValueError(
-                f"{found.file} holds no residual block ({self.block}.weight); ours has at least one a depth"
+                f"{found.file} holds no residual block ({self.block}.weight); ours has at least one per depth"
             )
         num_depths, num_layers = (1 + max(int(match[group]) for match in blocks) for group in (1, 2))
         names = [self.lm.format(depth=depth, num_layers=num_layers) for depth in range(num_depths)]
@@ -91,20 +99,16 @@ class MedusaFormat(PublishedFormat):
         return HeadWeights(HEAD, options, ours, imported_from(self.name, found, notes), notes=notes)
 
     def conflicts(self, found: Found, options: dict) -> list[str]:
-        """Where config.json says other numbers than the tensors, which decide. Raises ValueError for settings under
-        which ours would compute something else."""
-        notes = []
-        for key, held in ((self.heads_key, options["num_depths"]), (self.layers_key, options["num_layers"])):
-            if found.config.get(key) not in (None, held):
-                notes.append(f"config.json says {key} {found.config[key]}, the tensors hold {held}: those are taken")
-        return notes
+        """Notes on where config.json contradicts the tensors, which decide. Raises ValueError for settings under which
+        ours would compute something else."""
+        return count_conflicts(found, {self.heads_key: options["num_depths"], self.layers_key: options["num_layers"]})
 
     def without_biases(self, found, tensors, pieces):
-        """(pieces that the file has, pieces of biases that it leaves out because they are zero)."""
+        """(pieces in the file, pieces of biases that it leaves out because they are zero)."""
         return pieces, []
 
     def without_extras(self, found, tensors, options, target) -> dict[str, LazyTensor]:
-        """The tensors that the table knows, once the others were checked."""
+        """The tensors of the table, after the others were checked."""
         return tensors
 
     def check_holds(self, weights):
@@ -112,13 +116,22 @@ class MedusaFormat(PublishedFormat):
         if kind not in (OWN, SHARED):
             raise ValueError(
                 f"{self.name} has no language-model head of low rank (this one's lm_head is {kind}); pass --merge to "
-                "write W + B A for each depth, which comes back as lm_head=own"
+                "write W + B A for each depth, which is read back as lm_head=own"
             )
+
+    def logits(self, found, target, inputs):
+        tensors, c = Float64(self.own_part(found)[0]), target.config
+        hidden = inputs.of(c.hidden_size, c.vocab_size, 0).hidden.astype(np.float64)
+        return self.equation(tensors, hidden, target)
+
+    @abc.abstractmethod
+    def equation(self, tensors: Float64, hidden: np.ndarray, target: Target) -> list[np.ndarray]:
+        """What the file computes. hidden: (rows, dim) -> (rows, vocab) per depth."""
 
 
 class Medusa(MedusaFormat):
-    """The files of the original code. With several blocks a depth that code repeats one, so only equal ones are
-    written; files of others' trainers may hold different ones, and are read as they are."""
+    """The files of the original code. With several blocks per depth, that code repeats one block, so only equal blocks
+    are written; files of other trainers may hold different ones and are read as they are."""
 
     name = "medusa"
     sentence = "Medusa's own medusa_lm_head.pt or .safetensors with config.json (also Text Generation Inference)"
@@ -130,8 +143,8 @@ class Medusa(MedusaFormat):
         notes = super().conflicts(found, options)
         stated, version = found.config.get("version"), VERSIONS[options["lm_head"]]
         if stated is not None and str(stated) != version:
-            held = "hold language-model heads" if options["lm_head"] == OWN else "hold no language-model heads"
-            notes.append(f"config.json says version {stated}, the tensors {held}: version {version} is taken")
+            content = "language-model heads" if options["lm_head"] == OWN else "no language-model heads"
+            notes.append(f"config.json says version {stated}, the tensors hold {content}: read as version {version}")
         return notes
 
     def read(self, found, target):
@@ -139,7 +152,7 @@ class Medusa(MedusaFormat):
         different = tied_blocks_differ(weights, 0)
         if different:
             weights.notes.append(
-                f"{different} is not that of block 0; Medusa's own code would use the last block alone"
+                f"{different} differs from that of block 0; Medusa's own code would use only the last block"
             )
         return weights
 
@@ -147,8 +160,8 @@ class Medusa(MedusaFormat):
         different = tied_blocks_differ(weights, 0)
         if different:
             raise ValueError(
-                f"Medusa's own code repeats one block, and {different} is not that of block 0: it would load the last "
-                "alone; --to vllm-medusa and tensorrt-llm-medusa keep them apart"
+                f"Medusa's own code repeats one block, but {different} differs from that of block 0; only the last "
+                "block would be loaded; vllm-medusa and tensorrt-llm-medusa store each block"
             )
 
     def config(self, weights, dtype, target):
@@ -156,27 +169,24 @@ class Medusa(MedusaFormat):
         return {
             self.heads_key: options["num_depths"],
             self.layers_key: options["num_layers"],
-            "base_model_name_or_path": base_model(weights, target, kept_config(weights, self.name)),
+            "base_model_name_or_path": base_model(weights, target, original_config(weights, self.name)),
             "version": VERSIONS[options["lm_head"]],
         }
 
-    def logits(self, found, target, inputs: Inputs):
-        tensors, c = Float64(found.tensors), target.config
-        num_depths = equations.count(tensors, "{}.0.linear.weight")
-        hidden = inputs.of(c.hidden_size, c.vocab_size, num_depths).hidden.astype(np.float64)
-        return equations.medusa(tensors, hidden, exact(target.lm_head))
+    def equation(self, tensors, hidden, target):
+        return equations.medusa(tensors, hidden, lambda: exact(target.lm_head))
 
 
 class VLLMMedusa(MedusaFormat):
-    """What vLLM's MedusaModel reads: it drafts a chain, each head's best guess, and looks for biases only where
-    config.json says ``medusa_fc_bias``."""
+    """What vLLM's MedusaModel reads. It drafts a chain of each head's best guess, and has biases only where config.json
+    says ``medusa_fc_bias``."""
 
     name = "vllm-medusa"
     sentence = "vLLM's Medusa draft model: model.safetensors with config.json"
     files = (MODEL_SAFETENSORS,)
     block, lm = "blocks.{depth}.layers.{layer}", "lm_heads.{depth}.weight"
     heads_key, layers_key = "num_heads", "num_hidden_layers"
-    prefix = "medusa_heads."  # which vLLM drops from any name
+    prefix = "medusa_heads."  # vLLM drops it from any name
     first, whole = "lm_heads.0.weight", "lm_head.weight"  # original_lm_head reads either as the backbone's
 
     def own_part(self, found):
@@ -187,11 +197,11 @@ class VLLMMedusa(MedusaFormat):
 
     def conflicts(self, found, options):
         config = found.config
-        vocabulary, kept = config.get("vocab_size"), config.get("truncated_vocab_size")
-        if kept is not None and kept != vocabulary:
+        vocabulary, scored = config.get("vocab_size"), config.get("truncated_vocab_size")
+        if scored is not None and scored != vocabulary:
             raise ValueError(
-                f"{found.file}: its heads score {kept} tokens of {vocabulary} (truncated_vocab_size with a token_map); "
-                f"our {HEAD} head scores all of them: it cannot be converted"
+                f"{found.file}: its heads score {scored} tokens of {vocabulary} (truncated_vocab_size with a "
+                f"token_map); our {HEAD} head scores all of them, so it cannot be converted"
             )
         if config.get("logit_scale", 1.0) != 1.0:
             raise ValueError(f"{found.file}: its logit_scale is {config['logit_scale']}; ours is always 1")
@@ -201,27 +211,25 @@ class VLLMMedusa(MedusaFormat):
         absent = [piece for piece in pieces if piece.theirs.endswith(".bias") and piece.theirs not in tensors]
         biased, stated = any(name.endswith(".bias") for name in tensors), found.config.get("medusa_fc_bias", False)
         if biased and not stated:
-            raise ValueError(
-                f"{found.file} holds biases, which its config.json leaves out (medusa_fc_bias); correct one"
-            )
+            raise ValueError(f"{found.file} holds biases, but its config.json does not set medusa_fc_bias; correct one")
         if stated:
             return pieces, []
         return [piece for piece in pieces if piece not in absent], absent
 
     def without_extras(self, found, tensors, options, target):
-        """vLLM ignores a token_map for a whole vocabulary."""
+        """vLLM ignores a token_map of the complete vocabulary."""
         tensors = {name: tensor for name, tensor in tensors.items() if name != "token_map"}
-        original, held = bool(found.config.get("original_lm_head")), self.whole in tensors
-        if original != held or (original and options["lm_head"] == OWN):
-            holds = [self.whole] * held + ["one language-model head per depth"] * (options["lm_head"] == OWN)
+        original, shared = bool(found.config.get("original_lm_head")), self.whole in tensors
+        if original != shared or (original and options["lm_head"] == OWN):
+            holds = [self.whole] * shared + ["one language-model head per depth"] * (options["lm_head"] == OWN)
             raise ValueError(
                 f"{found.file}: its config.json says original_lm_head {str(original).lower()}, and it holds "
                 f"{' and '.join(holds) or 'no language-model head'}; correct one"
             )
-        if held:
+        if shared:
             target.check_same(found.file, self.whole, tensors.pop(self.whole), target.lm_head)
         elif options["lm_head"] == SHARED:
-            raise ValueError(f"{found.file} lacks {self.first}; expected one language-model head per depth")
+            raise ValueError(f"{found.file}: {self.first} is missing; expected one language-model head per depth")
         return tensors
 
     def extras(self, weights, target):
@@ -247,16 +255,13 @@ class VLLMMedusa(MedusaFormat):
             "torch_dtype": str(dtype),
         }
 
-    def logits(self, found, target, inputs):
-        tensors, c = Float64(self.own_part(found)[0]), target.config
-        num_depths = equations.count(tensors, "blocks.{}.layers.0.weight")
-        hidden = inputs.of(c.hidden_size, c.vocab_size, num_depths).hidden.astype(np.float64)
+    def equation(self, tensors, hidden, target):
         return equations.vllm_medusa(tensors, hidden)
 
 
 class TensorRTMedusa(MedusaFormat):
-    """The heads' part of a TensorRT-LLM checkpoint, whose other tensors are the backbone's. It always has a
-    language-model head per depth, and its numbers are of the type that config.json says."""
+    """The heads in a TensorRT-LLM checkpoint, whose other tensors are the backbone's. It always has a language-model
+    head per depth, and its dtype is that of config.json."""
 
     name = "tensorrt-llm-medusa"
     sentence = "the heads of a TensorRT-LLM Medusa checkpoint: rank0.safetensors with config.json"
@@ -269,7 +274,7 @@ class TensorRTMedusa(MedusaFormat):
     def own_part(self, found):
         own = {name: tensor for name, tensor in found.tensors.items() if not self.backbone_part.match(name)}
         left = len(found.tensors) - len(own)
-        return own, [f"{left} tensors of the backbone in {found.file.name} were left there"] if left else []
+        return own, [f"{left} tensors of the backbone in {found.file.name} were not read"] if left else []
 
     def conflicts(self, found, options):
         config = found.config
@@ -286,7 +291,7 @@ class TensorRTMedusa(MedusaFormat):
             )
         if config.get("hidden_act", SILU) != SILU:
             raise ValueError(
-                f"{found.file}: its activation is {config['hidden_act']}; ours is {SILU}: it cannot be converted"
+                f"{found.file}: its activation is {config['hidden_act']}, ours is {SILU}, so it cannot be converted"
             )
         return super().conflicts(found, options)
 
@@ -295,7 +300,7 @@ class TensorRTMedusa(MedusaFormat):
         if weights.options["lm_head"] != OWN:
             raise ValueError(
                 f"{self.name} has a language-model head per depth, this head shares the backbone's; pass --merge to "
-                "write a copy for each depth, which comes back as lm_head=own"
+                "write a copy for each depth, which is read back as lm_head=own"
             )
 
     def config(self, weights, dtype, target):
@@ -325,8 +330,5 @@ class TensorRTMedusa(MedusaFormat):
             "model_type": c.model_type,
         }
 
-    def logits(self, found, target, inputs):
-        tensors, c = Float64(self.own_part(found)[0]), target.config
-        num_depths = equations.count(tensors, "medusa_heads.{}.lm_head.weight")
-        hidden = inputs.of(c.hidden_size, c.vocab_size, num_depths).hidden.astype(np.float64)
+    def equation(self, tensors, hidden, target):
         return equations.tensorrt_medusa(tensors, hidden)

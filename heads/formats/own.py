@@ -1,7 +1,8 @@
-"""The formats of this project: a checkpoint, and single files that hold all that a checkpoint holds."""
+"""The formats of this project: a checkpoint, and single files with the same content."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 from pathlib import Path
@@ -10,46 +11,30 @@ import numpy as np
 
 import runtime
 from backbone.files.layout import PICKLE_FILE, container
-from backbone.files.lazy import LazyTensor, damaged
+from backbone.files.lazy import damaged
 from backbone.formats.cast import FLOATS
 from backbone.formats.containers import write_pickle
 from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_files, read_config, save_checkpoint
+from heads.formats.base import Format
 from heads.formats.contents import FLOAT32, Casting, HeadWeights, Target, expect, widen
-from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz, write_file
+from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz
 from heads.formats.inputs import Inputs
 from heads.registry import build, make_config
-from runtime.atomic import sha256_of
+from runtime.atomic import atomic_file, sha256_of
 
 TEXTS = (PROVENANCE, CALIBRATION)
-KEYS = {"head", "head_config", "backbone"}  # what makes a config.json ours
+KEYS = {"head", "head_config", "backbone"}  # of every config.json of ours
 
 
-class OwnFormat:
-    """A format whose names are our own."""
-
-    name: str
-    sentence: str
-    dtype = FLOAT32
-
-    def recognise(self, found: Found) -> bool:
-        """Whether an opened file has this format."""
-        raise TypeError(f"{type(self).__name__} does not define recognise")
-
-    def own_part(self, found: Found) -> tuple[dict[str, LazyTensor], list[str]]:
-        """All of its tensors are the head's."""
-        return found.tensors, []
-
-    def pieces(self, weights: HeadWeights, target: Target) -> None:
-        """Its names are ours: no table."""
-        return None
+class OwnFormat(Format):
+    """A format with our names."""
 
     def logits(self, found: Found, target: Target, inputs: Inputs) -> list[np.ndarray]:
-        """What the head itself computes from the file's parameters: one (rows, vocab) per depth."""
         return head_logits(filled_head(self.read(found, target), target.exact_model), inputs)
 
 
 class Checkpoint(OwnFormat):
-    """A checkpoint's folder, see docs/DESIGN.md."""
+    """The folder of a checkpoint, see docs/DESIGN.md."""
 
     name, sentence = "gorgon", "a checkpoint of this project: head.safetensors and config.json"
 
@@ -57,7 +42,6 @@ class Checkpoint(OwnFormat):
         return found.file.name == WEIGHTS and found.config.keys() >= KEYS
 
     def read(self, found: Found, target: Target) -> HeadWeights:
-        """Raises ValueError for a config.json or weights that were changed since they were written."""
         folder = found.file.parent
         config = read_config(folder)
         check_files(folder, config.get("files", {}))
@@ -70,9 +54,9 @@ class Checkpoint(OwnFormat):
         return out
 
     def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
-        """The head is built on its backbone, so that what is written can be loaded.
+        """The head is built on its backbone first, so that what is written can be loaded.
 
-        Raises ValueError for another type than float32, another backbone and parameters that do not fit.
+        Raises ValueError for a dtype other than float32, another backbone and parameters that do not fit.
         """
         if casting.dtype != FLOAT32:
             raise ValueError(f"a checkpoint holds float32, got --dtype {casting.dtype}; leave it out")
@@ -90,28 +74,27 @@ class Container(OwnFormat):
     def recognise(self, found: Found) -> bool:
         return self.holds(found.file) and CONFIG in found.texts
 
+    @abc.abstractmethod
     def holds(self, file: Path) -> bool:
         """Whether a file is this container."""
-        raise TypeError(f"{type(self).__name__} does not define holds")
 
     def read(self, found: Found, target: Target) -> HeadWeights:
-        """Raises ValueError where nothing in the file says which head it is."""
         where = f"{found.file}: its entry {CONFIG}"
         if CONFIG not in found.texts:
-            raise ValueError(f"{where} is missing: nothing says which head it is; write it with --to {self.name}")
+            raise ValueError(f"{where} is missing, so the head is unknown; write the file with --to {self.name}")
         try:
             config = json.loads(found.texts[CONFIG])
         except json.JSONDecodeError as error:
             raise damaged(found.file, error) from error
         check_config(config, where)
-        whole = {name for name, tensor in found.tensors.items() if tensor.dtype == np.int32}  # buffers: token ids
+        integers = {name for name, tensor in found.tensors.items() if tensor.dtype == np.int32}  # buffers: token ids
         for name, tensor in found.tensors.items():
-            if name not in whole and tensor.dtype not in FLOATS.values():
+            if name not in integers and tensor.dtype not in FLOATS.values():
                 raise ValueError(f"{found.file}: {name} is {tensor.dtype}; expected one of {', '.join(FLOATS)}")
         rounded = sorted({str(tensor.dtype) for tensor in found.tensors.values()} - {"float32", "int32"})
         if rounded:
             config = {**config, "imported": {"format": self.name, "stored_as": rounded}}
-        tensors = {name: each if name in whole else widen(name, each) for name, each in found.tensors.items()}
+        tensors = {name: each if name in integers else widen(name, each) for name, each in found.tensors.items()}
         texts = {name: found.texts[name] for name in TEXTS if name in found.texts}
         return HeadWeights(config["head"], config["head_config"], tensors, config, texts, found.notes)
 
@@ -133,7 +116,8 @@ class JittorPickle(Container):
 
     def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
         tensors, entries = casting.apply(weights.tensors), self.entries(weights, target)
-        write_file(out, lambda path: write_pickle(path, tensors, entries))
+        with atomic_file(out) as path:
+            write_pickle(path, tensors, entries)
 
 
 class Npz(Container):
@@ -147,12 +131,8 @@ class Npz(Container):
             raise ValueError("NumPy has no bfloat16; choose --dtype float32, which holds the same numbers")
         arrays = {name: tensor.whole() for name, tensor in casting.apply(weights.tensors).items()}
         arrays |= {name: np.array(text) for name, text in self.entries(weights, target).items()}
-
-        def write(path: Path) -> None:
-            with open(path, "wb") as file:
-                np.savez(file, **arrays)
-
-        write_file(out, write)
+        with atomic_file(out) as path, open(path, "wb") as file:
+            np.savez(file, **arrays)
 
 
 def check_config(config: object, where: str) -> None:
@@ -162,12 +142,12 @@ def check_config(config: object, where: str) -> None:
         key for key, kind in kinds.items() if not isinstance(config, dict) or not isinstance(config.get(key), kind)
     ]
     if wrong:
-        raise ValueError(f"{where} is not a head's: {', '.join(wrong)} missing or of another kind")
+        raise ValueError(f"{where} is not that of a head: {', '.join(wrong)} missing or of the wrong type")
 
 
 def completed(weights: HeadWeights, target: Target) -> tuple[dict, dict[str, str]]:
-    """The config.json of a head's checkpoint and its further JSON files. One that came from elsewhere is now said to
-    belong to the backbone; of its training nothing is known, and ``metrics`` is empty.
+    """The config.json of a head's checkpoint and its other JSON files. An imported head is assigned to the backbone;
+    nothing is known about its training, so ``metrics`` is empty.
 
     Raises ValueError for parameters that do not fit.
     """
@@ -195,13 +175,13 @@ def completed(weights: HeadWeights, target: Target) -> tuple[dict, dict[str, str
 
 
 def imported_from(name: str, found: Found, notes: list[str]) -> dict:
-    """The part of config.json that says where a head came from."""
+    """The part of config.json that names the source of a head."""
     files = {found.file.name: sha256_of(found.file)}
     return {"imported": {"format": name, "files": files, "config": found.config, "notes": notes}}
 
 
 def default_options(head: str, **known) -> dict:
-    """All options of a head: the known ones and the defaults."""
+    """All options of a head: the known ones, and defaults for the others."""
     return dataclasses.asdict(make_config(head, known))
 
 
@@ -219,7 +199,7 @@ def filled_head(weights: HeadWeights, backbone):
 
 
 def head_logits(head, inputs: Inputs) -> list[np.ndarray]:
-    """What a head says of every position of the inputs: one (rows, vocab) float32 per depth."""
+    """A head's logits at every position of the inputs: one (rows, vocab) float32 per depth."""
     from heads.base import Features
     from runtime import jt
 

@@ -1,7 +1,8 @@
-"""What the formats of other systems share: a table of names, a config.json, and tensors that are read strictly."""
+"""Formats of other systems: a table of names, a config.json, and tensors that are read strictly."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -10,76 +11,50 @@ import numpy as np
 
 from backbone.config import BackboneConfig
 from backbone.files.lazy import LazyTensor
-from heads.formats.contents import FLOAT32, Casting, HeadWeights, Piece, Target, expect, scatter
+from heads.formats.base import Format
+from heads.formats.contents import Casting, HeadWeights, Piece, Target, expect, scatter
 from heads.formats.files import Found, check_folder, folder_and_file, write_folder
-from heads.formats.inputs import Inputs
 
 
-class PublishedFormat:
+class PublishedFormat(Format):
     """A format of another system: a folder with a weight file and a config.json.
 
-    head: the name of the head of ours that it can hold; files: what its weight file may be called, the first by
-    default; dtype: what is written where nothing is asked for.
+    head: the name of the head of ours that it can hold; files: possible names of its weight file, the default first.
     """
 
-    name: ClassVar[str]
-    sentence: ClassVar[str]
     head: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
-    dtype = FLOAT32
 
-    def recognise(self, found: Found) -> bool:
-        """Whether an opened file has this format."""
-        raise TypeError(f"{type(self).__name__} does not define recognise")
-
-    def own_part(self, found: Found) -> tuple[dict[str, LazyTensor], list[str]]:
-        """The tensors that are the head's, and what is to be said of the others."""
-        return found.tensors, []
-
-    def read(self, found: Found, target: Target) -> HeadWeights:
-        """The head of a file. Raises ValueError for what ours cannot compute, and for every tensor that is missing,
-        unknown or of another backbone."""
-        raise TypeError(f"{type(self).__name__} does not define read")
-
+    @abc.abstractmethod
     def table(self, options: dict, sizes: BackboneConfig) -> list[Piece]:
-        """Where each of its tensors lies in ours."""
-        raise TypeError(f"{type(self).__name__} does not define table")
+        """Where each of its tensors is in ours."""
 
+    @abc.abstractmethod
     def check_holds(self, weights: HeadWeights) -> None:
         """Raises ValueError with the reason for a head whose options it cannot hold."""
-        raise TypeError(f"{type(self).__name__} does not define check_holds")
 
     def check_numbers(self, weights: HeadWeights) -> None:
-        """Raises ValueError with the reason for a head whose numbers it cannot hold."""
+        """Raises ValueError with the reason for a head whose values it cannot hold."""
 
     def extras(self, weights: HeadWeights, target: Target) -> dict[str, LazyTensor]:
-        """Tensors that it has and ours does not, by its names."""
+        """Tensors that it has and ours does not, by name."""
         return {}
 
+    @abc.abstractmethod
     def config(self, weights: HeadWeights, dtype: np.dtype, target: Target) -> dict:
         """Its config.json."""
-        raise TypeError(f"{type(self).__name__} does not define config")
-
-    def logits(self, found: Found, target: Target, inputs: Inputs) -> list[np.ndarray]:
-        """The published equation on the file's own tensors: one (rows, vocab) per depth."""
-        raise TypeError(f"{type(self).__name__} does not define logits")
 
     def pieces(self, weights: HeadWeights, target: Target) -> list[Piece]:
-        """The table for this head."""
         return self.table(weights.options, target.config)
 
     def check_out(self, out: Path, overwrite: bool) -> Path:
-        """The weight file that will be written. Raises ValueError when something is in the way."""
         folder, file = folder_and_file(out, self.files)
         check_folder(folder, overwrite)
         return folder / file
 
     def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
-        """Write the folder. Raises ValueError for a head that the format cannot hold, naming the reason."""
         if weights.head != self.head:
-            raise ValueError(
-                f"{self.name} holds what the head {self.head} computes; {weights.head} computes something else"
-            )
+            raise ValueError(f"{self.name} holds a head {self.head}; {weights.head} computes something else")
         self.check_holds(weights)
         pieces = self.table(weights.options, target.config)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -91,9 +66,9 @@ class PublishedFormat:
         self.check_numbers(weights)
         tensors = {**scatter(pieces, weights.tensors), **self.extras(weights, target)}
         folder, file = folder_and_file(out, self.files)
-        config = {**kept_config(weights, self.name), **self.config(weights, casting.dtype, target)}
+        config = {**original_config(weights, self.name), **self.config(weights, casting.dtype, target)}
         if config.get("base_model_name_or_path", "") is None:
-            weights.notes.append("base_model_name_or_path of config.json is null: name the backbone's folder there")
+            weights.notes.append("base_model_name_or_path of config.json is null: put the backbone's folder there")
         write_folder(folder, file, casting.apply(tensors), config)
 
     def _check_width(self, weights: HeadWeights, target: Target) -> None:
@@ -102,34 +77,42 @@ class PublishedFormat:
             target.check_sizes("the head", sizes["hidden_size"], sizes.get("vocab_size"))
 
 
-def kept_config(weights: HeadWeights, name: str) -> dict:
-    """What the config.json of a head said when it came from this very format: fields that are not ours to know."""
+def original_config(weights: HeadWeights, name: str) -> dict:
+    """The config.json of a head that was imported from this format, with the fields that we do not use."""
     imported = weights.config.get("imported", {})
     return dict(imported.get("config", {})) if imported.get("format") == name else {}
 
 
 def base_model(weights: HeadWeights, target: Target, known: dict) -> str | None:
-    """What ``base_model_name_or_path`` is to say: as it said before, else the folder that was named."""
+    """``base_model_name_or_path``: as it was, else the folder of the backbone."""
     return known.get("base_model_name_or_path") or target.path or weights.config.get("backbone", {}).get("path")
 
 
-def tied_blocks_differ(weights: HeadWeights, first: int) -> str | None:
-    """The first tensor of a depth's blocks ``first`` + 1, .. that is not the one of block ``first``; None if all are.
+def count_conflicts(found: Found, counts: Mapping[str, int]) -> list[str]:
+    """Notes on keys of config.json that contradict the tensors. counts: what the tensors hold, by key."""
+    return [
+        f"config.json says {key} {found.config[key]}, the tensors hold {count}: read as {count}"
+        for key, count in counts.items()
+        if found.config.get(key) not in (None, count)
+    ]
 
-    Published training and loading code repeats one block where ours has several: such a file can be read only when
-    they are the same.
+
+def tied_blocks_differ(weights: HeadWeights, first: int) -> str | None:
+    """The first tensor of a depth's blocks ``first`` + 1, .. that differs from block ``first``; None if none does.
+
+    Published training and loading code repeats one block where ours has several, so it can only use equal ones.
     """
     for depth in range(weights.options["num_depths"]):
         for layer in range(first + 1, weights.options["num_layers"]):
             for part in ("weight", "bias"):
-                name, wanted = (f"blocks.{depth}.{j}.linear.{part}" for j in (layer, first))
-                if not np.array_equal(weights.tensors[name].whole(), weights.tensors[wanted].whole()):
+                name, tied = (f"blocks.{depth}.{j}.linear.{part}" for j in (layer, first))
+                if not np.array_equal(weights.tensors[name].whole(), weights.tensors[tied].whole()):
                     return name
     return None
 
 
 class Float64(Mapping):
-    """Tensors as float64 arrays, each read when it is asked for."""
+    """Tensors as float64 arrays, each read on access."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]):
         self._tensors = tensors
@@ -147,6 +130,6 @@ class Float64(Mapping):
         return name in self._tensors
 
 
-def exact(tensor) -> np.ndarray:
+def exact(tensor: LazyTensor) -> np.ndarray:
     """A tensor of the backbone as float64."""
     return tensor.whole().astype(np.float64)

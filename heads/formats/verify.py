@@ -1,7 +1,7 @@
-"""Both sides of a conversion, read from disk again: tensor by tensor, and by what each computes from the same inputs.
+"""Compares both sides of a conversion, read from disk: each tensor, and the logits of the same inputs.
 
-A side of ours computes with the head itself, a published one with its equation in NumPy on its own names, so that a
-tensor in the wrong place shows even where both tables of names agree.
+Our side computes with the head, a published one with its equation in NumPy on its own names, so that a tensor in the
+wrong place shows even where both tables of names agree.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from heads.formats.files import Found
 from heads.formats.inputs import Inputs
 
 # Largest difference of logits as a part of the largest logit, by the coarsest type on either side. float32: sums of
-# up to a few thousand products in another order. 16 bits: about twenty times what rounding was seen to do.
+# up to a few thousand products in another order. 16 bits: about twenty times the observed effect of rounding.
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
-COMPUTED = "(computed)"  # what a side implies and does not hold: merged language-model heads, biases left out as zero
+COMPUTED = "(computed)"  # not stored on a side: merged language-model heads, zero biases
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor on both sides. magnitude: the largest number of the first; exact: the second is the first in its own
-    type, to the last bit."""
+    """One tensor on both sides. magnitude: the largest of the first; exact: the second is the first cast to its dtype,
+    bit for bit."""
 
     names: tuple[str, str]
     shape: tuple[int, ...]
@@ -35,12 +35,12 @@ class Row:
     exact: bool
 
     def passes(self, tolerance: float | None) -> bool:
-        """Whether it is exact or, with a tolerance, near enough. What is not a number is not."""
+        """Whether it is exact or, with a tolerance, close enough. nan never is."""
         return self.exact or (tolerance is not None and self.difference <= tolerance * self.magnitude)
 
 
 class Side:
-    """One side. weights: what was read from ``found``, with whole language-model heads where they were asked for."""
+    """One side. weights: read from ``found``, with merged language-model heads where the options say so."""
 
     def __init__(self, format, found: Found, weights: HeadWeights, target: Target):
         self.format, self.found, self.weights, self.target = format, found, weights, target
@@ -48,23 +48,23 @@ class Side:
         identity = [Piece(name, name, tensor.shape) for name, tensor in weights.tensors.items()]
         self.pieces = format.pieces(weights, target) or identity
 
-    def at(self, wanted: Piece) -> tuple[str, LazyTensor] | None:
-        """Name and numbers of the rows of ours that a piece of either side stands for; None where there are none."""
+    def at(self, rows: Piece) -> tuple[str, LazyTensor] | None:
+        """Name and values of the rows of ours that a piece of either side names; None where there are none."""
         for piece in self.pieces:
-            ahead = wanted.first - piece.first
-            if piece.ours == wanted.ours and ahead >= 0 and ahead + wanted.shape[0] <= piece.shape[0]:
+            offset = rows.first - piece.first
+            if piece.ours == rows.ours and offset >= 0 and offset + rows.shape[0] <= piece.shape[0]:
                 if piece.theirs in self.stored:
-                    return piece.theirs, stretch(self.stored[piece.theirs], ahead, wanted.shape)
-                return COMPUTED, stretch(self.weights.tensors[piece.ours], wanted.first, wanted.shape)
+                    return piece.theirs, stretch(self.stored[piece.theirs], offset, rows.shape)
+                return COMPUTED, stretch(self.weights.tensors[piece.ours], rows.first, rows.shape)
         return None
 
     def logits(self, inputs: Inputs) -> list[np.ndarray]:
-        """What it computes: one (rows, vocab) per depth."""
+        """Its logits: one (rows, vocab) per depth."""
         return self.format.logits(self.found, self.target, inputs)
 
 
 def compare_tensors(first: Side, second: Side) -> list[Row]:
-    """One row for every tensor of the side that cuts them finer."""
+    """One row for every tensor of the side with more tensors."""
     pieces, others = sorted((first.pieces, second.pieces), key=len, reverse=True)
     cut = {piece.ours for piece in pieces}
     rows = []
@@ -80,23 +80,23 @@ def compare_tensors(first: Side, second: Side) -> list[Row]:
 
 
 def difference(a: LazyTensor, b: LazyTensor) -> tuple[float, float, bool]:
-    """Largest difference, largest magnitude of a, and whether b is a in its own type."""
+    """Largest difference, largest magnitude of a, and whether b is a cast to its dtype."""
     largest, magnitude, exact = 0.0, 0.0, True
     for rows in a.stretches():
         given, found = widened(a.read_rows(*rows)), b.read_rows(*rows)
         with np.errstate(over="ignore", invalid="ignore"):
             exact &= np.array_equal(given.astype(b.dtype), found, equal_nan=True)
-            # maximum passes on what is not a number
+            # np.maximum propagates nan
             largest = np.maximum(largest, np.abs(given - widened(found)).max(initial=0))
         magnitude = np.maximum(magnitude, np.abs(given).max(initial=0))
     return float(largest), float(magnitude), bool(exact)
 
 
 def verify(first: Side, second: Side, tolerance: float | None, inputs: Inputs | None = None) -> tuple[bool, list[str]]:
-    """Whether the second side is the first, and the lines that say so.
+    """Whether both sides are the same head, and a report in lines.
 
-    tolerance: largest difference that passes, as a part of the largest magnitude of a tensor or of the logits of a
-    depth; None: of tensors what rounding to their own type explains, of logits what TOLERANCES has for the coarsest.
+    tolerance: largest difference that passes, relative to the largest magnitude of a tensor or of the logits of a
+    depth; None: tensors must be exact, logits within TOLERANCES of the coarsest dtype.
     """
     inputs = inputs or Inputs()
     rows = compare_tensors(first, second)
@@ -115,7 +115,7 @@ def verify(first: Side, second: Side, tolerance: float | None, inputs: Inputs | 
     for depth, (a, b) in enumerate(zip(*logits, strict=False)):
         largest = float(np.abs(a).max())
         gap = float(np.abs(a.astype(np.float64) - b).max())
-        fits = gap <= allowed * largest  # false for what is not a number
+        fits = gap <= allowed * largest  # false for nan
         within &= fits
         figures = f"largest difference {gap:.3g}, largest logit {largest:.3g}"
         lines.append(f"  depth {depth}: {figures}{'' if fits else '  DIFFERS'}")

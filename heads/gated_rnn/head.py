@@ -1,13 +1,12 @@
-"""A token-conditioned gated recurrence: every depth is told the token drafted before it."""
+"""A token-conditioned gated recurrence: every depth reads the token drafted before it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heads.base import option
+from heads.base import at_least, option
 from heads.layers import Linear, RMSNorm
 from heads.recurrent import RecurrentHead
-from ops.draft import Tape, Value
 from runtime import jt
 
 CELLS = ("gated", "gru")
@@ -29,7 +28,7 @@ class GatedRNNHead(RecurrentHead):
     gru: [g; r] = sigmoid(W_g u + b),  c = tanh(W_c [r * n1(s_k); n2(e_k)] + b_c)   (arXiv 1406.1078, eq. 5 to 8)
 
     h: the last hidden state; e_k: the embedding of the token chosen before depth k's guess; n1, n2: RMSNorms; LM: the
-    backbone's frozen language-model head. The gate keeps what the context says and lets each token overwrite the rest.
+    backbone's frozen language-model head. The gate keeps the context and lets each token overwrite the rest.
     """
 
     Config = Config
@@ -38,8 +37,7 @@ class GatedRNNHead(RecurrentHead):
         super().__init__(config, backbone)
         if config.cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {config.cell!r}")
-        if config.inner_size < 1:
-            raise ValueError(f"inner_size must be at least 1, got {config.inner_size}")
+        at_least(config, inner_size=1)
         dim = self.dim
         self.state_norm, self.token_norm = RMSNorm(dim), RMSNorm(dim)
         if config.cell == "gru":
@@ -74,26 +72,3 @@ class GatedRNNHead(RecurrentHead):
 
     def project(self, state):
         return self.lm_projection(state[0])
-
-    def write_start(self, tape):
-        return (tape.hidden,)
-
-    def write_advance(self, tape, state, token):
-        s, e = self.state_norm.write(tape, state[0]), self.token_norm.write(tape, token)
-        gate, proposal = (self.write_gru if self.config.cell == "gru" else self.write_gated)(tape, s, e)
-        return (tape.mix(gate, state[0], proposal),)
-
-    def write_gated(self, tape: Tape, s: Value, e: Value) -> tuple[Value, Value]:
-        """``gated`` on a tape."""
-        joint, inner = self.joint.write(tape, tape.join(s, e)), self.config.inner_size
-        gate, a, b = joint.part(0, self.dim), joint.part(self.dim, inner), joint.part(self.dim + inner, inner)
-        return tape.sigmoid(gate), self.proposal_down.write(tape, tape.multiply(tape.silu(a), b))
-
-    def write_gru(self, tape: Tape, s: Value, e: Value) -> tuple[Value, Value]:
-        """``gru`` on a tape."""
-        gates = tape.sigmoid(self.gates.write(tape, tape.join(s, e)))
-        reset = tape.multiply(gates.part(self.dim, self.dim), s)
-        return gates.part(0, self.dim), tape.tanh(self.proposal.write(tape, tape.join(reset, e)))
-
-    def write_score(self, tape, state):
-        return tape.linear(state[0], self.borrowed.lm_head)

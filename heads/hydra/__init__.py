@@ -1,4 +1,4 @@
-"""Hydra: a small residual network per depth, each told every token drafted before it."""
+"""Hydra: a small residual network per depth, which reads every token drafted before it."""
 
 from heads.hydra.head import HydraHead
 

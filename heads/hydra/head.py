@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import Head, HeadOutput, option
+from heads.base import Head, HeadOutput, at_least, option
 from heads.decoder import DecoderBlock, HeadCache
 from heads.draft_vocab import DraftVocabulary
 from heads.layers import DepthLMHeads, Linear, LMHeadOptions, ResidualBlock, RMSNorm
-from ops.draft import Tape, Value
-from runtime import jt
+from runtime import einops, jt
 
 
 @dataclass
 class Config(LMHeadOptions):
     """Options of the Hydra head."""
 
-    num_depths: int = option(6, "tokens drafted after the root, one network each; deeper ones are told more tokens")
+    num_depths: int = option(6, "tokens drafted after the root, one network each; deeper ones read more tokens")
     num_layers: int = option(1, "blocks per depth: the one that takes the tokens in, then residual ones")
     token_norm: bool = option(True, "norm the embeddings; false: as published, and as Hydra's files have it")
     prefix_layer: bool = option(False, "a decoder layer over the last hidden states before the networks, as in Hydra++")
@@ -28,9 +27,9 @@ class Config(LMHeadOptions):
 
 
 class InputBlock(jt.Module):
-    """R x + r + SiLU(L x + b), (num_inputs dim) -> dim. R starts by passing the first input through, all else as zero.
+    """R x + r + SiLU(L x + b), (num_inputs dim) -> dim. R initially passes the first input through; all else is zero.
 
-    R and L are the two halves of one matrix: while drafting, a second product costs more than its arithmetic.
+    R and L are the two halves of one matrix, because while drafting a second product costs more than its arithmetic.
     """
 
     def __init__(self, dim: int, num_inputs: int):
@@ -43,30 +42,24 @@ class InputBlock(jt.Module):
     def execute(self, x):
         """x: (rows, num_inputs dim) -> (rows, dim)."""
         y = self.linear(x)
-        kept, new = y[:, : self.dim], y[:, self.dim :]
-        return kept + new * new.sigmoid()
-
-    def write(self, tape: Tape, x: Value) -> Value:
-        """``execute`` on a tape. x: (num_inputs dim,)."""
-        y = self.linear.write(tape, x)
-        return tape.add(y.part(0, self.dim), tape.silu(y.part(self.dim, self.dim)))
+        residual, new = y[:, : self.dim], y[:, self.dim :]
+        return residual + new * new.sigmoid()
 
 
 class HydraHead(DraftVocabulary, Head):
     """x_k = [h'; n(e_0); .. n(e_k)];  y = R_k x_k + r_k + SiLU(L_k x_k + b_k);  logits_k = W_k (residual blocks of y)
 
     h': the last hidden state h, or with ``prefix_layer`` a decoder layer's output over n_p(h) up to here, of which
-    h is the residual; e_j: the embedding of the token chosen before depth j's guess, e_0 the root's; n: an
-    RMSNorm, or with ``token_norm`` off nothing. Depth k has its own weights and takes k + 2 inputs. An untrained depth
-    repeats the backbone's next-token guess.
+    h is the residual; e_j: the embedding of the token chosen before depth j's guess, e_0 the root's; n: an RMSNorm, or
+    the identity without ``token_norm``. Depth k has its own weights and k + 2 inputs. An untrained depth repeats the
+    backbone's next-token guess.
     """
 
     Config = Config
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {config.num_layers}")
+        at_least(config, num_layers=1)
         self.token_norm = RMSNorm(self.dim) if config.token_norm else None
         if config.prefix_layer:
             self.prefix_norm, self.prefix = RMSNorm(self.dim), DecoderBlock(backbone)
@@ -87,10 +80,10 @@ class HydraHead(DraftVocabulary, Head):
             self.lm_heads.take_rows(self.drafted)
 
     def context(self, features, positions):
-        """The h' that every depth sees, at the wanted positions, (num, dim)."""
+        """The h' that every depth reads, at the given positions, (num, dim)."""
         if not self.config.prefix_layer:
             return self.select(features.hidden, positions)
-        h = features.hidden.reshape(-1, self.dim)
+        h = einops.rearrange(features.hidden, "batch seq dim -> (batch seq) dim")
         return self.prefix.over(h, self.prefix_norm(h), self.sequence_lengths(features), positions)[0]
 
     def append(self, x, token_ids):
@@ -116,16 +109,3 @@ class HydraHead(DraftVocabulary, Head):
         x, depth, cache = state
         x = self.append(x[parents], token_ids)
         return self.lm_heads(self.blocks[depth](x), depth), (x, depth + 1, cache)
-
-    def write_chain(self, tape, num_depths):
-        if self.config.prefix_layer:
-            return False  # a depth then sees rows before the last
-        x = tape.hidden
-        for depth in range(num_depths):
-            e = tape.token(depth)
-            x = tape.join(x, e if self.token_norm is None else self.token_norm.write(tape, e))
-            y = x
-            for block in self.blocks[depth]:
-                y = block.write(tape, y)
-            tape.choose(self.lm_heads.write(tape, y, depth))
-        return True

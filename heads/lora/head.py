@@ -1,5 +1,5 @@
-"""Medusa-2 (arXiv 2401.10774, section 2.2): low-rank adapters on the backbone (LoRA, arXiv 2106.09685) learn with the
-heads, held to the unadapted backbone by a KL divergence."""
+"""Medusa-2 (arXiv 2401.10774, section 2.2): low-rank adapters of the backbone (LoRA, arXiv 2106.09685) train with the
+heads, regularized by a KL divergence from the unadapted backbone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from backbone.differentiable import DifferentiableBackbone
-from heads.base import Features, HeadOutput, Stage, option
+from heads.base import Features, HeadOutput, Stage, at_least, option
 from heads.layers import LowRank
 from heads.medusa import MedusaConfig, MedusaHead
 from ops.linear_loss import linear_cross_entropy
@@ -27,7 +27,7 @@ class Config(MedusaConfig):
     adapter_rank: int = option(16, "of every adapter")
     adapter_alpha: float = option(16.0, "adapters are scaled by this over their rank")
     adapter_rate: float = option(1.0, "learning rate of the adapters, as a share of the heads'")
-    joint_share: float = option(0.8, "share of the steps in which adapters and heads learn together")
+    joint_share: float = option(0.8, "share of the steps in which adapters and heads train together")
     kl_weight: float = option(2.0, "weight of KL(unadapted || adapted) of the next token beside the heads' loss")
 
 
@@ -36,25 +36,24 @@ class LoRAHead(MedusaHead):
     W';  logits_k = W_k (x' + SiLU(A_k x' + b_k));  loss = sum_k w_k CE_k + kl_weight KL(LM(x) || LM(x'))
 
     Stage "heads" trains the heads alone. In stage "joint" the gradient of the heads' loss reaches the adapters with a
-    weight that rises as sin(pi/2 * progress). Features from outside are the unadapted backbone's: they are the teacher.
-    Drafting takes the features of ``decoding_backbone``.
+    weight that rises as sin(pi/2 * progress). The given features are the unadapted backbone's, the teacher. Drafting
+    reads the features of ``decoding_backbone``.
     """
 
     Config = Config
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.adapter_rank < 1:
-            raise ValueError(f"adapter_rank must be at least 1, got {config.adapter_rank}")
+        at_least(config, adapter_rank=1)
         if not 0 < config.joint_share <= 1:
-            raise ValueError(f"joint_share must lie above 0 and at most at 1, got {config.joint_share}")
+            raise ValueError(f"joint_share must be above 0 and at most 1, got {config.joint_share}")
         for name in ("adapter_alpha", "adapter_rate", "kl_weight"):
             if not getattr(config, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
         self.shapes = [{name: m.shape for name, m in block.frozen().items()} for block in backbone.blocks]
         self.adapters = jt.nn.ModuleList([self._adapter(shape) for shapes in self.shapes for shape in shapes.values()])
         self.stage, self.progress = JOINT, 1.0
-        self._differentiable = self._merged = None
+        self._differentiable = None
 
     def _adapter(self, shape: tuple[int, int]) -> LowRank:
         num_out, num_in = shape
@@ -62,7 +61,7 @@ class LoRAHead(MedusaHead):
 
     @property
     def scale(self) -> float:
-        """What an adapter's output is multiplied with."""
+        """The factor of an adapter's output."""
         return self.config.adapter_alpha / self.config.adapter_rank
 
     def adapter(self, layer: int, name: str) -> LowRank:
@@ -78,28 +77,24 @@ class LoRAHead(MedusaHead):
     def enter(self, stage, progress):
         self.stage, self.progress = stage, progress
 
-    def forget_packed(self):
-        super().forget_packed()
-        self._merged = None
-
     @property
     def decoding_backbone(self):
-        """The backbone with the adapters merged, made on first use after a change of the parameters."""
-        if self._merged is None:
+        """The backbone with the adapters merged, made on first use after the parameters changed."""
+        if "backbone" not in self.derived:
             changes = {}
             for layer, shapes in enumerate(self.shapes):
                 for name in shapes:
                     adapter = self.adapter(layer, name)
                     changes[layer, name] = self.scale * adapter.up.weight.numpy() @ adapter.down.weight.numpy()
-            self._merged = self.borrowed.adapted(changes, "lora")
-        return self._merged
+            self.derived["backbone"] = self.borrowed.adapted(changes, "lora")
+        return self.derived["backbone"]
 
     def adapted_hidden(self, token_ids: np.ndarray, lengths: np.ndarray):
-        """x' of sequences behind each other, (1, tokens, dim), with gradients to the adapters while training."""
+        """x' of concatenated sequences, (1, tokens, dim), with gradients to the adapters while training."""
         if not self.is_training():
             plan = RowPlan.sequences(lengths)
             return self.decoding_backbone.forward(token_ids[None], attend=plan, logits=None).hidden
-        self._merged = None
+        self.derived.clear()
         if self._differentiable is None:
             self._differentiable = DifferentiableBackbone(self.borrowed)
 
@@ -117,22 +112,22 @@ class LoRAHead(MedusaHead):
         if not self.is_training():
             stats = self.surprise(features, adapted, token_ids, positions)
             return HeadOutput(super().execute(Features(adapted), token_ids, positions).logits, stats=stats)
-        # Only a part of the gradient goes on into the backbone; the value stays.
+        # The value is that of ``adapted``; only this share of the gradient reaches the adapters.
         share = math.sin(math.pi / 2 * self.progress)
-        told = adapted * share + adapted.detach() * (1 - share)
-        output = super().execute(Features(told), token_ids, positions)
+        damped = adapted * share + adapted.detach() * (1 - share)
+        output = super().execute(Features(damped), token_ids, positions)
         before, after = (self.lm_logits(self.select(x, positions)) for x in (features.hidden, adapted))
         output.aux["backbone_kl"] = kl_divergence(after, before).mean() * self.config.kl_weight
         return output
 
     def surprise(self, features, adapted, token_ids, positions) -> dict:
-        """Nats of the token that follows each position, before and after adaptation: (positions,) NumPy each."""
+        """Nats of the next token at each position, before and after adaptation, (positions,) each."""
         following, ones = jt.array(self.following(token_ids, positions, 0)), jt.ones((len(positions),))
-        found = {}
+        losses = {}
         for name, hidden in (("before", features.hidden), ("after", adapted)):
             terms = self.lm_projection(self.select(hidden, positions)).terms
-            found[name] = linear_cross_entropy(terms, following, ones)[1].numpy()
-        return found
+            losses[name] = linear_cross_entropy(terms, following, ones)[1].numpy()
+        return losses
 
     def describe(self, means):
         """Perplexity of the next token over the held-out replies' positions, before and after adaptation."""

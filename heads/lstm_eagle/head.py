@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import HeadOutput, option
+from heads.base import HeadOutput, at_least, option
 from heads.layers import Linear, RMSNorm, later_positions, smooth_l1
 from heads.recurrent import RecurrentHead
 from runtime import jt
@@ -29,24 +29,20 @@ class LSTMEagleHead(RecurrentHead):
     f_{k+1} = f_k + W_o h_{k+1};  logits_k = LM(f_{k+1})
 
     e_k: the embedding of the token chosen before depth k's guess; n1, n2: RMSNorms; LM: the backbone's frozen
-    language-model head. f_{k+1} is the feature the head expects of the row k + 1 further on, and training says how
-    far it was off: aux["feature"].
+    language-model head. f_{k+1} is the predicted feature of the row k + 1 later; aux["feature"] is its error.
     """
 
     Config = Config
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.hidden_size < 1:
-            raise ValueError(f"hidden_size must be at least 1, got {config.hidden_size}")
-        if not 0 <= config.feature_weight < float("inf"):
-            raise ValueError(f"feature_weight must be at least 0 and finite, got {config.feature_weight}")
+        at_least(config, hidden_size=1, feature_weight=0)
         dim, size = self.dim, config.hidden_size
         self.feature_norm, self.token_norm = RMSNorm(dim), RMSNorm(dim)
         self.cell_start = Linear(dim, size, bias=False)
         self.gates = Linear(2 * dim + size, 4 * size)
         bias = np.zeros(4 * size, np.float32)
-        bias[2 * size : 3 * size] = 1  # the forget gate begins open
+        bias[2 * size : 3 * size] = 1  # the forget gate is initially open
         self.gates.bias = jt.array(bias)
         self.output = Linear(size, dim, bias=False)
 
@@ -60,18 +56,21 @@ class LSTMEagleHead(RecurrentHead):
         size = self.config.hidden_size
         x = jt.concat([self.feature_norm(feature), self.token_norm(self.embed(token_ids)), hidden], 1)
         z = self.gates(x)
-        write, proposal, keep, show = (z[:, n * size : (n + 1) * size] for n in range(4))
-        cell = keep.sigmoid() * cell + write.sigmoid() * proposal.tanh()
-        hidden = show.sigmoid() * cell.tanh()
+        i, g, f, o = (z[:, n * size : (n + 1) * size] for n in range(4))
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
         return feature + self.output(hidden), hidden, cell
 
     def score(self, state):
         return self.lm_logits(state[0])
 
+    def project(self, state):
+        return self.lm_projection(state[0])
+
     def execute(self, features, token_ids, positions) -> HeadOutput:
-        lengths, states, misses = self.sequence_lengths(features), self.unroll(features, token_ids, positions), 0
+        lengths, states, loss = self.sequence_lengths(features), self.unroll(features, token_ids, positions), 0
         for depth, (feature, _, _) in enumerate(states):
             later, valid = later_positions(positions, lengths, depth + 1)
-            misses = misses + smooth_l1(feature, self.select(features.hidden, later), valid)
-        aux = {"feature": misses * (self.config.feature_weight / self.num_depths)}
-        return HeadOutput([self.lm_projection(feature) for feature, _, _ in states], aux)
+            loss = loss + smooth_l1(feature, self.select(features.hidden, later), valid)
+        aux = {"feature": loss * (self.config.feature_weight / self.num_depths)}
+        return HeadOutput([self.project(state) for state in states], aux)

@@ -1,4 +1,4 @@
-"""A parallel head whose block is a mixture of experts: shared by the depths, each with a router of its own."""
+"""A parallel head with a mixture of experts that all depths share; each depth has its own router."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import HeadOutput, option
+from heads.base import HeadOutput, at_least, option
 from heads.layers import DepthLMHeads, Linear, LMHeadOptions
 from heads.medusa import ParallelHead
-from runtime import jt
+from runtime import einops, jt
+from runtime.types import Var
 
 
 @dataclass
@@ -19,36 +20,31 @@ class Config(LMHeadOptions):
 
     num_depths: int = option(5, "tokens drafted after the root, a router and a language-model head each")
     num_experts: int = option(4, "experts, shared by all depths")
-    top_k: int = option(2, "experts that work on a row")
+    top_k: int = option(2, "experts per row")
     inner_size: int = option(128, "width of an expert")
-    balance_weight: float = option(0.01, "weight of the loss that keeps the experts evenly used")
+    balance_weight: float = option(0.01, "weight of the load-balancing loss")
 
 
 class MoEHead(ParallelHead):
     """p = softmax(R_k x);  g_i = p_i / sum of p over the top k, exactly 0 for the experts outside it
     y_k = x + sum_i g_i B_i SiLU(A_i x + b_{k,i});  logits_k = W_k y_k
 
-    x: the last hidden state; A_i, B_i: an expert, one for all depths; R_k, b_k: the depth's router and its bias in the
-    experts. B_i starts at zero and W_k as the backbone's language-model head, so an untrained depth repeats the
-    backbone's next-token guess. With top_k = 1, g is p itself (arXiv 2101.03961, eq. 2): renormalised it would be 1,
-    and the router would learn nothing from the guesses.
+    x: the last hidden state; A_i, B_i: an expert, shared by all depths; R_k, b_k: the depth's router and its bias in
+    the experts. B_i is initially zero and W_k the backbone's language-model head, so an untrained depth repeats the
+    backbone's next-token guess. With top_k = 1, g is p itself (arXiv 2101.03961, eq. 2): renormalized it would be 1,
+    and the router would get no gradient from the guesses.
 
-    All experts are computed and weighted: one row is a single product for all of them, and picking the top k would
-    make the host wait for the router.
+    All experts are computed and weighted: a row is one product for all of them, and to select the top k the host would
+    have to wait for the router.
     """
 
     Config = Config
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.num_experts < 2:
-            raise ValueError(f"num_experts must be at least 2, got {config.num_experts}")
+        at_least(config, num_experts=2, inner_size=1, balance_weight=0)
         if not 1 <= config.top_k <= config.num_experts:
             raise ValueError(f"top_k must be from 1 to num_experts ({config.num_experts}), got {config.top_k}")
-        if config.inner_size < 1:
-            raise ValueError(f"inner_size must be at least 1, got {config.inner_size}")
-        if not 0 <= config.balance_weight < float("inf"):
-            raise ValueError(f"balance_weight must be at least 0 and finite, got {config.balance_weight}")
         width = config.num_experts * config.inner_size
         self.router = Linear(self.dim, config.num_depths * config.num_experts, bias=False)
         self.expert_in = Linear(self.dim, width, bias=False)
@@ -56,11 +52,16 @@ class MoEHead(ParallelHead):
         self.expert_out = Linear(width, self.dim, bias=False, weight=np.zeros((self.dim, width)))
         self.lm_heads = DepthLMHeads(config.lm_head, config.rank, config.num_depths, backbone, self.lm_logits)
 
-    def route(self, x):
-        """All depths' routing. x: (rows, dim) -> (p, chosen, g), (rows, depths, experts) each; chosen is 0 or 1."""
+    def route(self, x: Var) -> tuple[Var, Var, Var]:
+        """The routing of all depths. x: (rows, dim) -> (p, chosen, g), (rows, depths, experts) each; chosen is 0 or
+        1."""
         config = self.config
-        p = jt.nn.softmax(self.router(x).reshape(-1, config.num_depths, config.num_experts), -1)
-        # An expert is chosen when fewer than top_k go before it: those with more, and earlier ones with as much.
+        scores = einops.rearrange(
+            self.router(x), "rows (depths experts) -> rows depths experts", depths=config.num_depths
+        )
+        p = jt.nn.softmax(scores, -1)
+        # An expert is chosen when fewer than top_k rank before it: those with a higher p, and earlier ones with an
+        # equal p.
         mine, other = p.unsqueeze(3), p.unsqueeze(2)
         earlier = jt.array(np.tri(config.num_experts, k=-1, dtype=np.float32))  # [i, j] = 1 where j < i
         before = ((other > mine).float32() + (other == mine).float32() * earlier).sum(3)
@@ -68,7 +69,7 @@ class MoEHead(ParallelHead):
         gates = p * chosen
         return p, chosen, gates / gates.sum(2, keepdims=True) if config.top_k > 1 else gates
 
-    def mix(self, x, depths: Iterable[int], gates) -> list:
+    def mix(self, x: Var, depths: Iterable[int], gates: Var) -> list[Var]:
         """The y of these depths. x: (rows, dim), gates: (rows, num_depths, experts) -> one (rows, dim) per depth."""
         a, rows, ys = self.expert_in(x), x.shape[0], []
         for depth in depths:
@@ -77,9 +78,9 @@ class MoEHead(ParallelHead):
             ys.append(x + self.expert_out(z.reshape(rows, -1)))
         return ys
 
-    def balance_loss(self, p, chosen):
-        """Mean over the depths of N sum_i f_i P_i (arXiv 2101.03961, eq. 4 to 6): f_i is the share of the choices that
-        fell on expert i, of top_k choices a row here, P_i its mean probability. 1 when all are used alike."""
+    def balance_loss(self, p: Var, chosen: Var) -> Var:
+        """Mean over the depths of N sum_i f_i P_i (arXiv 2101.03961, eq. 4 to 6), 1 when all experts are used alike.
+        f_i: the share of expert i among all choices, top_k a row; P_i: its mean probability."""
         share = chosen.mean(0) / self.config.top_k
         return (share * p.mean(0)).sum() * (self.config.num_experts / self.num_depths)
 
@@ -89,7 +90,7 @@ class MoEHead(ParallelHead):
         ys = self.mix(x, range(self.num_depths), gates)
         logits = [self.lm_heads.project(y, depth) for depth, y in enumerate(ys)]
         aux = {"load_balance": self.balance_loss(p, chosen) * self.config.balance_weight}
-        # Read on the host, so only where it is reported.
+        # The host waits for it, so only where it is reported.
         stats = {} if self.is_training() else {"expert_usage": chosen.numpy() / self.config.top_k}
         return HeadOutput(logits, aux, stats)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heads.base import Head, HeadOutput, option
+from heads.base import Head, HeadOutput, at_least, option
 from runtime import jt
 
 
@@ -18,19 +18,19 @@ from runtime import jt
 class Config:
     """Options of the prompt lookup head."""
 
-    num_depths: int = option(8, "tokens drafted after the root; looking further costs no parameters")
-    max_ngram: int = option(3, "longest run of tokens that is looked for earlier in the text")
+    num_depths: int = option(8, "tokens drafted after the root; depths cost no parameters")
+    max_ngram: int = option(3, "longest run of tokens that is searched for earlier in the text")
 
 
-# How sure a match of n tokens makes: log-odds of EVIDENCE * n - DOUBT + p / |c|. Fitted by eye to what was counted in
-# the embedded corpus's replies, where the best of n = 1, 2 and 3 or more tokens was the next token in 26%, 48% and 81%
-# of 9,175, 3,921 and 19,486 cases.
+# The log-odds of a match of n tokens are EVIDENCE * n - DOUBT + p / |c|. Fitted by eye to counts in the embedded
+# corpus's replies, where the best match of n = 1, 2 and 3 or more tokens gave the next token in 26%, 48% and 81% of
+# 9,175, 3,921 and 19,486 cases.
 EVIDENCE, DOUBT = 1.2, 3.3
 
 
 class Followers:
-    """A text that grows, and what followed its last tokens before. It is searched, not indexed: looking through some
-    thousand tokens takes a few microseconds, an index of them a millisecond for every new prompt."""
+    """A growing text, and the tokens that followed its last ones earlier. It is searched, not indexed: to search a
+    thousand tokens takes a few microseconds, to index a new prompt a millisecond."""
 
     def __init__(self, max_ngram: int):
         self.max_ngram, self.length = max_ngram, 0
@@ -42,7 +42,7 @@ class Followers:
         return self.buffer[: self.length]
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Go on with the text."""
+        """Append to the text."""
         end = self.length + len(tokens)
         if end > len(self.buffer):
             self.buffer = np.concatenate([self.tokens, np.empty(end, np.int32)])
@@ -50,10 +50,10 @@ class Followers:
         self.length = end
 
     def scores(self, path: Sequence[int] = ()) -> dict[int, float]:
-        """What may follow the text and the path behind it: EVIDENCE * n + p / length for each token that followed their
-        last n tokens earlier, at p the last time, n being as long as it gets.
+        """Scores of tokens that may follow the text and the path: EVIDENCE * n + p / length for each token that
+        followed the last n tokens earlier, at p the last time, for the largest such n.
 
-        path: drafted tokens that the text does not hold. Worked example, n-grams up to 2: of a b a c | a b the last two
+        path: drafted tokens after the text. Worked example, n-grams up to 2: of a b a c | a b the last two
         tokens a b were followed by a at 2, the last one alone as well: {a: 2 EVIDENCE + 2 / 6}.
         """
         text = np.append(self.tokens, np.array(path, np.int32)) if len(path) else self.tokens
@@ -68,13 +68,13 @@ class Followers:
             if len(places) == 0:
                 break  # a longer run contains this one
             for place, token in zip(places.tolist(), text[places].tolist(), strict=True):
-                found[token] = EVIDENCE * n + place / length  # the last place stays
+                found[token] = EVIDENCE * n + place / length  # the last place wins
         return found
 
 
 class State(NamedTuple):
-    """text: what is read, without the root; root: the token that begin was told last; paths: (nodes,) lists of tokens,
-    the node's own last, empty before the first step."""
+    """text: without the root; root: the last token that ``begin`` got; paths: (nodes,) lists of drafted tokens down to
+    each node, empty before the first step."""
 
     text: Followers
     root: int
@@ -85,10 +85,10 @@ class PromptLookupHead(Head):
     """logits[v] = EVIDENCE n + p / |c| - DOUBT + log(vocab): in the context c, v followed the n tokens that c ends
     with, the last time at p.
 
-    c: the text so far, the root and the drafted tokens down to the node; not its very first token, which ``begin`` is
-    never told. n: as long as it gets, at most ``max_ngram``. So the longest match comes first and among equals the
-    latest. A token that never followed gets -v / vocab: behind the others, and no two tokens tie, because a tie would
-    count as a hit where ranks are counted.
+    c: the text so far, the root and the drafted tokens down to the node, without the very first token, which ``begin``
+    never gets. n: the largest possible, at most ``max_ngram``. So the longest match comes first and among equals the
+    latest. A token that never followed gets -v / vocab: after the others, and without ties, because a tie would count
+    as a hit where ranks are counted.
     """
 
     Config = Config
@@ -96,15 +96,14 @@ class PromptLookupHead(Head):
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.max_ngram < 1:
-            raise ValueError(f"max_ngram must be at least 1, got {config.max_ngram}")
+        at_least(config, max_ngram=1)
         self.shift = np.log(self.vocab_size) - DOUBT
-        # Of all tokens, as if none of them ever followed anything.
+        # The sum over all tokens, as if none of them had followed anything.
         self.never_weight = float(np.exp(-np.arange(self.vocab_size) / self.vocab_size).sum())
         self.never = -np.arange(self.vocab_size, dtype=np.float32) / self.vocab_size
 
     def rows(self, num: int) -> np.ndarray:
-        """Logits of ``num`` nodes that have found nothing, (num, vocab) float32."""
+        """Logits of ``num`` nodes without any match, (num, vocab) float32."""
         return np.tile(self.never, (num, 1))
 
     def execute(self, features, token_ids, positions) -> HeadOutput:

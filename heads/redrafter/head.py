@@ -1,4 +1,4 @@
-"""ReDrafter (arXiv 2403.09919): the drafted tokens in one recurrent state, the context in another half beside it."""
+"""ReDrafter (arXiv 2403.09919): a recurrent state of the drafted tokens, beside the context."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heads.base import option
+from heads.base import at_least, option
 from heads.layers import Linear, ResidualBlock, RMSNorm
 from heads.recurrent import RecurrentHead
 from runtime import jt
@@ -27,16 +27,15 @@ class ReDrafterHead(RecurrentHead):
     """s_0 = 0;  s_{k+1} = SiLU(W n(e_k) + U s_k + b);  logits_k = V (residual blocks of [h; s_{k+1}])
 
     h: the last hidden state, the same at every depth; e_k: the embedding of the token chosen before depth k's guess;
-    n: an RMSNorm. V starts as the backbone's language-model head on h and zero on s, so an untrained depth repeats the
-    backbone's next-token guess.
+    n: an RMSNorm. V is initially the backbone's language-model head on h and zero on s, so an untrained depth repeats
+    the backbone's next-token guess.
     """
 
     Config = Config
 
     def __init__(self, config: Config, backbone):
         super().__init__(config, backbone)
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {config.num_layers}")
+        at_least(config, num_layers=1)
         if config.lm_head not in LM_HEADS:
             raise ValueError(f"lm_head must be one of {', '.join(LM_HEADS)}, got {config.lm_head!r}")
         dim = self.dim
@@ -62,17 +61,3 @@ class ReDrafterHead(RecurrentHead):
     def project(self, state):
         x = self.blocks(jt.concat(state, 1))
         return self.output.project(x) if self.config.lm_head == "own" else self.lm_projection(self.output(x))
-
-    def write_start(self, tape):
-        return tape.hidden, tape.zeros(self.dim)
-
-    def write_advance(self, tape, state, token):
-        context, s = state
-        return context, tape.silu(self.recurrence.write(tape, tape.join(self.token_norm.write(tape, token), s)))
-
-    def write_score(self, tape, state):
-        x = tape.join(*state)
-        for block in self.blocks:
-            x = block.write(tape, x)
-        y = self.output.write(tape, x)
-        return y if self.config.lm_head == "own" else tape.linear(y, self.borrowed.lm_head)

@@ -1,4 +1,4 @@
-"""Ranks foretell decoding: pass for pass what generate counts, the fastest tree under any cost, and nothing else."""
+"""Ranks predict decoding: the replay counts what generate counts, and the search finds the fastest tree for a cost."""
 
 import dataclasses
 from itertools import pairwise
@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.acceptance import RankedText, count_ranks, last_accepted, replay
+from decoding.acceptance import RankedText, count_ranks, replay
 from decoding.generate import generate
 from decoding.search import LatencyCurve, interpolate, refine, search, shortlist
-from decoding.tree import Tree, default_tree, expected_accept_length
-from heads.ranks import MAX_RANK
+from decoding.tree import Tree, default_tree
+from heads.ranks import MAX_RANK, last_accepted
 
 FOUR = Tree.from_paths([[0], [1], [1, 0]])
 NUM_NEW, DEPTHS, NEVER = 40, 4, 99
 
 
 def table_of(rank_of, prompt, num_tokens):
-    """The ranks of a head that offers the token at ``index`` at rank_of(index, depth), or never, as a RankedText."""
+    """The ranks of a fake head that offers the token at ``index`` at rank_of(index, depth), or never."""
     ranks = [
         [NEVER if rank_of(len(prompt) + i + 1 + d, d + 1) is None else rank_of(len(prompt) + i + 1 + d, d + 1)
          for i in range(num_tokens - 1)]
@@ -29,7 +29,7 @@ def table_of(rank_of, prompt, num_tokens):
 
 
 def counted(generation):
-    """What a Replay holds of one text."""
+    """The counts of one text, as a Replay has them."""
     return [generation.accepted_per_pass], generation.reached_by_depth, generation.accepted_by_depth
 
 
@@ -55,9 +55,9 @@ def known(backbone, prompts, continuations, make_head):
 
 def test_the_last_accepted_nodes_of_four_positions():
     ranks = np.array([[0, 1, 1, 2, -1], [0, 0, 3, 0, 0]])
-    assert last_accepted(ranks, FOUR).tolist() == [1, 3, 2, 0, 0]
-    assert last_accepted(ranks[:, :0], FOUR).tolist() == []
-    assert last_accepted(ranks, Tree.autoregressive()).tolist() == [0] * 5
+    assert last_accepted(ranks, FOUR.paths).tolist() == [1, 3, 2, 0, 0]
+    assert last_accepted(ranks[:, :0], FOUR.paths).tolist() == []
+    assert last_accepted(ranks, []).tolist() == [0] * 5
 
 
 def test_the_replay_of_five_tokens():
@@ -68,18 +68,17 @@ def test_the_replay_of_five_tokens():
     assert replay([text], Tree.autoregressive()).accepted_per_pass == [[1] * 4]
 
 
-@pytest.mark.parametrize("kind", ["sequential", "parallel"])
-@pytest.mark.parametrize("name", ["all", "none", "prefix", "mixed"])
-def test_the_replay_counts_what_generate_counts(backbone, known, kind, name, tree):
-    for number in (1, 8):
-        head, prompt, _, rank_of = known(f"{kind}-{name}", number)
+@pytest.mark.parametrize("fake", ["sequential-all", "parallel-none", "sequential-prefix", "parallel-mixed"])
+def test_the_replay_counts_what_generate_counts(backbone, known, fake, tree):
+    for number in (1, 8) if "mixed" in fake else (8,):
+        head, prompt, _, rank_of = known(fake, number)
         result = generate(backbone, head, prompt, tree, max_new_tokens=NUM_NEW)
         assert replayed([table_of(rank_of, prompt, NUM_NEW)], tree) == counted(result)
-        # a longer text that is cut is the same text
+        # A longer text, cut at the same length.
         assert replayed([table_of(rank_of, prompt, NUM_NEW + 9)], tree, NUM_NEW)[0] == [result.accepted_per_pass]
 
 
-def test_the_replay_notices_ranks_of_the_column_beside(backbone, known):
+def test_the_replay_notices_ranks_of_another_column(backbone, known):
     """Control of the test above."""
     head, prompt, _, rank_of = known("sequential-mixed", 8)
     result = generate(backbone, head, prompt, default_tree(16, 4), max_new_tokens=NUM_NEW)
@@ -96,7 +95,7 @@ def test_the_replay_ends_its_drafts_where_the_cache_does(backbone, known, rows):
     assert result.finish_reason == "cache"
     table = table_of(rank_of, prompt, len(result.token_ids))
     assert replayed([table], tree, None, rows) == counted(result)
-    assert replayed([table], tree)[0] != [result.accepted_per_pass]  # with room, drafting had gone on
+    assert replayed([table], tree)[0] != [result.accepted_per_pass]  # with room it would have drafted on
 
 
 def test_a_stop_token_ends_the_replay_inside_a_path(backbone, known):
@@ -105,7 +104,7 @@ def test_a_stop_token_ends_the_replay_inside_a_path(backbone, known):
     result = generate(backbone, head, prompt, Tree.chain(4), max_new_tokens=NUM_NEW, stop_ids=[stop])
     assert result.finish_reason == "stop" and len(result.token_ids) == continuation.index(stop) + 1
     table = table_of(rank_of, prompt, len(result.token_ids))
-    assert replayed([table], Tree.chain(4)) == counted(result)  # what is known past the end counts by depth
+    assert replayed([table], Tree.chain(4)) == counted(result)  # tokens known past the end count by depth
 
 
 def test_texts_are_replayed_one_by_one():
@@ -137,10 +136,9 @@ def test_the_conditional_counts_are_the_chances_of_the_text_they_came_from():
     found = accepted[:, :2] / reached[:, None]
     assert np.abs(found - chances).max() < 0.02
     assert abs(accepted[1, 0] / reached[0] - chances[1, 0]) > 0.1
-    # and the accept length they predict is that of passes that start anywhere, as here
-    tree = default_tree(5, 2) if default_tree(5, 2).max_rank < 2 else FOUR
-    text = RankedText(ranks)
-    assert replay([text], tree).accept_length == pytest.approx(expected_accept_length(tree, found), rel=0.03)
+    # The accept length that they predict is that of passes that start anywhere, as here.
+    predicted = 1 + sum(np.prod([found[depth, rank] for depth, rank in enumerate(path)]) for path in FOUR.paths)
+    assert replay([RankedText(ranks)], FOUR).accept_length == pytest.approx(predicted, rel=0.03)
 
 
 # Search --------------------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ def some_texts(draw):
 
 
 def walk(text, tree):
-    """The passes of one text by definition: follow the ranks through the set of paths."""
+    """The passes of one text by definition: each follows the ranks through the set of paths."""
     nodes, root, passes = set(map(tuple, tree.paths)), 0, []
     while root < text.num_tokens - 1:
         path = ()
@@ -170,7 +168,7 @@ def walk(text, tree):
 
 @settings(deadline=None, max_examples=60)
 @given(some_texts(), st.integers(1, 9), st.sampled_from([0.0, 0.1, 2.0]))
-def test_every_candidate_is_replayed_right_and_the_first_is_the_fastest(texts, max_nodes, row):
+def test_every_candidate_is_replayed_correctly_and_the_first_is_the_fastest(texts, max_nodes, row):
     found = search(texts, lambda tree: 1 + row * tree.num_nodes, max_nodes)
     assert len({each.tree for each in found}) == len(found)
     assert any(each.tree.depth == 0 for each in found)
@@ -186,7 +184,7 @@ def test_every_candidate_is_replayed_right_and_the_first_is_the_fastest(texts, m
 
 @pytest.fixture
 def drawn():
-    """One long text of random ranks, the first guess right more often than the second, and so on."""
+    """One long text of random ranks, where the first guess is right more often than the second, and so on."""
     random = np.random.default_rng(1)
     return [RankedText(random.choice([0, 1, 2, MAX_RANK], (3, 4000), p=[0.5, 0.2, 0.1, 0.2]).astype(np.int32))]
 
@@ -220,7 +218,7 @@ def test_the_shortlist_has_the_root_and_trees_of_different_sizes(drawn):
     assert [each.tree.depth for each in shortlist(ordered, 1)] == [0]
 
 
-def test_a_refined_tree_counts_where_passes_start():
+def test_a_refined_tree_is_counted_where_passes_start():
     """Ranks 0 0 1 2 1 2 again and again: 0 is as frequent as 1, but with node 0 no pass starts at its second place."""
     text = [RankedText(np.tile(np.array([[0, 0, 1, 2, 1, 2]], np.int32), 20))]
     zero, one = Tree.from_paths([[0]]), Tree.from_paths([[1]])
@@ -244,26 +242,26 @@ CURVE = LatencyCurve(
 )
 
 
-def test_points_between_and_behind_a_curve():
+def test_points_between_and_beyond_those_of_a_curve():
     assert [interpolate(x, (1, 3), (10, 20)) for x in (0, 1, 2, 3, 5)] == [10, 10, 15, 20, 30]
-    assert interpolate(9, (1,), (4,)) == 4 and interpolate(9, (1, 2), (4, 3)) == 3  # never cheaper behind the end
+    assert interpolate(9, (1,), (4,)) == 4 and interpolate(9, (1, 2), (4, 3)) == 3  # never falls beyond the last point
 
 
-def test_a_chain_in_one_call_costs_what_was_timed_of_it():
+def test_a_chain_in_one_call_costs_its_measured_time():
     curve = dataclasses.replace(CURVE, chain_s=[0.05, 0.08, 0.11])
     assert curve.seconds_per_pass(Tree.chain(2)) == pytest.approx(2.5 + 0.08 + 0.25)
-    pair = Tree.from_paths([[0], [1]])  # as before: no chain
+    pair = Tree.from_paths([[0], [1]])  # no chain: step by step
     assert curve.seconds_per_pass(pair) == CURVE.seconds_per_pass(pair)
     assert curve.seconds_per_pass(Tree.autoregressive()) == CURVE.seconds_per_pass(Tree.autoregressive())
 
 
-def test_a_pass_costs_its_rows_and_the_nodes_that_are_scored_at_each_depth():
+def test_a_pass_costs_its_rows_and_the_nodes_scored_at_each_depth():
     assert CURVE.seconds_per_pass(Tree.autoregressive()) == pytest.approx(1.0 + 0.125)
     assert CURVE.seconds_per_pass(Tree.chain(1)) == pytest.approx(2.0 + 0.5 + 0.1 + 0.25)
     assert CURVE.seconds_per_pass(Tree.chain(3)) == pytest.approx(3.0 + 0.5 + 0.6 + 0.25)
-    # the root, then two nodes: half-way between 0.2 for one and 0.6 for three
+    # The root, then two nodes: half-way between 0.2 for one and 0.6 for three.
     pair = Tree.from_paths([[0], [1], [0, 0], [1, 0]])
     assert CURVE.seconds_per_pass(pair) == pytest.approx(3.5 + 0.5 + 0.1 + 0.4 + 0.25)
-    # a depth that was timed as faster than the one above it costs nothing, not less
+    # A depth that was measured as faster than the one before it costs nothing, not less.
     three = Tree.from_paths([[rank, *[0] * below] for rank in range(3) for below in range(3)])
     assert CURVE.drafting(three) == pytest.approx(0.5 + 0.1 + 0.6)

@@ -1,11 +1,10 @@
-"""Every text of a batch gets the tokens that it gets alone, bit for bit, whatever its neighbours do."""
+"""Every text of a batch gets the tokens that it gets alone, bit for bit, whatever its neighbors do."""
 
 import numpy as np
 import pytest
 
 from backbone.cache import BatchCache, CacheFull
-from decoding.batch import generate_batch
-from decoding.generate import generate, generate_autoregressive
+from decoding.generate import generate, generate_autoregressive, generate_batch
 from decoding.rules import Greedy, Lossless, Typical
 from decoding.sampling import Sampler
 from decoding.tree import Tree, default_tree
@@ -13,7 +12,7 @@ from heads.registry import build
 from ops.row_plan import RowPlan
 from tests.small import small_backbone
 
-# Eight prompts of different lengths; the repeating ones are where drafts come true.
+# Eight prompts of different lengths; in the repeating ones drafts are accepted.
 PROMPTS = [
     [3, 14, 15, 9, 26],
     [5],
@@ -35,7 +34,7 @@ def small():
 
 @pytest.fixture(scope="module", params=["mlp", "gated_rnn", "eagle", "prompt_lookup"])
 def head(small, request):
-    """A parallel head, a recurrent one, one with a cache of its own, and one whose guesses come true."""
+    """A parallel head, a recurrent one, one with its own cache, and one whose guesses are accepted."""
     head = build(request.param, {"num_depths": 4}, small)
     head.eval()
     return head
@@ -46,7 +45,7 @@ def lanes(backbone, max_length, num=8):
 
 
 def fields(generation):
-    """Everything a Generation says but the clock."""
+    """All fields of a Generation except the timers."""
     return {name: value for name, value in vars(generation).items() if name != "timers"}
 
 
@@ -58,7 +57,7 @@ def test_a_batch_of_8_gives_each_prompt_what_it_gets_alone(small, head):
     assert len({each.num_passes for each in alone}) > 1
 
 
-def test_the_twin_in_a_batch_is_the_twin(small):
+def test_the_baseline_in_a_batch_is_the_baseline_alone(small):
     together = generate_batch(small, None, PROMPTS, TREE, max_new_tokens=NUM_NEW)
     alone = [generate_autoregressive(small, prompt, max_new_tokens=NUM_NEW) for prompt in PROMPTS]
     assert [fields(each) for each in together] == [fields(each) for each in alone]
@@ -79,7 +78,7 @@ def test_drawn_texts_are_those_drawn_alone(small, kind):
     assert [fields(each) for each in together] == [fields(each) for each in alone]
 
 
-def test_a_text_whose_lane_is_full_goes_on_without_a_head_and_then_ends(small):
+def test_a_text_whose_lane_is_nearly_full_continues_without_a_head_and_then_ends(small):
     head = build("prompt_lookup", {"num_depths": 4}, small)
     together = generate_batch(small, head, PROMPTS, TREE, max_new_tokens=NUM_NEW, cache=lanes(small, 48))
     for prompt, result in zip(PROMPTS, together, strict=True):
@@ -88,7 +87,7 @@ def test_a_text_whose_lane_is_full_goes_on_without_a_head_and_then_ends(small):
     assert {each.finish_reason for each in together} == {"length", "cache"}
 
 
-def test_a_cache_serves_one_batch_after_another(small):
+def test_a_cache_can_be_reused_for_another_batch(small):
     cache = lanes(small, 100)
     first = generate_batch(small, None, PROMPTS, TREE, max_new_tokens=NUM_NEW, cache=cache)
     generate_batch(small, None, PROMPTS[::-1][:3], TREE, max_new_tokens=5, cache=cache)
@@ -96,8 +95,8 @@ def test_a_cache_serves_one_batch_after_another(small):
     assert [fields(each) for each in again] == [fields(each) for each in first]
 
 
-def test_the_comparison_notices_a_neighbours_lane(small, monkeypatch):
-    """The control: rows that look one slot too far to the left make every text but the first another one."""
+def test_the_comparison_notices_the_lane_of_a_neighbor(small, monkeypatch):
+    """The control: rows that see one slot too far to the left change every text but the first."""
     true_behind = RowPlan.behind.__func__
 
     def shifted(cls, plans, starts, lengths):
@@ -121,14 +120,14 @@ def test_the_stages_of_a_batch_add_up_to_its_total(small):
     assert sum(stages) == pytest.approx(timers.total_s, rel=1e-9) and min(stages) > 0
 
 
-def test_batches_that_cannot_be_are_refused(small):
+def test_invalid_batches_are_refused(small):
     with pytest.raises(ValueError, match="got 0 and 0"):
         generate_batch(small, None, [], TREE, max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate_batch(small, None, [[3], []], TREE, max_new_tokens=4)
     with pytest.raises(ValueError, match="prompt 0 holds tokens 3 to 64"):
         generate_batch(small, None, [[3, 64], [4]], TREE, max_new_tokens=4)
-    with pytest.raises(ValueError, match="prompt 1 has 9 tokens, its cache 8 rows"):
+    with pytest.raises(ValueError, match="prompt 1 has 9 tokens, the cache 8 rows"):
         generate_batch(small, None, [[3], [4] * 9], TREE, max_new_tokens=4, cache=lanes(small, 8))
     with pytest.raises(ValueError, match="the cache has 1 lanes, there are 2 prompts"):
         generate_batch(small, None, [[3], [4]], TREE, max_new_tokens=4, cache=lanes(small, 8, 1))
@@ -138,7 +137,7 @@ def test_batches_that_cannot_be_are_refused(small):
         generate_batch(small, build("mlp", {}, small), [[3]], Tree.chain(9), max_new_tokens=4)
 
 
-def test_a_lane_keeps_the_rows_it_is_told_to(small):
+def test_a_lane_keeps_the_committed_rows(small):
     cache = BatchCache(small.config, 2, 10, "float32")
     for counts in ((3, 2), (4, 4)):
         plan = cache.plan([0, 1], [RowPlan.chain(n) for n in counts])

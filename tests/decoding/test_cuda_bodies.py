@@ -7,8 +7,7 @@ import pytest
 
 import runtime
 from backbone.model import Backbone
-from decoding.batch import generate_batch
-from decoding.generate import generate, generate_autoregressive
+from decoding.generate import generate, generate_autoregressive, generate_batch
 from decoding.tree import Tree, default_tree
 from ops.kernel import emulated_cuda
 from tests.small import draw_weights, small_config
@@ -19,7 +18,7 @@ TREES = {"gap": Tree.from_paths([[2], [0], [2, 1], [2, 1, 0], [0, 3]]), "default
 
 @pytest.fixture(params=["float32", "float16"])
 def small(request):
-    """The small backbone, with room for more keys than attention takes at once."""
+    """The small backbone, with more positions than attention reads in one chunk."""
     with contextlib.nullcontext() if runtime.device == "cuda" else emulated_cuda():
         config = small_config(max_positions=512)
         yield Backbone(config, draw_weights(config), request.param)
@@ -30,12 +29,12 @@ def text_of(length, seed=0):
 
 
 def known(backbone, prompt):
-    """The text without a head, some tokens longer than it is asked for."""
+    """The baseline's text, some tokens longer than the tests ask for."""
     return generate_autoregressive(backbone, prompt, max_new_tokens=NUM_NEW + 16).token_ids
 
 
 @pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("length", [5, 110])  # the second text grows over the first 128 keys
+@pytest.mark.parametrize("length", [5, 110])  # the second text grows past the first 128 keys
 def test_greedy_tree_decoding_equals_autoregressive(small, make_head, name, length):
     prompt = text_of(length)
     continuation = known(small, prompt)
@@ -45,7 +44,7 @@ def test_greedy_tree_decoding_equals_autoregressive(small, make_head, name, leng
     assert result.num_passes < 0.9 * NUM_NEW  # branches were accepted, and rows of the cache moved
 
 
-def test_a_prompt_in_a_batch_is_given_the_text_it_gets_alone(small, mixing_head):
+def test_a_prompt_in_a_batch_gets_the_text_it_gets_alone(small, mixing_head):
     prompts = [text_of(length, length) for length in (3, 110, 17)]
     head, tree = mixing_head(small), TREES["default"]
     results = generate_batch(small, head, prompts, tree, max_new_tokens=12)
@@ -59,5 +58,5 @@ def test_the_comparison_notices_a_commit_of_other_rows(small, make_head, monkeyp
     continuation = known(small, prompt)
     head = make_head("sequential-mixed", small, prompt, continuation)
     monkeypatch.setattr("backbone.cache.keep_rows", lambda cache, sources, targets: None)
-    with pytest.raises(AssertionError, match="do not line up"):  # so the head says, which knows the right text
+    with pytest.raises(AssertionError, match="do not line up"):  # the fake head's check
         generate(small, head, prompt, TREES["default"], max_new_tokens=NUM_NEW)

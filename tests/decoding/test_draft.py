@@ -1,3 +1,5 @@
+"""A drafted tree holds, at every node, the head's guess of that rank after the node's own path."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,7 @@ def no_gradients():
 
 
 def begun(head, prompt, continuation):
-    """The head's state for a draft right behind the prompt. Features are not looked at by the fakes."""
+    """The head's state for a draft right after the prompt. Fake heads do not read features."""
     features = Features(jt.zeros((1, len(prompt), head.dim)))
     following = np.array([[*prompt[1:], continuation[0]]], np.int32)
     return head.begin(features, jt.array(following))
@@ -60,7 +62,7 @@ def test_the_worked_example_by_hand(backbone):
 
     expected = [[-5], [7]]  # the state of the root's parent row, then that of the root
     head = SimpleNamespace(parallel=False, draft_vocab=None, step=step)
-    # Root 7: its best are 8 and 9; behind node 2 (token 9) comes 0.
+    # Root 7: its best are 8 and 9; after node 2 (token 9) comes 0.
     assert draft(head, jt.array(np.array([-5], np.int32)), 7, FOUR).tolist() == [7, 8, 9, 0]
     assert expected == []
 
@@ -72,27 +74,27 @@ def test_a_parallel_head_by_hand():
     assert tokens.tolist() == [6, 2, 3, 0] and tokens.dtype == np.int32
 
 
-def test_columns_of_a_draft_vocabulary_stand_for_its_tokens():
+def test_columns_of_a_draft_vocabulary_are_read_as_its_tokens():
     vocab = np.array([3, 10, 20, 30], np.int32)
     rows = jt.array(np.array([[0, 1, 5, 3], [9, 1, 2, 3], [7, 7, 7, 7]], np.float32))
     head = SimpleNamespace(parallel=True, draft_vocab=vocab, score_depths=lambda state, depths: rows[:depths])
     assert draft(head, None, 6, FOUR).tolist() == [6, 20, 30, 3]
 
     def step(state, token_ids, parents):
-        told.append(token_ids.numpy().tolist())
+        steps.append(token_ids.numpy().tolist())
         return rows[:1], state
 
-    told = []
+    steps = []
     head = SimpleNamespace(parallel=False, draft_vocab=vocab, step=step)
     assert draft(head, jt.array(np.zeros(1, np.int32)), 6, FOUR).tolist() == [6, 20, 30, 20]
-    assert told == [[6], [30]]  # the next step is told tokens, not columns
+    assert steps == [[6], [30]]  # the next step gets tokens, not columns
 
 
-def test_a_lone_root_asks_no_head():
+def test_a_lone_root_needs_no_head():
     assert draft(None, None, 5, Tree.autoregressive()).tolist() == [5]
 
 
-def test_every_node_is_drafted_behind_its_own_path(backbone, mixing_head, prompts, tree):
+def test_every_node_is_drafted_after_its_own_path(backbone, mixing_head, prompts, tree):
     head, prompt = mixing_head(backbone), prompts[4]
     state = begun(head, prompt, [11])
     tokens = draft(head, state, 11, tree)
@@ -121,7 +123,7 @@ def test_only_nodes_with_children_are_scored(backbone, make_head, prompts, conti
     assert head.rows_scored == [int(inner[tree.depths == depth].sum()) for depth in range(tree.depth)]
 
 
-def test_a_parallel_head_is_asked_once(backbone, make_head, prompts, continuations, tree):
+def test_a_parallel_head_is_called_once(backbone, make_head, prompts, continuations, tree):
     prompt, continuation = prompts[4], continuations["float32"][4]
     head = make_head("parallel-all", backbone, prompt, continuation)
     tokens = draft(head, begun(head, prompt, continuation), continuation[0], tree)

@@ -1,3 +1,7 @@
+"""Greedy decoding: a tree's text is the baseline's, whatever the head guesses, and the counts and the cache are
+right."""
+
+import itertools
 import sys
 import time
 from dataclasses import astuple
@@ -5,18 +9,13 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from decoding.generate import (
-    Generation,
-    count_depths,
-    first_difference,
-    generate,
-    generate_autoregressive,
-    logit_gap,
-)
+from decoding.generate import Generation, first_difference, generate, generate_autoregressive, logit_gap
+from decoding.loop import count_depths
 from decoding.text import Text
 from decoding.tree import Tree, default_tree
 from ops.row_plan import RowPlan
 from runtime import jt
+from tests.decoding.fakes import FAKES, TREES
 
 NUM_NEW = 48
 CHAIN = Tree.chain(4)
@@ -42,25 +41,27 @@ def case(backbone, prompts, continuations, make_head):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_twin_is_greedy_decoding(backbones, prompts, continuations, dtype):
+def test_the_baseline_is_greedy_decoding(backbones, prompts, continuations, dtype):
     for number in (0, 8):
         assert continuations[dtype][number][:12] == uncached(backbones[dtype], prompts[number], 12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_greedy_tree_decoding_equals_autoregressive(backbones, prompts, continuations, make_head, fake, tree, dtype):
-    start = sum(map(ord, fake)) + tree.num_nodes  # every combination takes other prompts
-    for number in range(start, start + 3):
-        number %= len(prompts)
+# Every fake head, every tree with a parallel and a sequential one, both dtypes.
+COMBINATIONS = list(zip(FAKES, itertools.cycle(TREES), itertools.cycle(["float32", "float16"]), strict=False))
+
+
+@pytest.mark.parametrize(("fake", "name", "dtype"), [*COMBINATIONS, ("mixing", "gap", "float16")])
+def test_greedy_tree_decoding_equals_autoregressive(backbones, prompts, continuations, make_head, fake, name, dtype):
+    for number in (1, 6, 8):
         head = make_head(fake, backbones[dtype], prompts[number], continuations[dtype][number])
-        result = generate(backbones[dtype], head, prompts[number], tree, max_new_tokens=NUM_NEW)
+        result = generate(backbones[dtype], head, prompts[number], TREES[name], max_new_tokens=NUM_NEW)
         assert result.token_ids == continuations[dtype][number][:NUM_NEW]
         assert result.finish_reason == "length"
         assert sum(result.accepted_per_pass) == NUM_NEW - 1 and len(result.accepted_per_pass) == result.num_passes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_every_prompt_decodes_alike_when_guesses_are_right_at_varying_ranks(
+def test_every_prompt_gives_the_baselines_text_when_guesses_are_right_at_varying_ranks(
     backbones, prompts, continuations, make_head, dtype
 ):
     passes = 0
@@ -69,14 +70,13 @@ def test_every_prompt_decodes_alike_when_guesses_are_right_at_varying_ranks(
         result = generate(backbones[dtype], head, prompt, default_tree(16, 4), max_new_tokens=NUM_NEW)
         assert result.token_ids == continuation[:NUM_NEW]
         passes += result.num_passes
-    assert passes < 0.8 * len(prompts) * (NUM_NEW - 1)  # the test is about accepted branches: there must be many
+    assert passes < 0.8 * len(prompts) * (NUM_NEW - 1)  # many branches were accepted
 
 
-@pytest.mark.parametrize("kind", ["sequential", "parallel"])
-def test_a_head_that_always_agrees_emits_the_whole_depth_and_the_bonus(backbone, case, kind, tree):
-    head, prompt, continuation = case(f"{kind}-all", 4)
-    if not any(path == [0] * tree.depth for path in tree.paths):
-        return  # the best guesses are not a path of this tree
+@pytest.mark.parametrize(("kind", "name"), [("sequential", "pair"), ("parallel", "chain"), ("sequential", "default")])
+def test_a_head_that_always_agrees_emits_the_whole_depth_and_the_bonus(backbone, case, kind, name):
+    (head, prompt, continuation), tree = case(f"{kind}-all", 4), TREES[name]
+    assert [0] * tree.depth in tree.paths
     num_new = 1 + 6 * (tree.depth + 1)
     result = generate(backbone, head, prompt, tree, max_new_tokens=num_new)
     assert result.token_ids == continuation[:num_new]
@@ -85,9 +85,8 @@ def test_a_head_that_always_agrees_emits_the_whole_depth_and_the_bonus(backbone,
     assert result.reached_by_depth == result.accepted_by_depth == [6] * tree.depth
 
 
-@pytest.mark.parametrize("kind", ["sequential", "parallel"])
-def test_a_head_that_never_agrees_emits_the_bonus_only(backbone, case, kind, tree):
-    head, prompt, _ = case(f"{kind}-none", 4)
+def test_a_head_that_never_agrees_emits_only_the_bonus(backbone, case, tree):
+    head, prompt, _ = case("sequential-none" if tree.is_chain else "parallel-none", 4)
     result = generate(backbone, head, prompt, tree, max_new_tokens=20)
     assert result.accepted_per_pass == [1] * 19 and result.accept_length == 1.0
     assert result.reached_by_depth == [19] + [0] * (tree.depth - 1)
@@ -102,7 +101,7 @@ def test_a_head_right_for_two_tokens_gives_an_exact_prefix(backbone, case, kind)
     assert result.reached_by_depth == [5, 5, 5, 0] and result.accepted_by_depth == [5, 5, 0, 0]
 
 
-def test_the_twin_emits_one_token_a_pass(backbone, prompts):
+def test_the_baseline_emits_one_token_per_pass(backbone, prompts):
     result = generate_autoregressive(backbone, prompts[0], max_new_tokens=9)
     assert result.num_passes == 8 and result.accepted_per_pass == [1] * 8 and result.accept_length == 1.0
     assert result.reached_by_depth == result.accepted_by_depth == [] and result.prompt_tokens == 1
@@ -125,7 +124,7 @@ def test_a_one_token_prompt(backbone, case):
     assert generate(backbone, head, prompt, CHAIN, max_new_tokens=11).token_ids == continuation[:11]
 
 
-def test_a_stop_token_inside_an_accepted_path_cuts_behind_it(backbone, case):
+def test_a_stop_token_inside_an_accepted_path_ends_the_text(backbone, case):
     for number in range(12):
         head, prompt, continuation = case("sequential-all", number)
         # Token 0 is the prefill's, then come passes of five; look for a first occurrence that is no pass's last.
@@ -134,31 +133,34 @@ def test_a_stop_token_inside_an_accepted_path_cuts_behind_it(backbone, case):
             continue
         stop = [continuation[at]]
         result = generate(backbone, head, prompt, CHAIN, max_new_tokens=NUM_NEW, stop_ids=stop)
-        twin = generate_autoregressive(backbone, prompt, max_new_tokens=NUM_NEW, stop_ids=stop)
-        assert result.token_ids == twin.token_ids == continuation[: at + 1]
-        assert result.finish_reason == twin.finish_reason == "stop"
+        baseline = generate_autoregressive(backbone, prompt, max_new_tokens=NUM_NEW, stop_ids=stop)
+        assert result.token_ids == baseline.token_ids == continuation[: at + 1]
+        assert result.finish_reason == baseline.finish_reason == "stop"
         assert result.accepted_per_pass[-1] == (at - 1) % 5 + 1 < 5
         assert result.accepted_by_depth == [result.num_passes] * 4  # what verification accepted, cut or not
         return
     pytest.fail("no prompt has a suitable stop token")
 
 
-@pytest.mark.parametrize("fake_name", ["sequential-all", "parallel-none", "sequential-mixed", "mixing"])
-@pytest.mark.parametrize("room", [0, 1, 3, 4, 5, 17, 21])
-def test_a_full_cache_ends_the_text_where_it_ends_the_twins(backbone, case, fake_name, room):
+@pytest.mark.parametrize(
+    ("fake_name", "room"),
+    [("sequential-all", 0), ("sequential-all", 5), ("parallel-none", 1), ("parallel-none", 17), ("sequential-mixed", 3),
+     ("sequential-mixed", 21), ("mixing", 4)],
+)  # fmt: skip
+def test_a_full_cache_ends_the_text_where_it_ends_the_baselines(backbone, case, fake_name, room):
     head, prompt, continuation = case(fake_name, 4)
     length = len(prompt) + room
     result = generate(backbone, head, prompt, CHAIN, max_new_tokens=NUM_NEW, cache=backbone.new_cache(length))
-    twin = generate_autoregressive(backbone, prompt, max_new_tokens=NUM_NEW, cache=backbone.new_cache(length))
-    assert result.token_ids == twin.token_ids == continuation[: 1 + room]
-    assert result.finish_reason == twin.finish_reason == "cache"
+    baseline = generate_autoregressive(backbone, prompt, max_new_tokens=NUM_NEW, cache=backbone.new_cache(length))
+    assert result.token_ids == baseline.token_ids == continuation[: 1 + room]
+    assert result.finish_reason == baseline.finish_reason == "cache"
 
 
 def test_the_positions_of_the_backbone_are_a_limit_too(backbone, make_head):
     prompt = list(range(100, 100 + backbone.config.max_positions - 6))
     result = generate(backbone, make_head("mixing", backbone, prompt, []), prompt, CHAIN, max_new_tokens=30)
-    twin = generate_autoregressive(backbone, prompt, max_new_tokens=30)
-    assert result.token_ids == twin.token_ids and len(twin.token_ids) == 7 and result.finish_reason == "cache"
+    baseline = generate_autoregressive(backbone, prompt, max_new_tokens=30)
+    assert result.token_ids == baseline.token_ids and len(baseline.token_ids) == 7 and result.finish_reason == "cache"
 
 
 def test_a_cache_is_emptied_first_and_left_at_the_text(backbone, case):
@@ -192,7 +194,7 @@ def test_an_interrupt_passes_through_and_leaves_the_cache_consistent(backbone, c
     assert jt.flags.no_grad == 0
 
 
-def test_an_interrupt_between_commit_and_text_drops_the_rows(backbone, case, monkeypatch):
+def test_an_interrupt_between_commit_and_text_removes_the_rows(backbone, case, monkeypatch):
     head, prompt, _ = case("sequential-all", 4)
     cache = backbone.new_cache(200)
 
@@ -207,9 +209,8 @@ def test_an_interrupt_between_commit_and_text_drops_the_rows(backbone, case, mon
     assert cache.length == len(prompt)
 
 
-@pytest.mark.parametrize("fake_name", ["sequential-all", "sequential-mixed", "parallel-none"])
-def test_streaming_equals_the_result(backbone, case, fake_name):
-    head, prompt, continuation = case(fake_name, 4)
+def test_streaming_equals_the_result(backbone, case):
+    head, prompt, continuation = case("sequential-mixed", 4)
     stop, pieces = [continuation[17]], []
     result = generate(backbone, head, prompt, CHAIN, max_new_tokens=NUM_NEW, stop_ids=stop, on_tokens=pieces.append)
     assert [token for piece in pieces for token in piece] == result.token_ids
@@ -224,9 +225,9 @@ def test_a_stop_string_cuts_the_text_and_keeps_the_token_that_completes_it(backb
     last = next(i for i in range(NUM_NEW) if stop in tokenizer.decode(continuation[: i + 1]))
     options = {"max_new_tokens": NUM_NEW, "stop_strings": ["not there", stop], "tokenizer": tokenizer}
     result = generate(backbone, head, prompt, CHAIN, **options)
-    twin = generate_autoregressive(backbone, prompt, **options)
-    assert result.token_ids == twin.token_ids == continuation[: last + 1]
-    assert result.text == twin.text == whole[:at] and result.finish_reason == "stop"
+    baseline = generate_autoregressive(backbone, prompt, **options)
+    assert result.token_ids == baseline.token_ids == continuation[: last + 1]
+    assert result.text == baseline.text == whole[:at] and result.finish_reason == "stop"
 
 
 def test_the_text_is_the_decoded_tokens(backbone, case, tokenizer):
@@ -288,7 +289,7 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(backbone, case, token
     assert head.calls == 0
 
 
-def test_a_training_head_drafts_in_evaluation_and_goes_on_training(backbone, case):
+def test_a_training_head_drafts_in_evaluation_mode_and_returns_to_training(backbone, case):
     head, prompt, _ = case("sequential-all", 4)
     head.train()
     modes, step = [], head.step
@@ -298,7 +299,7 @@ def test_a_training_head_drafts_in_evaluation_and_goes_on_training(backbone, cas
     assert head.is_training() and jt.flags.no_grad == 0
 
 
-def test_a_head_gets_the_layers_it_asked_for(backbone, case, monkeypatch):
+def test_a_head_gets_its_layers(backbone, case, monkeypatch):
     head, prompt, continuation = case("sequential-mixed", 4)
     seen, begin = [], head.begin
     whole = np.array([[*prompt, *continuation]], np.int32)
@@ -362,31 +363,31 @@ def test_accept_length_leaves_the_prefill_out():
 
 
 def differs(backbone, case, tree, fake_name="sequential-mixed"):
-    """Prompts whose text is not the twin's."""
+    """The number of prompts whose text is not the baseline's."""
     wrong = 0
     for number in range(12):
         head, prompt, continuation = case(fake_name, number)
         try:
             wrong += generate(backbone, head, prompt, tree, max_new_tokens=24).token_ids != continuation[:24]
-        except AssertionError:  # the fake itself notices that the text is not the one it knows
+        except AssertionError:  # the fake head notices another text than the one it knows
             wrong += 1
     return wrong
 
 
-def test_control_a_plan_with_a_wrong_parent_is_caught(backbone, case):
+def test_control_a_plan_with_a_wrong_parent_is_noticed(backbone, case):
     tree = Tree.from_paths([[0], [1], [0, 0], [1, 0]])
     assert differs(backbone, case, tree) == 0
     tree.__dict__["plan"] = RowPlan(np.array([-1, 0, 0, 2, 1]))  # nodes 3 and 4 swap their parents
     assert differs(backbone, case, tree) > 0
 
 
-def test_control_accepting_a_wrong_token_is_caught(backbone, case, monkeypatch):
+def test_control_accepting_a_wrong_token_is_noticed(backbone, case, monkeypatch):
     module = sys.modules["decoding.rules"]
     monkeypatch.setattr(module, "verify_greedy", lambda parents, tokens, chosen: (np.array([0, 1]), int(chosen[1])))
     assert differs(backbone, case, CHAIN, "parallel-none") > 0
 
 
-def test_control_committing_the_wrong_rows_is_caught(backbone, case, monkeypatch):
+def test_control_committing_the_wrong_rows_is_noticed(backbone, case, monkeypatch):
     from backbone.cache import KVCache
 
     commit = KVCache.commit

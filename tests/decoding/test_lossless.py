@@ -1,8 +1,7 @@
-"""Whether what a pass emits is distributed as the backbone's own draws: G-tests of pairs of tokens, and their controls.
+"""Emitted tokens are distributed as the backbone's own draws: G-tests of pairs of tokens, and their controls.
 
 A text is a walk over tables: the distribution of the next token follows from the last two. The first and the second
-emitted token are counted over many texts, however many passes gave them, and held against their exact joint
-distribution.
+emitted token are counted over many texts, from any number of passes, and compared with their exact joint distribution.
 """
 
 import functools
@@ -36,9 +35,9 @@ SAMPLERS = {
 
 
 class World:
-    """Tables of the backbone's and the head's distributions: the next token's, after the last two.
+    """Tables of the backbone's and the head's distributions of the next token, given the last two.
 
-    logits, guesses: (vocab, vocab, vocab), entry [a, b] behind the tokens a, b; a text starts behind 0, 0.
+    logits, guesses: (vocab, vocab, vocab), entry [a, b] after the tokens a, b; a text starts after 0, 0.
     """
 
     def __init__(self, sampler, logits, guesses, draft_temperature=1.0):
@@ -68,7 +67,7 @@ class World:
         return lambda node: table[before[0] if node == 0 else tokens[tree.parents[node]], tokens[node]]
 
     def counts(self, tree, sampled, num_draws, verify=verify_lossless, seed=0):
-        """How often each pair of first tokens came, (vocab * vocab,), over ``num_draws`` texts."""
+        """Counts of each pair of first tokens, (vocab * vocab,), over ``num_draws`` texts."""
         rng, vocab = np.random.default_rng(seed), self.target.shape[-1]
         fixed, counts = {}, np.zeros(vocab * vocab)
         for _ in range(num_draws):
@@ -92,7 +91,7 @@ class World:
 
 @functools.cache
 def children_of(tree):
-    """node -> its children, for the nodes that have some, parents first."""
+    """node -> its children, for nodes with children, parents first."""
     return {node: np.flatnonzero(tree.parents == node) for node in np.flatnonzero(tree.has_children).tolist()}
 
 
@@ -106,7 +105,7 @@ def random_world(sampler, seed=0, **options):
     ("sampler", "tree"),
     [("T 1", "chain"), ("T 0.7", "wide"), ("top-p", "mixed"), ("top-k", "default"), ("both", "all")],
 )
-def test_guesses_that_follow_from_the_text_leave_the_distribution_alone(sampler, tree):
+def test_guesses_that_follow_from_the_text_do_not_change_the_distribution(sampler, tree):
     assert random_world(SAMPLERS[sampler]).p_value(TREES[tree], sampled=False) > LEVEL
 
 
@@ -117,13 +116,13 @@ def test_guesses_that_follow_from_the_text_leave_the_distribution_alone(sampler,
         ("top-p", "wide"), ("top-k", "wide"), ("top-k", "default"), ("both", "mixed"),
     ],
 )  # fmt: skip
-def test_drafts_that_are_drawn_leave_the_distribution_alone(sampler, tree):
+def test_drawn_drafts_do_not_change_the_distribution(sampler, tree):
     assert random_world(SAMPLERS[sampler]).p_value(TREES[tree], sampled=True) > LEVEL
 
 
-def test_a_draft_distribution_with_fewer_tokens_than_children_leaves_the_distribution_alone():
+def test_a_draft_distribution_with_fewer_tokens_than_children_does_not_change_the_distribution():
     world = random_world(Sampler(), draft_temperature=0.001)
-    assert ((world.draft > 0).sum(axis=-1) < 4).mean() > 0.9  # four children of the root, often one token to draw
+    assert ((world.draft > 0).sum(axis=-1) < 4).mean() > 0.9  # four children of the root, often one possible token
     assert world.p_value(TREES["wide"], sampled=True) > LEVEL
 
 
@@ -138,7 +137,7 @@ def test_drafts_from_the_backbones_own_distribution_are_all_accepted():
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_at_temperature_0_only_what_is_most_probable_is_emitted(sampled):
+def test_at_temperature_0_only_the_most_probable_tokens_are_emitted(sampled):
     world = random_world(Sampler(0))
     counts = world.counts(TREES["default"], sampled, 300)
     first = world.target[0, 0].argmax()
@@ -146,17 +145,17 @@ def test_at_temperature_0_only_what_is_most_probable_is_emitted(sampled):
 
 
 @pytest.mark.parametrize("tree", ["chain", "wide", "default"])
-def test_control_a_rejection_that_leaves_p_as_it_is_fails(monkeypatch, tree):
+def test_control_a_rejection_that_does_not_change_p_fails(monkeypatch, tree):
     monkeypatch.setattr(verification, "_residual", lambda p, q: p)
     assert random_world(Sampler()).p_value(TREES[tree], True, CONTROL_DRAWS) < CERTAIN
 
 
-def test_control_siblings_that_forget_each_other_fail(monkeypatch):
+def test_control_siblings_that_ignore_each_other_fail(monkeypatch):
     monkeypatch.setattr(verification, "_without", lambda q, token: q)
     assert random_world(Sampler()).p_value(TREES["wide"], True, CONTROL_DRAWS) < CERTAIN
 
 
-def test_control_drafts_that_are_drawn_and_taken_for_others_fail():
+def test_control_drafts_verified_with_another_distribution_fail():
     """Drawn without replacement, verified as if drawn from a flatter distribution."""
     world = random_world(Sampler())
 
@@ -167,7 +166,7 @@ def test_control_drafts_that_are_drawn_and_taken_for_others_fail():
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_control_accepting_what_is_most_probable_fails(sampled):
+def test_control_accepting_the_most_probable_token_fails(sampled):
     def verify(parents, tokens, target, rng, draft):
         best = [node for node in range(1, len(parents)) if parents[node] == 0 and tokens[node] == target(0).argmax()]
         if best:
@@ -189,9 +188,9 @@ PROMPT = [{"role": "user", "content": "Tell me about a film that you like."}]
 
 @pytest.fixture(scope="module")
 def written(tokenizer):
-    """The embedded backbone behind a fixed prompt, as a World: rows of one tree pass for verification.
+    """The embedded backbone after a fixed prompt, as a World: rows of one tree pass for verification.
 
-    Its tokens are those that top-k leaves for the next three; token 0 stands for the root. Also returned: the exact
+    Its tokens are those that top-k leaves for the next three; token 0 is the root. Also returned: the exact
     distribution of the next two, from passes over the whole text without a cache or a tree.
     """
     backbone, sampler = load_backbone(dtype="float32"), Sampler(0.9, top_k=5)
@@ -203,9 +202,9 @@ def written(tokenizer):
 
     first = whole()
     firsts = np.flatnonzero(first).tolist()
-    behind = {token: whole(token) for token in firsts}
+    after = {token: whole(token) for token in firsts}
     tree = Tree.from_paths([[i] for i in range(5)] + [[i, j] for i in range(5) for j in range(5)])
-    tokens = [prompt[-1], *firsts, *(token for a in firsts for token in np.flatnonzero(behind[a]).tolist())]
+    tokens = [prompt[-1], *firsts, *(token for a in firsts for token in np.flatnonzero(after[a]).tolist())]
     with jt.no_grad():
         cache = backbone.new_cache(len(prompt) + tree.num_nodes)
         backbone.forward(np.array([prompt[:-1]], np.int32), cache=cache)
@@ -226,14 +225,14 @@ def written(tokenizer):
     world.best = np.argsort(-world.draft, axis=-1)
     exact = np.zeros((len(used), len(used)))
     for a in firsts:
-        for b in np.flatnonzero(behind[a]).tolist():
-            exact[index[a], index[b]] = first[a] * behind[a][b]
+        for b in np.flatnonzero(after[a]).tolist():
+            exact[index[a], index[b]] = first[a] * after[a][b]
     assert exact.sum() == pytest.approx(1)
     return world, exact.reshape(-1)
 
 
 @pytest.mark.parametrize(("tree", "sampled"), [("default", False), ("default", True), ("mixed", True)])
-def test_tree_verification_on_the_embedded_backbone_draws_as_the_backbone_does(written, tree, sampled):
+def test_tree_verification_on_the_embedded_backbone_has_its_distribution(written, tree, sampled):
     world, exact = written
     assert g_test(world.counts(TREES[tree], sampled, NUM_DRAWS), NUM_DRAWS * exact) > LEVEL
 

@@ -1,4 +1,5 @@
-"""Rules in the loop: texts that a seed gives again, drawn drafts and what they were drawn from, and the counts."""
+"""Rules in the loop: a seed repeats its text, drawn drafts come from the reported distribution, and the counts add
+up."""
 
 import itertools
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import decoding.verify as verification
 from backbone.model import BackboneOutput
 from decoding.draft import draft, draft_sampled
 from decoding.generate import generate, generate_autoregressive
-from decoding.rules import Greedy, Lossless, Rule, Typical
+from decoding.rules import Greedy, Lossless, Typical
 from decoding.sampling import Sampler, softmax
 from decoding.tree import Tree, default_tree
 from heads.base import Features, Head
@@ -29,7 +30,7 @@ def small():
 
 
 class ParallelMixingHead(Head):
-    """Asked once for all depths; its logits are a fixed random function of the last hidden state."""
+    """Called once for all depths; its logits are a fixed random function of the last hidden state."""
 
     Config = SimpleNamespace
     parallel = True
@@ -70,13 +71,14 @@ VOCABS = {"every token": None, "some tokens": np.array([6, 1, 3, 4, 0], np.int32
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_drawn_drafts_come_from_the_distribution_that_is_told(vocab):
-    """Ordered pairs of children of the root, and of one of the root's children, against what sampling gives."""
-    meant, temperature, num_draws = VOCABS[vocab], 0.7, 4000
-    columns = 8 if meant is None else len(meant)
+def test_drawn_drafts_come_from_the_reported_distribution(vocab):
+    """Counts of ordered pairs of children, of the root and of one of its children, against their exact
+    probabilities."""
+    draft_vocab, temperature, num_draws = VOCABS[vocab], 0.7, 4000
+    columns = 8 if draft_vocab is None else len(draft_vocab)
     table = np.random.default_rng(0).normal(0, 1, (8, columns)).astype(np.float32)
-    head, rng = TableHead(table=table, draft_vocab=meant), np.random.default_rng(1)
-    tree = Tree.from_paths([[0], [2], [2, 0], [2, 1]])  # the second child is the second draw, whatever its rank
+    head, rng = TableHead(table=table, draft_vocab=draft_vocab), np.random.default_rng(1)
+    tree = Tree.from_paths([[0], [2], [2, 0], [2, 1]])  # the second child is the second draw, for any rank
     first, second = {}, {}
     with jt.no_grad():
         for _ in range(num_draws):
@@ -87,10 +89,10 @@ def test_drawn_drafts_come_from_the_distribution_that_is_told(vocab):
             if tokens[2] == 3:
                 second[tuple(tokens[3:5].tolist())] = second.get(tuple(tokens[3:5].tolist()), 0) + 1
                 inner = drawn_from(2)
-    for pairs, row, told in ((first, 5, drawn_from(0)), (second, 3, inner)):
+    for pairs, row, reported in ((first, 5, drawn_from(0)), (second, 3, inner)):
         q = np.zeros(8)
-        q[np.arange(8) if meant is None else meant] = softmax(table[row][None], temperature)[0]
-        assert np.array_equal(told, q)
+        q[np.arange(8) if draft_vocab is None else draft_vocab] = softmax(table[row][None], temperature)[0]
+        assert np.array_equal(reported, q)
         total = sum(pairs.values())
         possible = list(itertools.permutations(np.flatnonzero(q).tolist(), 2))
         expected = np.array([total * q[a] * q[b] / (1 - q[a]) for a, b in possible])
@@ -99,8 +101,8 @@ def test_drawn_drafts_come_from_the_distribution_that_is_told(vocab):
         assert g_test(counts, expected) > LEVEL
 
 
-def test_every_node_is_drawn_behind_its_own_path(small, mixing_head, tree):
-    """What the children of a node are said to come from is the head's word behind that node's path alone."""
+def test_every_node_is_drawn_after_its_own_path(small, mixing_head, tree):
+    """The reported distribution of a node's children is the head's after that node's path alone."""
     head = mixing_head(small)
     with jt.no_grad():
         state = head.begin(Features(jt.ones((1, 1, head.dim))), None)
@@ -117,7 +119,7 @@ def test_every_node_is_drawn_behind_its_own_path(small, mixing_head, tree):
             assert len(set(children.tolist())) == len(children)
 
 
-def test_a_parallel_head_says_the_same_of_all_nodes_of_a_depth(small):
+def test_a_parallel_head_has_one_distribution_for_all_nodes_of_a_depth(small):
     head, tree = ParallelMixingHead(small), Tree.from_paths([[0], [1], [0, 0], [1, 0]])
     with jt.no_grad():
         state = head.begin(Features(jt.ones((1, 1, head.dim))), None)
@@ -133,19 +135,19 @@ def test_a_lone_root_draws_nothing():
 
 
 def rules(seed=3):
-    """Every rule that samples, made anew."""
+    """A new rule of every kind that samples."""
     sampler = Sampler(0.9, top_p=0.95)
     return [Lossless(sampler, seed), Lossless(sampler, seed, sampled=True), Typical(sampler, 0.09, 0.3, seed)]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_seed_gives_its_text_again_and_another_one_another(small, head, which):
+def test_a_seed_repeats_its_text_and_another_seed_gives_another(small, head, which):
     def text(rule):
         return generate(small, head, PROMPT, TREE, max_new_tokens=NUM_NEW, rule=rule).token_ids
 
     rule = rules()[which]
     first = text(rule)
-    assert text(rule) == text(rules()[which]) == first  # a rule that is used again starts again
+    assert text(rule) == text(rules()[which]) == first  # a reused rule starts from its seed
     assert text(rules(seed=[3, 1])[which]) != first
     assert generate_autoregressive(small, PROMPT, max_new_tokens=NUM_NEW, rule=rule).token_ids == (
         generate_autoregressive(small, PROMPT, max_new_tokens=NUM_NEW, rule=rules()[which]).token_ids
@@ -153,7 +155,8 @@ def test_a_seed_gives_its_text_again_and_another_one_another(small, head, which)
 
 
 @pytest.mark.parametrize("sampler", [Sampler(0), Sampler(1.0, top_k=1), Sampler(1.0, top_p=1e-9)])
-def test_at_temperature_0_every_rule_writes_the_greedy_text(small, head, sampler):
+def test_every_rule_that_leaves_one_token_writes_the_greedy_text(small, mixing_head, sampler):
+    head = mixing_head(small)
     greedy = generate_autoregressive(small, PROMPT, max_new_tokens=NUM_NEW).token_ids
     for rule in (None, Greedy(), Lossless(sampler), Lossless(sampler, sampled=True), Typical(sampler)):
         result = generate(small, head, PROMPT, TREE, max_new_tokens=NUM_NEW, rule=rule)
@@ -169,7 +172,8 @@ def test_the_counts_add_up(small, head, which):
     assert result.finish_reason == "length" and len(result.token_ids) == NUM_NEW
     assert sum(result.accepted_per_pass) == NUM_NEW - 1 and len(result.accepted_per_pass) == result.num_passes
     assert [len(piece) for piece in pieces] == [1, *result.accepted_per_pass]
-    assert NUM_NEW - 1 <= result.num_emitted <= NUM_NEW - 1 + TREE.depth
+    emitted = result.num_passes + sum(result.accepted_by_depth)
+    assert NUM_NEW - 1 <= emitted <= NUM_NEW - 1 + TREE.depth
     assert all(a <= r for a, r in zip(result.accepted_by_depth, result.reached_by_depth, strict=True))
 
 
@@ -179,17 +183,17 @@ def test_a_full_cache_is_filled_to_the_end(small, head):
         assert result.finish_reason == "cache" and len(result.token_ids) == 1 + 30 - len(PROMPT)
 
 
-def test_typical_acceptance_says_how_far_it_went(small, head):
-    """A threshold that nothing passes accepts nothing and is exact; one that all pass takes whole paths."""
+def test_typical_acceptance_reports_its_distance(small, head):
+    """A threshold that no guess passes is exact; one that all pass accepts whole paths."""
     sampler = Sampler(0.9)
     none = generate(small, head, PROMPT, TREE, max_new_tokens=NUM_NEW, rule=Typical(sampler, 1.0, 1e6))
     assert none.total_variation == 0.0 and none.num_passes == NUM_NEW - 1
     every = generate(small, head, PROMPT, TREE, max_new_tokens=NUM_NEW, rule=Typical(sampler, 0.0, 0.0))
     assert every.accepted_by_depth == [every.num_passes] * TREE.depth
     accepted = sum(every.accepted_by_depth)
-    assert 0.5 * accepted < every.total_variation <= accepted < every.num_emitted
-    twin = generate_autoregressive(small, PROMPT, max_new_tokens=NUM_NEW, rule=Typical(sampler, 0.0, 0.0))
-    assert twin.total_variation == 0.0
+    assert 0.5 * accepted < every.total_variation <= accepted
+    baseline = generate_autoregressive(small, PROMPT, max_new_tokens=NUM_NEW, rule=Typical(sampler, 0.0, 0.0))
+    assert baseline.total_variation == 0.0
 
 
 def test_the_distance_of_one_pass_by_hand():
@@ -203,8 +207,8 @@ def test_the_distance_of_one_pass_by_hand():
 
 
 def second_and_third(backbone, head, tree, sampler, num_texts):
-    """How often each pair of second and third token came in texts of ``generate`` with drawn drafts, and how often it
-    should have: both (vocab, vocab). The first token is the prefill's."""
+    """Observed and expected counts of each pair of second and third token in texts with drawn drafts, (vocab, vocab)
+    each. The first token is the prefill's."""
     vocab, cache = backbone.config.vocab_size, backbone.new_cache(40)
 
     def after(*tokens):
@@ -213,9 +217,9 @@ def second_and_third(backbone, head, tree, sampler, num_texts):
 
     exact, counts, first = np.zeros((vocab, vocab)), np.zeros((vocab, vocab)), after()
     for a in np.flatnonzero(first).tolist():
-        behind = after(a)
-        for b in np.flatnonzero(behind).tolist():
-            exact[b] += first[a] * behind[b] * after(a, b)
+        second = after(a)
+        for b in np.flatnonzero(second).tolist():
+            exact[b] += first[a] * second[b] * after(a, b)
     for seed in range(num_texts):
         rule = Lossless(sampler, seed, sampled=True)
         text = generate(backbone, head, PROMPT, tree, max_new_tokens=3, rule=rule, cache=cache)
@@ -223,7 +227,7 @@ def second_and_third(backbone, head, tree, sampler, num_texts):
     return counts, num_texts * exact
 
 
-def test_the_loop_draws_what_the_backbone_draws(small, mixing_head, monkeypatch):
+def test_the_loop_draws_from_the_backbones_distribution(small, mixing_head, monkeypatch):
     """From drafting to the text; the control keeps p after a rejection."""
     tree, sampler = Tree.from_paths([[0], [1], [2], [3], [0, 0], [0, 1], [1, 0]]), Sampler(top_k=4)
     assert g_test(*second_and_third(small, mixing_head(small), tree, sampler, 600)) > LEVEL
@@ -231,12 +235,12 @@ def test_the_loop_draws_what_the_backbone_draws(small, mixing_head, monkeypatch)
     assert g_test(*second_and_third(small, mixing_head(small), tree, sampler, 400)) < CERTAIN
 
 
-def test_greedy_reads_one_token_a_row():
+def test_greedy_reads_one_token_per_row():
     output = BackboneOutput(None, None, chosen=jt.array(np.array([[1, 0]], np.int32)))
     assert Greedy().read(output).tolist() == [1, 0] and Greedy().choose(np.int32(4)) == 4
 
 
-def test_top_drafts_are_those_of_draft(small, head):
+def test_drafts_of_best_guesses_are_those_of_draft(small, head):
     with jt.no_grad():
         state = head.begin(Features(jt.ones((1, 1, head.dim))), None)
         expected = draft(head, state, 9, TREE).tolist()
@@ -252,13 +256,3 @@ def test_thresholds_that_make_no_rule_are_refused():
     for alpha in (-0.1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="alpha must be a finite number from 0"):
             Typical(Sampler(), 0.1, alpha)
-
-
-def test_a_rule_without_its_methods_says_which():
-    for call in (
-        lambda rule: rule.read(None),
-        lambda rule: rule.choose(None),
-        lambda rule: rule.accept(None, None, None),
-    ):
-        with pytest.raises(TypeError, match="Rule does not define"):
-            call(Rule())

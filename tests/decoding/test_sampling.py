@@ -1,4 +1,4 @@
-"""What is drawn from: temperature, top-k, the nucleus, and draws that follow them."""
+"""Temperature, top-k and the nucleus by definition, and draws that follow the distribution."""
 
 import itertools
 
@@ -30,13 +30,13 @@ def test_temperature_divides_the_logits():
     assert left(Sampler(1e6), 0.2, 0.8) == pytest.approx([0.5, 0.5], abs=1e-5)
 
 
-def test_temperature_0_leaves_the_first_of_the_largest():
+def test_temperature_0_gives_the_first_of_the_largest():
     rows = Sampler(0).probabilities(np.array([[1, 3, 3, 2], [5, 1, 1, 1]], np.float32))
     assert rows.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]] and rows.dtype == np.float64
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
-def test_the_coldest_temperatures_are_greedy(temperature):
+def test_the_lowest_temperatures_are_greedy(temperature):
     with np.errstate(all="raise", under="ignore"):
         assert Sampler(temperature).probabilities(np.array([[1, 3, 2], [0, -9, 5]])).tolist() == [[0, 1, 0], [0, 0, 1]]
 
@@ -47,7 +47,7 @@ def test_of_equals_top_k_and_the_nucleus_keep_those_with_the_lowest_index():
     assert left(Sampler(top_k=1), 0.25, 0.25, 0.25, 0.25) == [1, 0, 0, 0]
 
 
-def test_the_nucleus_is_of_what_top_k_left():
+def test_the_nucleus_is_of_the_tokens_that_top_k_left():
     # Of [.5 .3 .2] the nucleus of .6 is the first two; of top-k's [.625 .375] it is the first alone.
     assert left(Sampler(top_p=0.6), 0.5, 0.3, 0.2) == pytest.approx([0.625, 0.375, 0])
     assert left(Sampler(top_p=0.6, top_k=2), 0.5, 0.3, 0.2) == [1, 0, 0]
@@ -57,7 +57,7 @@ def test_one_token_always_stays():
     assert left(Sampler(top_p=1e-12), 0.3, 0.5, 0.2) == [0, 1, 0]
 
 
-def test_what_keeps_everything_changes_nothing():
+def test_settings_that_keep_every_token_change_nothing():
     rows = np.random.default_rng(0).normal(0, 3, (5, 50)).astype(np.float32)
     for sampler in (Sampler(), Sampler(top_k=50), Sampler(top_k=80), Sampler(top_k=0, top_p=1.0)):
         assert np.array_equal(sampler.probabilities(rows), softmax(rows, 1.0))
@@ -70,21 +70,21 @@ def test_what_keeps_everything_changes_nothing():
     st.integers(0, 13),
 )
 def test_the_sampler_is_its_definition(logits, temperature, top_p, top_k):
-    """Sort, cut, renormalise, one step after another, on whole numbers, so that there are ties."""
+    """Sort, cut, renormalize, one step after another, on whole numbers, so that there are ties."""
     row = Sampler(temperature, top_p, top_k).probabilities(np.array([logits]))[0]
     weights = np.exp((np.array(logits) - max(logits)) / temperature)
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: top_k or None]
-    shares, kept = weights[order] / weights[order].sum(), []
+    shares, nucleus = weights[order] / weights[order].sum(), []
     for token, before in zip(order, [0, *np.cumsum(shares)[:-1]], strict=True):
         if before < top_p or top_p == 1:
-            kept.append(token)
+            nucleus.append(token)
     expected = np.zeros(len(logits))
-    expected[kept] = weights[kept] / weights[kept].sum()
+    expected[nucleus] = weights[nucleus] / weights[nucleus].sum()
     assert row == pytest.approx(expected, abs=1e-12) and row.sum() == pytest.approx(1)
     assert (row[expected == 0] == 0).all()
 
 
-def test_each_row_is_for_itself():
+def test_each_row_is_computed_alone():
     rows = np.random.default_rng(1).normal(0, 2, (4, 30)).astype(np.float32)
     sampler = Sampler(0.8, 0.9, 12)
     alone = [sampler.probabilities(row[None])[0] for row in rows]
@@ -105,7 +105,7 @@ def test_settings_that_make_no_sampler_are_refused():
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_are_refused(temperature, value):
+def test_logits_that_are_not_finite_are_refused(temperature, value):
     with pytest.raises(ValueError, match="the logits hold nan or infinity"):
         Sampler(temperature).probabilities(np.array([[0.0, 1.0], [value, 1.0]]))
 
@@ -124,7 +124,7 @@ class Rolls:
         return self.numbers.pop(0)
 
 
-def test_a_draw_never_gives_what_has_no_chance():
+def test_a_token_of_probability_0_is_never_drawn():
     row = np.array([0, 0.25, 0, 0.75, 0])
     almost = np.nextafter(1, 0)
     assert [draw(row, Rolls(u)) for u in (0.0, 0.249, 0.25, 0.5, almost)] == [1, 1, 3, 3, 3]
@@ -152,13 +152,13 @@ def test_draws_without_replacement_are_draws_one_after_another():
     assert g_test(counts, swapped) < CERTAIN
 
 
-def test_where_too_few_tokens_have_a_chance_the_others_come_last():
+def test_tokens_of_probability_0_come_last():
     row, rng = np.array([0.0, 0.7, 0.0, 0.3]), np.random.default_rng(0)
     for _ in range(50):
         tokens = draw_without_replacement(row, 4, rng).tolist()
         assert set(tokens[:2]) == {1, 3} and sorted(tokens) == [0, 1, 2, 3]
 
 
-def test_a_softmax_ends_at_the_rarest():
+def test_probabilities_below_the_rarest_are_0():
     row = softmax(np.array([[0.0, -0.6, -0.72, -0.9]]), 0.001)[0]
     assert row[0] == 1 and row[1] >= RAREST and row[2] == row[3] == 0

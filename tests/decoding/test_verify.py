@@ -1,3 +1,5 @@
+"""Verification by hand, by brute force, and with known random numbers."""
+
 import itertools
 
 import numpy as np
@@ -21,17 +23,17 @@ def test_the_worked_example():
     assert run(FOUR, [7, 4, 5, 9], [5, 3, 9, 8]) == ([0, 2, 3], 8)
 
 
-def test_no_child_fits_leaves_the_bonus():
+def test_where_no_child_fits_there_is_only_the_bonus():
     assert run(FOUR, [7, 4, 5, 9], [6, 3, 9, 8]) == ([0], 6)
 
 
-def test_a_path_stops_where_it_stops_fitting():
+def test_a_path_ends_where_it_no_longer_fits():
     assert run(FOUR, [7, 4, 5, 9], [5, 3, 1, 8]) == ([0, 2], 1)
     assert run(FOUR, [7, 4, 5, 9], [4, 3, 9, 8]) == ([0, 1], 3)
 
 
-def test_a_child_counts_only_below_an_accepted_parent():
-    # Node 3 fits what follows node 2, but the backbone wanted node 1.
+def test_a_child_counts_only_after_an_accepted_parent():
+    # Node 3 fits what follows node 2, but the backbone chose node 1.
     assert run(FOUR, [7, 4, 5, 9], [4, 9, 9, 8]) == ([0, 1], 9)
 
 
@@ -56,14 +58,14 @@ def trees_with_tokens(draw):
         if path not in paths:
             paths.append(path)
     tree = Tree.from_paths(paths[1:])
-    few = st.integers(0, 2)  # few words, so that drafts fit often and siblings are sometimes equal
+    few = st.integers(0, 2)  # few tokens, so that drafts often fit and siblings are sometimes equal
     rows = st.lists(few, min_size=tree.num_nodes, max_size=tree.num_nodes)
     return tree, draw(rows), draw(rows)
 
 
 def by_hand(tree, tokens, chosen):
-    """Every path from the root to a node, and whether all of it fits; the longest wins, then the one whose nodes come
-    first. A path through a later one of two equal siblings is no candidate."""
+    """The longest of all paths from the root that fit. A path through a later one of two equal siblings does not
+    count."""
     fitting = []
     for node in range(tree.num_nodes):
         path = [node]
@@ -88,7 +90,7 @@ def test_verification_finds_the_longest_fitting_path(case):
 
 
 @given(trees_with_tokens())
-def test_verification_is_one_step_of_the_backbone_after_another(case):
+def test_verification_emits_what_the_backbone_chose_step_by_step(case):
     tree, tokens, chosen = case
     path, bonus = run(tree, tokens, chosen)
     assert path[0] == 0 and path == sorted(path)
@@ -98,7 +100,7 @@ def test_verification_is_one_step_of_the_backbone_after_another(case):
 
 
 class Rolls:
-    """A generator whose next uniform numbers are known; none may be left over."""
+    """A generator with these uniform numbers, all of which must be used."""
 
     def __init__(self, *numbers):
         self.numbers = list(numbers)
@@ -108,13 +110,13 @@ class Rolls:
 
 
 class Table:
-    """Distributions by node; remembers which nodes it was asked for."""
+    """Distributions by node; records the nodes that it was called for."""
 
     def __init__(self, rows):
-        self.rows, self.asked = [np.array(row, np.float64) for row in rows], []
+        self.rows, self.visited = [np.array(row, np.float64) for row in rows], []
 
     def __call__(self, node):
-        self.asked.append(node)
+        self.visited.append(node)
         return self.rows[node]
 
 
@@ -137,7 +139,7 @@ def test_the_worked_example_of_lossless_verification():
     assert run_lossless(ONE, [7, 1], target, [0.999, 0.95], draft) == ([0, 1], 1)
 
 
-def test_a_rejected_sibling_is_out_of_the_target_and_of_the_draft():
+def test_a_rejected_sibling_is_removed_from_the_target_and_the_draft():
     # After token 0: p becomes [0 .2 .2] / .4, q [0 .3 .2] / .5, so token 1 is accepted below .5 / .6.
     target, draft = Table([[0.1, 0.5, 0.4], [1, 0, 0], [1, 0, 0]]), Table([[0.5, 0.3, 0.2]])
     assert run_lossless(TWO, [7, 0, 1], target, [0.19, 0.5], draft) == ([0, 1], 0)
@@ -145,19 +147,19 @@ def test_a_rejected_sibling_is_out_of_the_target_and_of_the_draft():
     assert run_lossless(TWO, [7, 0, 1], target, [0.21, 0.84, 0.01], draft) == ([0], 2)  # left: [0 0 .1]
 
 
-def test_without_a_draft_distribution_the_child_that_holds_the_drawn_token_is_taken():
+def test_without_a_draft_distribution_the_child_with_the_drawn_token_is_accepted():
     target = Table([[0, 0, 0, 0, 0.5, 0.5], [1] * 6, [0] * 5 + [1], [1, 0, 0, 0, 0, 0]])
     assert run_lossless(FOUR, [2, 4, 5, 5], target, [0.7, 0.3, 0.9]) == ([0, 2, 3], 0)
-    assert target.asked == [0, 2, 3]  # only what was visited
+    assert target.visited == [0, 2, 3]  # only the visited nodes
     assert run_lossless(FOUR, [2, 4, 3, 5], target, [0.7]) == ([0], 5)
 
 
-def test_of_equal_guesses_the_first_is_taken():
+def test_of_equal_guesses_the_first_is_accepted():
     target = Table([[0, 1], [1, 0], [1, 0]])
     assert run_lossless(TWO, [0, 1, 1], target, [0.5, 0.5]) == ([0, 1], 0)
 
 
-def test_guesses_beyond_the_draft_distribution_are_taken_when_they_are_drawn():
+def test_guesses_beyond_the_draft_distribution_are_accepted_when_they_are_drawn():
     # q has token 0 alone; what is left of p after it is [0 .375 .625].
     target, draft = Table([[0.2, 0.3, 0.5], [1, 0, 0], [1, 0, 0], [1, 0, 0]]), Table([[1, 0, 0]])
     assert run_lossless(THREE, [7, 0, 1, 2], target, [0.5, 0.37, 0.0], draft) == ([0, 2], 0)
@@ -165,13 +167,13 @@ def test_guesses_beyond_the_draft_distribution_are_taken_when_they_are_drawn():
     assert run_lossless(TWO, [7, 0, 1], target, [0.5, 0.38], draft) == ([0], 2)
 
 
-def test_a_rejection_by_rounding_leaves_p_as_it_is():
-    # p is q but for the last bits and q was drawn: nothing of p is over q. Token 2, which p never has, is not emitted.
+def test_a_rejection_by_rounding_does_not_change_p():
+    # p and q differ only in the last bits, so max(p - q, 0) is zero. Token 2, which p excludes, is not emitted.
     p, q = [0.5, 0.5, 0.0], [0.5, 0.5, 1e-17]
     assert run_lossless(ONE, [7, 2], Table([p, p]), [0.0, 0.75], Table([q])) == ([0], 1)
 
 
-def test_what_the_target_cannot_give_is_always_rejected():
+def test_a_token_that_the_target_excludes_is_always_rejected():
     assert run_lossless(ONE, [7, 0], Table([[0, 1]] * 2), [0.0, 0.3], Table([[1, 0]])) == ([0], 1)
 
 
@@ -189,7 +191,7 @@ def test_the_worked_example_of_typical_acceptance():
     assert run_typical(TWO, [9, 2, 0], target, [0.5]) == ([0, 2], 1, [0.5, 0])
 
 
-def test_a_guess_stays_above_the_threshold_and_not_on_it():
+def test_a_guess_is_accepted_above_the_threshold_and_not_on_it():
     # p = [.5 .5]: exp(-H) is .5, so alpha .6 gives .3 and epsilon .5 does not count; with epsilon .25 it does.
     target = Table([[0.5, 0.5, 0.0], [1, 0, 0]])
     assert run_typical(ONE, [9, 1], target, [0.1], epsilon=0.5, alpha=0.6)[0] == [0, 1]
@@ -203,17 +205,17 @@ def test_the_longest_accepted_path_wins_over_a_more_probable_one():
     assert run_typical(FOUR, [9, 0, 1, 0], target, [0.5]) == ([0, 2, 3], 1, [0.6, 0.7, 0])
 
 
-def test_of_paths_as_long_the_most_probable_wins_and_then_the_first():
+def test_of_equally_long_paths_the_most_probable_wins_and_then_the_first():
     tree = Tree.from_paths([[0], [1], [0, 0], [1, 0]])
     rows = [[0.6, 0.4], [0.4, 0.6], [0.2, 0.8], [1, 0], [1, 0]]
     assert run_typical(tree, [9, 0, 1, 0, 1], Table(rows), [0.5], 0.1)[0] == [0, 2, 4]  # .6 * .4 against .4 * .8
     assert run_typical(TWO, [9, 1, 1], Table([[0.5, 0.5]] * 3), [0.5], 0.1)[0] == [0, 1]
 
 
-def test_a_child_of_a_rejected_node_is_not_looked_at():
+def test_a_child_of_a_rejected_node_is_not_visited():
     target = Table([[0.99, 0.01], [0.5, 0.5], [0.0, 1.0], [0.0, 1.0]])
     path, bonus, distances = run_typical(FOUR, [9, 1, 1, 1], target, [0.2])
-    assert (path, bonus, distances) == ([0], 0, [0]) and target.asked == [0]
+    assert (path, bonus, distances) == ([0], 0, [0]) and target.visited == [0]
 
 
 @given(trees_with_tokens())
@@ -224,5 +226,5 @@ def test_at_temperature_0_every_rule_is_greedy(case):
     rolls = [0.999] * len(greedy[0])
     assert run_lossless(tree, tokens, target, rolls) == greedy
     path, bonus, distances = run_typical(tree, tokens, target, [0.999], 0.09, 0.3)
-    assert len(path) >= len(greedy[0])  # of equal siblings it takes the one that leads further
+    assert len(path) >= len(greedy[0])  # of equal siblings it takes the one on the longer path
     assert [tokens[node] for node in path[1:]] + [bonus] == [chosen[node] for node in path] and not any(distances)

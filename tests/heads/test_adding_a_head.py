@@ -12,7 +12,9 @@ import pytest
 import bench.measure.options
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
+from decoding.drafter import ChainDrafter, make_drafter
 from decoding.generate import generate, generate_autoregressive
+from decoding.rules import Greedy
 from decoding.tree import Tree
 from heads.checkpoint import load_head
 from heads.registry import FOLDER, available
@@ -24,7 +26,7 @@ NAME = "multiplicative"
 
 
 def marked_files(page):
-    """The code blocks that a comment with a file name stands before, by that name."""
+    """The code blocks after a comment with a file name, by that name."""
     return dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
 
 
@@ -62,15 +64,15 @@ def trained(heads_folder, tmp_path_factory):
     return json.loads(run(*words).splitlines()[-1]), out
 
 
-def test_the_page_holds_a_whole_head_that_is_not_in_the_repository(heads_folder):
-    names = {"__init__.py", "head.py", "recipe.yaml", "README.md"}
+def test_the_page_holds_a_complete_head_that_is_not_in_the_repository(heads_folder):
+    names = {"__init__.py", "head.py", "chain.py", "recipe.yaml", "README.md"}
     assert {path.name for path in (heads_folder / NAME).iterdir()} == names
     assert not (FOLDER / NAME).exists() and NAME in available()
     code = marked_files(PAGE)[f"{NAME}/head.py"]
     assert len([line for line in code.splitlines() if line.strip()]) < 50
 
 
-def test_every_command_of_the_page_is_one_that_there_is(heads_folder):
+def test_every_command_of_the_page_exists(heads_folder):
     entries = [words[0] for words in commands(PAGE)]
     assert {"train.py", "bench/run.py", "bench/compare.py", "-m"} == set(entries)
     for entry, *words in commands(PAGE):
@@ -86,7 +88,7 @@ def test_the_head_is_listed(heads_folder):
     assert line.split(maxsplit=2) == [
         NAME,
         "sequential",
-        "A multiplicative recurrence: the drafted token says how the state moves on.",
+        "A multiplicative recurrence: the drafted token chooses how the state changes.",
     ]
 
 
@@ -105,8 +107,11 @@ def test_decoding_with_the_trained_head_gives_the_autoregressive_text(trained):
     tree = Tree.from_paths(config["metrics"]["tree"][:15])
     prompt = tokenizer.encode_chat([{"role": "user", "content": "Tell me a story about a fox."}])
     rules = {"max_new_tokens": 40, "stop_ids": tokenizer.eos_ids}
+    baseline = generate_autoregressive(backbone, prompt, **rules)
     drafted = generate(backbone, head, prompt, tree, **rules)
-    assert drafted.token_ids == generate_autoregressive(backbone, prompt, **rules).token_ids
+    assert drafted.token_ids == baseline.token_ids
+    assert isinstance(make_drafter(head, Tree.chain(3), Greedy(), "float16"), ChainDrafter)
+    assert generate(backbone, head, prompt, Tree.chain(3), **rules).token_ids == baseline.token_ids
     assert drafted.num_passes < len(drafted.token_ids) - 1, "twelve steps should be enough for one accepted token"
 
 
@@ -114,7 +119,12 @@ def test_the_contract_suite_runs_for_the_head_and_passes(heads_folder):
     suite = next(words for words in commands(PAGE) if words[0] == "-m")
     out = run(*suite, "-v", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
     passed = re.findall(rf"::(\w+)\[.*{NAME}.*\] PASSED", out)
-    assert {"test_step_along_the_true_tokens_equals_execute", "test_a_tiny_batch_is_learnt_by_heart"} <= set(passed)
+    assert {
+        "test_step_along_the_true_tokens_equals_execute",
+        "test_a_tiny_batch_is_learned_by_heart",
+        "test_a_saved_head_comes_back_bit_for_bit",
+        "test_a_chain_in_one_call_is_the_one_drafted_step_by_step",
+    } <= set(passed)
 
 
 def test_the_contract_suite_notices_a_head_whose_step_goes_its_own_way(heads_folder, tmp_path, monkeypatch):

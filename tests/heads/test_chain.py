@@ -1,10 +1,11 @@
-"""A chain drafted in one call is the chain that ``begin`` and ``step`` draft, for every head that writes one."""
+"""A chain drafted in one call is the chain that ``begin`` and ``step`` draft, for every head with a chain.py."""
 
 import numpy as np
 import pytest
 
 from heads.base import Features
-from heads.registry import available, build
+from heads.chains import chain_of, write
+from heads.registry import available, build, head_class, head_folder
 from ops.draft import Tape
 from ops.select import argmax
 from runtime import jt
@@ -23,6 +24,8 @@ WRITTEN = [
     ("redrafter", {"num_layers": 2}),
     ("redrafter", {"lm_head": "shared"}),
 ]
+WITH_CHAIN = {name for name in available() if (head_folder(name) / "chain.py").is_file()}
+WRITTEN += [(name, {}) for name in sorted(WITH_CHAIN - {name for name, _ in WRITTEN})]  # heads from elsewhere
 CASES = [pytest.param(name, options, id=f"{name}-{options}") for name, options in WRITTEN]
 
 
@@ -41,16 +44,16 @@ def step_by_step(head, hidden, row, root, num_depths=DEPTHS):
         if head.parallel:
             logits = head.score_depths(state, num_depths)[depth : depth + 1]
         else:
-            told, parents = (jt.array(np.array([each], np.int32)) for each in (tokens[-1], 0))
-            logits, state = head.step(state, told, parents)
+            token, parent = (jt.array(np.array([each], np.int32)) for each in (tokens[-1], 0))
+            logits, state = head.step(state, token, parent)
         column = int(argmax(logits).numpy()[0])
         tokens.append(column if head.draft_vocab is None else int(head.draft_vocab[column]))
     return tokens
 
 
 def agreeing(head, text, dtype="float32", shift=0):
-    """Rows whose chain is the one drafted step by step behind the row ``shift`` further on."""
-    (hidden, roots), chain = text, head.chain(DEPTHS, dtype)
+    """The number of rows whose chain is the one drafted step by step from the row ``shift`` further on."""
+    (hidden, roots), chain = text, chain_of(head, DEPTHS, dtype)
     return sum(
         chain(hidden, row, root).numpy()[0].tolist() == step_by_step(head, hidden, (row + shift) % ROWS, root)
         for row, root in enumerate(roots)
@@ -68,20 +71,27 @@ def test_a_chain_in_one_call_is_the_one_drafted_step_by_step(random_head, text, 
     assert agreeing(head, text, "float16") >= ROWS - 2  # rounding may turn a guess or two
 
 
-@pytest.mark.parametrize("name", sorted(set(available()) - {name for name, _ in WRITTEN}))
-def test_the_other_heads_draft_step_by_step(backbone, name):
-    assert build(name, {}, backbone).chain(2, "float16") is None
+@pytest.mark.parametrize("name", sorted(set(available()) - WITH_CHAIN))
+def test_a_head_without_the_file_drafts_step_by_step(backbone, name):
+    assert chain_of(build(name, {}, backbone), 2, "float16") is None
 
 
-def test_a_prefix_layer_looks_back_and_cannot_be_written(backbone):
-    assert build("hydra", {"prefix_layer": True}, backbone).chain(2, "float16") is None
+def test_a_prefix_layer_looks_back_and_has_no_chain(backbone):
+    assert chain_of(build("hydra", {"prefix_layer": True}, backbone), 2, "float16") is None
 
 
-def test_a_chain_is_kept_until_parameters_change(random_head, text):
+def test_a_subclass_from_elsewhere_does_not_use_the_chain_of_its_parent(backbone):
+    class Changed(head_class("mlp")):
+        """Its networks may be others than those that the chain writes."""
+
+    assert chain_of(Changed(Changed.Config(), backbone), 2, "float16") is None
+
+
+def test_a_chain_lasts_until_parameters_change(random_head, text):
     head = random_head("gated_rnn", num_depths=DEPTHS, inner_size=24)
     head.eval()
-    kept = head.chain(DEPTHS, "float32")
-    assert head.chain(DEPTHS, "float32") is kept and head.chain(DEPTHS, "float16") is not kept
+    first = chain_of(head, DEPTHS, "float32")
+    assert chain_of(head, DEPTHS, "float32") is first and chain_of(head, DEPTHS, "float16") is not first
     names = set(dict(head.named_parameters()))
     for change in (head.train, head.forget_packed):
         change()
@@ -89,16 +99,16 @@ def test_a_chain_is_kept_until_parameters_change(random_head, text):
         weight.update(jt.array(np.random.default_rng(5).standard_normal(weight.shape).astype(np.float32)))
         head.forget_packed()
         head.eval()
-        assert head.chain(DEPTHS, "float32") is not kept
+        assert chain_of(head, DEPTHS, "float32") is not first
         assert agreeing(head, text) == ROWS
-        kept = head.chain(DEPTHS, "float32")
+        first = chain_of(head, DEPTHS, "float32")
     assert set(dict(head.named_parameters())) == names
 
 
 def test_weights_changed_by_training_are_drafted_with(random_head, text):
     head = random_head("redrafter", num_depths=DEPTHS)
     head.eval()
-    before = head.chain(DEPTHS, "float32")
+    before = chain_of(head, DEPTHS, "float32")
     head.train()
     hidden, roots = text
     ids = np.array([[*roots, *[0] * DEPTHS]], np.int32)
@@ -110,7 +120,7 @@ def test_weights_changed_by_training_are_drafted_with(random_head, text):
     rows = range(ROWS)
     old, new = (
         [chain(hidden, row, roots[row]).numpy().tolist() for row in rows]
-        for chain in (before, head.chain(3, "float32"))
+        for chain in (before, chain_of(head, DEPTHS, "float32"))
     )
     assert old != new
 
@@ -118,9 +128,9 @@ def test_weights_changed_by_training_are_drafted_with(random_head, text):
 def test_a_head_in_training_mode_makes_a_new_chain_each_time(random_head):
     head = random_head("mlp", num_depths=DEPTHS)
     head.train()
-    assert head.chain(2, "float16") is not head.chain(2, "float16")
+    assert chain_of(head, 2, "float16") is not chain_of(head, 2, "float16")
 
 
-def test_a_tape_asks_for_tokens_that_are_there(backbone):
-    with pytest.raises(AssertionError):
-        Tape(32).token(1)
+def test_a_module_without_a_form_on_a_tape_is_named():
+    with pytest.raises(TypeError, match="through Dropout"):
+        write(Tape(32), jt.nn.Dropout(), Tape(32).hidden)

@@ -1,5 +1,4 @@
-"""Where heads are found, in the repository and outside it, what is said of a broken one, and that nobody knows one by
-name."""
+"""Heads are found in the repository and outside it, a broken one is named, and no other file knows a head by name."""
 
 import ast
 import os
@@ -8,8 +7,9 @@ from pathlib import PurePosixPath
 import pytest
 
 import train
+from heads.chains import chain_of
 from heads.checkpoint import load_head, save_checkpoint
-from heads.registry import FOLDER, available, build, folders, head_class, head_folder, summary
+from heads.registry import FOLDER, available, build, chain_writer, folders, head_class, head_folder, summary
 from runtime.entry import run_entry
 from trainer.config import parse
 
@@ -101,14 +101,14 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path, monkeypatch):
         available()
 
 
-def test_a_head_in_the_place_of_the_folder_around_it_is_named(outside, monkeypatch):
+def test_a_variable_that_names_the_head_itself_is_refused(outside, monkeypatch):
     folder = outside("far_four")
     monkeypatch.setenv("GORGON_HEADS", str(folder))
     with pytest.raises(ValueError, match=r"names the head '.*far_four' itself; name the folder around it, .*mine$"):
         available()
 
 
-def test_a_name_that_two_folders_have_is_refused(outside, tmp_path, monkeypatch):
+def test_two_heads_of_one_name_are_refused(outside, tmp_path, monkeypatch):
     outside("mlp")
     with pytest.raises(ValueError, match=r"two heads are called 'mlp': .*heads/mlp and .*mine/mlp; rename one"):
         folders()
@@ -117,7 +117,7 @@ def test_a_name_that_two_folders_have_is_refused(outside, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "code", "package", "message"),
     [
-        ("bad_one", None, '"""No class."""', r"bad_one/__init__\.py must say HEAD = "),
+        ("bad_one", None, '"""No class."""', r"bad_one/__init__\.py must define HEAD = "),
         ("bad_two", None, "HEAD = 3", r"bad_two/__init__\.py: HEAD must be a subclass of heads\.base\.Head, got 3"),
         ("bad_three", None, "HEAD = dict", r"HEAD must be a subclass of heads\.base\.Head, got <class 'dict'>"),
         ("bad_four", "\nimport no_such_module\n", None, r"bad_four cannot be imported: ModuleNotFoundError: .*no_such"),
@@ -145,7 +145,7 @@ def test_a_broken_head_is_named_and_the_others_can_still_be_listed(outside, caps
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_checkpoint_of_a_head_that_is_no_longer_found_says_how_it_could_be(outside, backbone, tmp_path, monkeypatch):
+def test_a_checkpoint_of_a_head_that_is_not_found_names_the_variable(outside, backbone, tmp_path, monkeypatch):
     outside("far_five")
     config = {"head": "far_five", "head_config": {}, "backbone": {"fingerprint": backbone.fingerprint}}
     save_checkpoint(tmp_path / "checkpoint", build("far_five", {}, backbone), config, {})
@@ -154,11 +154,32 @@ def test_a_checkpoint_of_a_head_that_is_no_longer_found_says_how_it_could_be(out
         load_head(tmp_path, backbone)
 
 
-# Nobody knows a head by name
+def test_a_chain_outside_the_repository_is_found(outside, backbone):
+    folder = outside("far_six")
+    head = build("far_six", {}, backbone)
+    assert chain_writer(type(head)) is None
+    (folder / "chain.py").write_text("def write_chain(head, tape, num_depths):\n    return False\n")
+    assert chain_writer(type(head)).__module__ == "heads.far_six.chain"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("far_seven", "\nx = nothing\n", r"far_seven cannot be imported: NameError: .*\(chain\.py line 2\)"),
+        ("far_eight", "x = 3\n", r"far_eight/chain\.py must define write_chain"),
+    ],
+)
+def test_a_broken_chain_is_named(outside, backbone, name, code, message):
+    (outside(name) / "chain.py").write_text(code)
+    with pytest.raises(ValueError, match=message):
+        chain_of(build(name, {}, backbone), 2, "float16")
+
+
+# No file knows a head by name
 
 
 def literals(tree):
-    """(line, string) of every string literal but docstrings and other strings that stand alone."""
+    """(line, string) of every string literal except docstrings and other strings that are statements."""
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
@@ -173,8 +194,7 @@ def named_heads(source, path, names):
     return [f"{path}:{line} names the head {text!r}; let the head say what it is" for line, text in found]
 
 
-# What writes a certain head anew in another framework, reads that head's published files or checks a GPU with it has to
-# say which it means.
+# Files about one head: it in another framework, its published files, a GPU checked with it.
 EXEMPT = ("bench/peers/", "heads/formats/", "bench/gpu/checks.py")
 
 

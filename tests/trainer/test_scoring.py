@@ -56,8 +56,8 @@ def test_the_fitted_tree_takes_the_most_frequent_paths_shorter_and_lower_ranks_f
 
 def test_the_worked_examples_of_accepted_depths_and_walk():
     assert accepted_depths(EXAMPLE, [(0,), (0, 0)]).tolist() == [1, 2, 0]
-    assert walk(np.array([2, 0, 0, 1]), [4]) == (4, 2)
-    assert walk(np.array([2, 0, 0, 1]), [2, 2]) == (4, 3)
+    assert walk(np.array([2, 0, 0, 1]), [4]) == [[3, 1]]
+    assert walk(np.array([2, 0, 0, 1]), [2, 2]) == [[2], [1, 1]]
 
 
 def test_the_expected_accept_length_follows_the_passes():

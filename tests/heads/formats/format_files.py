@@ -1,4 +1,4 @@
-"""Published heads as their own code writes them, in PyTorch, and what the converter's tests share."""
+"""Published heads in PyTorch, as their own code writes them, and helpers of the converter's tests."""
 
 import json
 
@@ -8,11 +8,39 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from backbone.formats import ConvertOptions
+from heads.base import Features
+from heads.checkpoint import save_checkpoint
 from heads.formats import convert
+from heads.registry import build
+from runtime import jt
 from tests.small import SMALL, draw_weights, save_hugging_face, small_config
 
 DIM, VOCAB = SMALL["hidden_size"], SMALL["vocab_size"]
 ROWS = 6
+TOLERANCE = 1e-5  # of the largest logit: float32 sums in two orders
+
+
+def near(ours, theirs):
+    """Whether all depths agree, and there are as many."""
+    assert len(ours) == len(theirs)
+    return all(np.abs(a - b).max() <= TOLERANCE * np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
+
+
+def random_checkpoint(path, name, backbone, **options):
+    """A checkpoint with random parameters and a config with content; returns its path."""
+    head = build(name, options, backbone)
+    random = np.random.default_rng(0)
+    for _, parameter in sorted(head.trainable().items()):
+        parameter.update(jt.array(random.standard_normal(parameter.shape).astype(np.float32) * 0.2))
+    trained_on = {"fingerprint": backbone.fingerprint, "path": backbone.path, "hidden_size": DIM, "vocab_size": VOCAB}
+    config = {
+        "head": name,
+        "head_config": vars(head.config),
+        "backbone": trained_on,
+        "metrics": {"tree": [[0], [0, 0]], "top1": [0.5, 0.25]},
+    }
+    save_checkpoint(path, head, config, {"seed": 7})
+    return path
 
 
 def write_backbone(folder, dtype=np.float16, seed=0, **changes):
@@ -45,8 +73,8 @@ def save_medusa(folder, heads, **config):
     """The folder that Medusa's code reads; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(heads.state_dict(), folder / "medusa_lm_head.pt")
-    said = {"medusa_num_heads": len(heads), "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}
-    (folder / "config.json").write_text(json.dumps({**said, **config}))
+    fields = {"medusa_num_heads": len(heads), "medusa_num_layers": 1, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"}
+    (folder / "config.json").write_text(json.dumps({**fields, **config}))
     return folder
 
 
@@ -56,10 +84,7 @@ def hidden_states(rows: int = ROWS, seed: int = 1) -> np.ndarray:
 
 
 def logits_of(head, hidden: np.ndarray, token_ids: np.ndarray | None = None) -> list[np.ndarray]:
-    """What one of our heads says of every row: (rows, vocab) per depth. token_ids: (rows + depths,)."""
-    from heads.base import Features
-    from runtime import jt
-
+    """The logits of one of our heads at every row: (rows, vocab) per depth. token_ids: (rows + depths,)."""
     if token_ids is None:
         token_ids = np.zeros(len(hidden) + head.num_depths, np.int32)
     output = head(Features(jt.array(hidden[None])), token_ids[None], np.arange(len(hidden)))
@@ -67,19 +92,19 @@ def logits_of(head, hidden: np.ndarray, token_ids: np.ndarray | None = None) -> 
 
 
 def torch_logits(heads, hidden: np.ndarray, lm_head: np.ndarray | None = None) -> list[np.ndarray]:
-    """What Medusa's heads say; lm_head: (vocab, dim), for heads without their own."""
+    """The logits of Medusa's heads; lm_head: (vocab, dim), for heads without their own."""
     with torch.no_grad():
         outputs = [head(torch.from_numpy(hidden)).numpy() for head in heads]
     return outputs if lm_head is None else [y @ lm_head.T for y in outputs]
 
 
 def read_folder(folder, file: str) -> dict[str, np.ndarray]:
-    """The tensors of a ``.pt`` file as torch itself reads them, without trust."""
+    """The tensors of a ``.pt`` file, as torch reads them."""
     return {name: t.numpy() for name, t in torch.load(folder / file, weights_only=True).items()}
 
 
 class EagleLayer(torch.nn.Module):
-    """EAGLE-1's layer: transformers' Llama layer without its first norm, behind fc."""
+    """EAGLE-1's layer: transformers' Llama layer without its first norm, after fc."""
 
     def __init__(self, seed: int = 0):
         super().__init__()

@@ -1,5 +1,4 @@
-"""Heads in other systems' formats: PyTorch's writing of Medusa gives our logits in both directions, round trips keep
-every bit, and what cannot be converted is refused by name."""
+"""Heads in other systems' formats: Medusa in PyTorch gives our logits in both directions, and sides are verified."""
 
 import json
 
@@ -9,12 +8,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from backbone.files import lazy
-from backbone.model import load_backbone
-from heads.checkpoint import load_head, save_checkpoint
+from heads.checkpoint import load_head
 from heads.formats import FORMATS, files, recognise
 from heads.formats.medusa import VLLMMedusa
 from heads.formats.verify import difference
-from heads.registry import build
 from runtime import jt
 from tests.heads.formats.format_files import (
     DIM,
@@ -22,52 +19,13 @@ from tests.heads.formats.format_files import (
     hidden_states,
     logits_of,
     medusa_heads,
+    near,
     read_folder,
     run,
     save_medusa,
     torch_logits,
     write_backbone,
 )
-
-TOLERANCE = 1e-5  # of the largest logit: sums of 32 float32 products in two orders
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """The small backbone on disk, in float16."""
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "small")
-
-
-@pytest.fixture(scope="session")
-def small(folder):
-    return load_backbone(folder)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, small):
-    """checkpoint(name, **options): a head's checkpoint with random parameters and a config worth keeping."""
-
-    def make(name="mlp", place="checkpoint", **options):
-        head = build(name, options, small)
-        random = np.random.default_rng(0)
-        for _, parameter in sorted(head.trainable().items()):
-            parameter.update(jt.array(random.standard_normal(parameter.shape).astype(np.float32) * 0.3))
-        config = {
-            "head": name,
-            "head_config": vars(head.config),
-            "backbone": {"fingerprint": small.fingerprint, "path": small.path, "hidden_size": DIM, "vocab_size": VOCAB},
-            "metrics": {"tree": [[0], [0, 0]], "top1": [0.5, 0.25]},
-        }
-        save_checkpoint(tmp_path / place, head, config, {"seed": 7})
-        return tmp_path / place
-
-    return make
-
-
-def near(ours, theirs):
-    """Whether all depths agree, and there are as many."""
-    assert len(ours) == len(theirs)
-    return all(np.abs(a - b).max() <= TOLERANCE * np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(("num_heads", "num_layers"), [(3, 1), (2, 2)])
@@ -114,12 +72,12 @@ def test_our_head_in_pytorch_gives_our_logits(tmp_path, folder, small, checkpoin
     assert (config["medusa_num_heads"], config["version"]) == (3, "1" if lm_head == "own" else "2")
 
 
-def test_a_published_config_of_two_heads_over_five_is_told_and_the_tensors_decide(tmp_path, folder, small, capsys):
+def test_where_config_and_tensors_contradict_the_tensors_decide_and_a_note_is_printed(tmp_path, folder, small, capsys):
     heads = medusa_heads(5, 1).bfloat16()
     source = save_medusa(tmp_path / "medusa", heads, medusa_num_heads=2, version="2")
     assert run(source, "gorgon", tmp_path / "ours", backbone=folder) == 0
-    said = capsys.readouterr().err
-    assert "medusa_num_heads 2, the tensors hold 5" in said and "version 2, the tensors hold language-model" in said
+    output = capsys.readouterr().err
+    assert "medusa_num_heads 2, the tensors hold 5" in output and "version 2, the tensors hold language-model" in output
     head, config = load_head(tmp_path / "ours", small)
     assert head.num_depths == 5 and config["metrics"] == {} and config["imported"]["format"] == "medusa"
     assert any("hold 5" in note for note in config["imported"]["notes"])
@@ -137,7 +95,7 @@ ALL_OWN = [("gorgon", "g"), ("npz", "a.npz"), ("jittor-pkl", "a.jtr"), ("jittor-
     ("name", "options"),
     [*((name, {}) for name in ("mlp", "hydra", "eagle", "lora", "gated_rnn")), ("eagle3", {"draft_vocab_size": 5})],
 )
-def test_a_checkpoint_comes_back_from_single_files_as_it_was(tmp_path, folder, checkpoint, name, options):
+def test_a_checkpoint_survives_single_files_byte_for_byte(tmp_path, folder, checkpoint, name, options):
     source = checkpoint(name, num_depths=2, **options)
     (source / "calibration.json").write_text('{"kind": "calibration"}')
     previous = source
@@ -145,13 +103,13 @@ def test_a_checkpoint_comes_back_from_single_files_as_it_was(tmp_path, folder, c
         assert run(previous, to, tmp_path / place, backbone=folder) == 0
         assert recognise(tmp_path / place) == to
         previous = tmp_path / place
-    kept = ["calibration.json", "config.json", "head.safetensors", "provenance.json"]
-    assert sorted(path.name for path in previous.iterdir()) == kept
-    for file in kept:
+    names = ["calibration.json", "config.json", "head.safetensors", "provenance.json"]
+    assert sorted(path.name for path in previous.iterdir()) == names
+    for file in names:
         assert (previous / file).read_bytes() == (source / file).read_bytes(), file
 
 
-def test_jittor_itself_reads_what_is_written(tmp_path, folder, checkpoint):
+def test_jittor_itself_reads_the_pickle(tmp_path, folder, checkpoint):
     source = checkpoint(num_depths=1)
     assert run(source, "jittor-pkl", tmp_path / "head.pkl", backbone=folder, dtype="float16") == 0
     content = jt.load(str(tmp_path / "head.pkl"))
@@ -178,8 +136,8 @@ def test_jittor_itself_reads_what_is_written(tmp_path, folder, checkpoint):
 def test_both_sides_are_verified(tmp_path, folder, checkpoint, capsys, to, lm_head, merge):
     source = checkpoint(num_depths=2, lm_head=lm_head, rank=4)
     assert run(source, to, tmp_path / "out", backbone=folder, verify=True, merge=merge) == 0
-    said = capsys.readouterr().out
-    assert "DIFFERS" not in said and json.loads(said.splitlines()[-1])["verified"] is True
+    output = capsys.readouterr().out
+    assert "DIFFERS" not in output and json.loads(output.splitlines()[-1])["verified"] is True
     assert recognise(tmp_path / "out") == to
     assert run(tmp_path / "out", "gorgon", tmp_path / "back", backbone=folder, verify=True) == 0
     back = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -195,7 +153,7 @@ def test_a_shared_head_of_a_float32_backbone_is_compared_with_the_stored_languag
 
 
 @pytest.mark.parametrize("defect", ["changed", "swapped"])
-def test_verify_finds_what_was_changed_behind_its_back(tmp_path, folder, checkpoint, capsys, monkeypatch, defect):
+def test_verify_finds_a_changed_or_swapped_tensor(tmp_path, folder, checkpoint, capsys, monkeypatch, defect):
     def spoiled(path, tensors):
         arrays = {name: tensor.whole() for name, tensor in tensors.items()}
         if defect == "changed":
@@ -208,8 +166,8 @@ def test_verify_finds_what_was_changed_behind_its_back(tmp_path, folder, checkpo
     monkeypatch.setattr(files, "write_safetensors", spoiled)
     source = checkpoint(num_depths=2)
     assert run(source, "vllm-medusa", tmp_path / "out", backbone=folder, verify=True) == 1
-    said = capsys.readouterr().out
-    assert "blocks.1.layers.0.weight" in said and "DIFFERS" in said and "not verified" in said
+    output = capsys.readouterr().out
+    assert "blocks.1.layers.0.weight" in output and "DIFFERS" in output and "not verified" in output
 
 
 @pytest.mark.parametrize("crossed", [
@@ -227,8 +185,8 @@ def test_verify_finds_a_table_that_maps_names_wrongly_in_both_directions(
     monkeypatch.setattr(VLLMMedusa, "table", wrong)
     source = checkpoint(num_depths=2, num_layers=2)
     assert run(source, "vllm-medusa", tmp_path / "out", backbone=folder, verify=True) == 1
-    said = capsys.readouterr().out
-    assert "depth 0: " in said and "DIFFERS" in said.split("depth 0: ")[1].splitlines()[0]
+    output = capsys.readouterr().out
+    assert "depth 0: " in output and "DIFFERS" in output.split("depth 0: ")[1].splitlines()[0]
 
 
 def test_a_long_tensor_is_compared_to_its_end(monkeypatch):
@@ -241,11 +199,11 @@ def test_a_long_tensor_is_compared_to_its_end(monkeypatch):
     assert difference(lazy.in_memory(a), lazy.in_memory(a.astype(np.float16))) == (0.0, 1.0, True)
 
 
-def test_rounding_is_said_and_tolerated_only_as_far_as_asked(tmp_path, folder, checkpoint, capsys):
+def test_rounding_is_reported_and_tolerated_only_up_to_the_tolerance(tmp_path, folder, checkpoint, capsys):
     source = checkpoint(num_depths=1)
     assert run(source, "tensorrt-llm-medusa", tmp_path / "a", backbone=folder, verify=True) == 0
-    told = capsys.readouterr()
-    assert "rounding to float16: at most" in told.err and json.loads(told.out.splitlines()[-1])["rounding"] > 0
+    captured = capsys.readouterr()
+    assert "rounding to float16: at most" in captured.err and json.loads(captured.out.splitlines()[-1])["rounding"] > 0
     exact = load_file(source / "head.safetensors")["lm_heads.0.weight"]
     stored = load_file(tmp_path / "a" / "rank0.safetensors")["medusa_heads.0.lm_head.weight"]
     assert np.array_equal(stored, exact.astype(np.float16))
@@ -253,7 +211,7 @@ def test_rounding_is_said_and_tolerated_only_as_far_as_asked(tmp_path, folder, c
     assert run(source, "tensorrt-llm-medusa", tmp_path / "c", backbone=folder, dtype="float32", verify=True) == 0
 
 
-def test_fields_of_a_published_config_survive_the_way_there_and_back(tmp_path, folder):
+def test_fields_of_a_published_config_survive_a_round_trip(tmp_path, folder):
     source = save_medusa(tmp_path / "medusa", medusa_heads(2, 1), note="kept", torch_dtype="float32")
     assert run(source, "gorgon", tmp_path / "ours", backbone=folder) == 0
     assert run(tmp_path / "ours", "medusa", tmp_path / "back", backbone=folder) == 0
@@ -268,8 +226,8 @@ def test_vllm_files_without_biases_or_with_a_prefix_are_read(tmp_path, folder, s
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["architectures"] == ["MedusaModel"] and config["medusa_fc_bias"] is True
-    kept = {f"medusa_heads.{name}": tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
-    save_file(kept, str(tmp_path / "a" / "model.safetensors"))
+    unbiased = {f"medusa_heads.{name}": tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
+    save_file(unbiased, str(tmp_path / "a" / "model.safetensors"))
     (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "medusa_fc_bias": False}))
     assert run(tmp_path / "a", "gorgon", tmp_path / "b", backbone=folder, verify=True) == 0
     assert "(computed)" in capsys.readouterr().out
@@ -278,14 +236,14 @@ def test_vllm_files_without_biases_or_with_a_prefix_are_read(tmp_path, folder, s
     assert np.array_equal(parameters["lm_heads.1.weight"].numpy(), tensors["lm_heads.1.weight"])
 
 
-def test_a_token_map_for_a_whole_vocabulary_is_left_out_as_vllm_does(tmp_path, folder, checkpoint):
+def test_a_token_map_of_the_complete_vocabulary_is_ignored_as_in_vllm(tmp_path, folder, checkpoint):
     assert run(checkpoint(num_depths=1), "vllm-medusa", tmp_path / "a", backbone=folder) == 0
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     save_file({**tensors, "token_map": np.arange(VOCAB)[::-1].copy()}, str(tmp_path / "a" / "model.safetensors"))
     assert run(tmp_path / "a", "gorgon", tmp_path / "b", backbone=folder, verify=True) == 0
 
 
-def test_a_folder_with_both_files_is_read_from_the_one_that_is_no_pickle(tmp_path, folder, small, capsys):
+def test_in_a_folder_with_both_files_the_safetensors_are_read(tmp_path, folder, small, capsys):
     for seed, place in ((0, "a"), (1, "b")):
         save_medusa(tmp_path / place, medusa_heads(1, 1, seed=seed))
     assert (
@@ -299,13 +257,13 @@ def test_a_folder_with_both_files_is_read_from_the_one_that_is_no_pickle(tmp_pat
     assert near(logits_of(load_head(tmp_path / "ours", small)[0], hidden), torch_logits(medusa_heads(1, 1), hidden))
 
 
-def test_a_checkpoint_says_when_its_weights_were_stored_in_16_bits(tmp_path, folder, checkpoint):
+def test_a_checkpoint_records_that_its_weights_were_stored_in_16_bits(tmp_path, folder, checkpoint):
     assert run(checkpoint(num_depths=1), "npz", tmp_path / "a.npz", backbone=folder, dtype="float16") == 0
     assert run(tmp_path / "a.npz", "gorgon", tmp_path / "b", backbone=folder) == 0
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["imported"] == {"format": "npz", "stored_as": ["float16"]}
 
 
-def test_every_format_has_a_sentence_and_what_is_no_head_has_no_format(tmp_path, folder):
+def test_every_format_has_a_sentence_and_other_files_have_no_format(tmp_path, folder):
     assert all(sentence and "\n" not in sentence for sentence in FORMATS.values())
     assert recognise(folder) is None and recognise(tmp_path) is None and recognise(tmp_path / "nowhere") is None

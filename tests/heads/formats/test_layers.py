@@ -1,6 +1,5 @@
-"""Hydra's and EAGLE-1's files, for heads of ours that leave out the norms which the published ones do not have."""
+"""Hydra's and EAGLE-1's files, for heads of ours without the norms that the published ones do not have."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -8,11 +7,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from backbone.model import load_backbone
-from heads.checkpoint import load_head, save_checkpoint
+from heads.checkpoint import load_head
 from heads.formats import recognise
-from heads.registry import build
-from runtime import jt
 from tests.heads.formats.format_files import (
     DIM,
     ROWS,
@@ -20,43 +16,16 @@ from tests.heads.formats.format_files import (
     EagleLayer,
     hidden_states,
     logits_of,
+    near,
     run,
-    write_backbone,
 )
 
-TOLERANCE = 1e-5  # of the largest logit
 DEPTHS = 2  # of Hydra
 EAGLE_DEPTHS = 3  # that are compared; random weights amplify the rounding errors of the depths before
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "small")
-
-
-@pytest.fixture(scope="module")
-def small(folder):
-    return load_backbone(folder)
-
-
-def near(ours, theirs):
-    assert len(ours) == len(theirs)
-    return all(np.abs(a - b).max() <= TOLERANCE * np.abs(b).max() for a, b in zip(ours, theirs, strict=True))
-
-
 def token_ids(depths):
     return np.random.default_rng(3).integers(0, VOCAB, ROWS + depths).astype(np.int32)
-
-
-def random_checkpoint(path, name, small, **options):
-    head = build(name, options, small)
-    random = np.random.default_rng(0)
-    for _, parameter in sorted(head.named_parameters()):
-        parameter.update(jt.array(random.standard_normal(parameter.shape).astype(np.float32) * 0.2))
-    backbone = {"fingerprint": small.fingerprint, "path": small.path, "hidden_size": DIM, "vocab_size": VOCAB}
-    config = {"head": name, "head_config": dataclasses.asdict(head.config), "backbone": backbone}
-    save_checkpoint(path, head, config, {})
-    return path
 
 
 # EAGLE-1 -------------------------------------------------------------------------------------------------------------
@@ -71,7 +40,7 @@ def save_eagle(folder, layer, embedding, **config):
 
 
 def eagle_logits(layer, hidden, tokens, embedding, lm_head):
-    """EAGLE-1 as it drafts under the true tokens: behind every row its own outputs stand in for features."""
+    """EAGLE-1 as it drafts under the true tokens: after every row its own outputs replace features."""
     logits = [[] for _ in range(EAGLE_DEPTHS)]
     with torch.no_grad():
         for t in range(len(hidden)):
@@ -124,8 +93,8 @@ def test_a_part_in_the_wrong_place_does_not_give_the_logits(tmp_path, folder, sm
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-def test_our_eagle_comes_back_from_its_files(tmp_path, folder, small, ends, file):
-    source = random_checkpoint(tmp_path / "ours", "eagle", small, attention_norm=False)
+def test_our_eagle_comes_back_from_its_files(tmp_path, folder, small, checkpoint, ends, file):
+    source = checkpoint("eagle", attention_norm=False)
     assert run(source, "eagle", tmp_path / "eagle" / file, backbone=folder, verify=True) == 0
     assert run(tmp_path / "eagle", "gorgon", tmp_path / "back", backbone=folder, verify=True) == 0
     assert (tmp_path / "back" / "head.safetensors").read_bytes() == (source / "head.safetensors").read_bytes()
@@ -159,12 +128,12 @@ def test_an_eagle_with_another_embedding_or_without_a_config_is_refused(tmp_path
     ):
         run(source, "gorgon", tmp_path / "out", backbone=folder)
     (source / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json is missing; it says how many attention heads"):
+    with pytest.raises(ValueError, match=r"config\.json is missing; it has the number of attention heads"):
         run(source, "gorgon", tmp_path / "out", backbone=folder)
 
 
-def test_an_eagle_head_of_ours_that_norms_attentions_input_is_not_written(tmp_path, folder, small):
-    source = random_checkpoint(tmp_path / "ours", "eagle", small)
+def test_an_eagle_head_of_ours_that_norms_attentions_input_is_not_written(tmp_path, folder, checkpoint):
+    source = checkpoint("eagle")
     with pytest.raises(ValueError, match=r"norms attention's input .norm\.weight., EAGLE-1's layer does not"):
         run(source, "eagle", tmp_path / "out", backbone=folder)
 
@@ -212,9 +181,9 @@ class HydraHeads(torch.nn.Module):
 def save_hydra(folder, heads, num_layers, **config):
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(heads.state_dict(), folder / "hydra_lm_head.pt")
-    said = {"hydra_num_heads": DEPTHS, "hydra_num_layers": num_layers, "hydra_head_arch": "mlp",
+    fields = {"hydra_num_heads": DEPTHS, "hydra_num_layers": num_layers, "hydra_head_arch": "mlp",
             "grounded_heads": True, "hidden_state_offset": 0}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({**said, **config}))
+    (folder / "config.json").write_text(json.dumps({**fields, **config}))
     return folder
 
 
@@ -241,7 +210,7 @@ def test_hydra_of_pytorch_gives_our_logits_in_both_directions(tmp_path, folder, 
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
-def test_the_two_halves_of_hydras_first_block_are_told_apart(tmp_path, folder, small, ends):
+def test_the_two_halves_of_hydras_first_block_are_distinguished(tmp_path, folder, small, ends):
     heads = HydraHeads(1, ends[0])
     hidden, tokens = hidden_states(), token_ids(DEPTHS)
     expected = hydra_logits(heads, hidden, tokens)
@@ -273,11 +242,11 @@ def test_a_hydra_with_a_trained_bias_is_refused(tmp_path, folder, ends):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({}, "norms the embeddings .token_norm.weight."),
-    ({"token_norm": False, "prefix_layer": True}, "a prefix layer is no part of Hydra's mlp heads"),
+    ({"token_norm": False, "prefix_layer": True}, "Hydra's mlp heads have no prefix layer"),
     ({"token_norm": False, "lm_head": "shared"}, "lm_head is shared; pass --merge"),
-    ({"token_norm": False, "num_layers": 3}, r"repeats one residual block, and blocks\.0\.2\.linear\.weight"),
+    ({"token_norm": False, "num_layers": 3}, r"repeats one residual block, but blocks\.0\.2\.linear\.weight"),
 ])  # fmt: skip
-def test_a_hydra_head_that_the_format_cannot_hold_is_refused(tmp_path, folder, small, options, words):
-    source = random_checkpoint(tmp_path / "ours", "hydra", small, num_depths=DEPTHS, **options)
+def test_a_hydra_head_that_the_format_cannot_hold_is_refused(tmp_path, folder, checkpoint, options, words):
+    source = checkpoint("hydra", num_depths=DEPTHS, **options)
     with pytest.raises(ValueError, match=words):
         run(source, "hydra", tmp_path / "out", backbone=folder)

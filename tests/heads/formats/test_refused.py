@@ -1,4 +1,4 @@
-"""What cannot be converted without guessing is refused, naming the file, the tensor or the setting."""
+"""What cannot be converted exactly is refused, naming the file, the tensor or the setting."""
 
 import json
 import pickle
@@ -13,11 +13,6 @@ from heads.checkpoint import save_checkpoint
 from heads.formats import recognise
 from heads.registry import available, build
 from tests.heads.formats.format_files import DIM, VOCAB, medusa_heads, run, save_medusa, write_backbone
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_backbone(tmp_path_factory.mktemp("backbone") / "small")
 
 
 @pytest.fixture
@@ -76,14 +71,14 @@ def test_missing_and_unknown_tensors_are_named(tmp_path, folder, medusa):
     refused(medusa, "gorgon", tmp_path / "out", folder, words)
 
 
-def test_a_head_left_out_in_the_middle_is_missing(tmp_path, folder):
+def test_a_head_missing_in_the_middle_is_named(tmp_path, folder):
     medusa = save_medusa(tmp_path / "medusa", medusa_heads(3, 1))
     state = torch.load(medusa / "medusa_lm_head.pt")
     torch.save({k: v for k, v in state.items() if not k.startswith("1.")}, medusa / "medusa_lm_head.pt")
     refused(medusa, "gorgon", tmp_path / "out", folder, r"3 missing: 1\.0\.linear\.bias")
 
 
-def test_whole_numbers_and_float64_are_refused(tmp_path, folder, medusa):
+def test_float64_is_refused(tmp_path, folder, medusa):
     torch.save(medusa_heads(1, 1).double().state_dict(), medusa / "medusa_lm_head.pt")
     refused(medusa, "gorgon", tmp_path / "out", folder, "is float64; expected one of")
 
@@ -92,12 +87,12 @@ def test_whole_numbers_and_float64_are_refused(tmp_path, folder, medusa):
     ({"hidden_size": 48, "num_heads": 6}, "width 32 and vocabulary 64; the backbone .* has width 48 and vocabulary 64"),
     ({"vocab_size": 80}, "width 32 and vocabulary 64; the backbone .* has width 32 and vocabulary 80"),
 ])  # fmt: skip
-def test_a_head_of_another_width_or_vocabulary_is_refused_with_both(tmp_path, medusa, changes, words):
+def test_a_head_of_another_width_or_vocabulary_is_refused(tmp_path, medusa, changes, words):
     other = write_backbone(tmp_path / "other", **changes)
     refused(medusa, "gorgon", tmp_path / "out", other, words)
 
 
-def test_a_head_trained_on_another_backbone_is_refused_where_the_backbone_counts(tmp_path, folder, ours):
+def test_a_head_trained_on_another_backbone_is_refused_when_a_checkpoint_is_written(tmp_path, folder, ours):
     other = write_backbone(tmp_path / "other", seed=5)
     assert run(ours, "npz", tmp_path / "a.npz", backbone=other) == 0  # needs no backbone
     refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", other, "trained on backbone .* pass --backbone")
@@ -110,7 +105,7 @@ def test_a_checkpoint_whose_weights_were_changed_is_refused(tmp_path, folder, ou
 
 def test_a_head_of_ours_is_not_written_for_a_backbone_of_another_width(tmp_path, ours):
     other = write_backbone(tmp_path / "other", hidden_size=48, num_heads=6)
-    refused(ours, "medusa", tmp_path / "out", other, "the head is of a backbone of width 32 .* has width 48")
+    refused(ours, "medusa", tmp_path / "out", other, "the head belongs to a backbone of width 32 .* has width 48")
 
 
 def test_a_shared_language_model_head_is_not_taken_from_another_backbone(tmp_path, folder):
@@ -135,11 +130,11 @@ def test_a_shared_language_model_head_needs_merge_where_each_depth_has_one(tmp_p
     refused(medusa, "tensorrt-llm-medusa", tmp_path / "out", folder, "shares the backbone's; pass --merge")
 
 
-def test_two_different_blocks_a_depth_are_refused_where_the_original_code_ties_them(tmp_path, folder, capsys):
+def test_two_different_blocks_per_depth_are_refused_where_the_original_code_ties_them(tmp_path, folder, capsys):
     medusa = save_medusa(tmp_path / "medusa", medusa_heads(2, 2), medusa_num_layers=2)
     assert run(medusa, "gorgon", tmp_path / "ours", backbone=folder) == 0
-    assert "0.1.linear.weight is not that of block 0" in capsys.readouterr().err
-    refused(tmp_path / "ours", "medusa", tmp_path / "out", folder, "repeats one block, and blocks.0.1.linear.weight")
+    assert "0.1.linear.weight differs from that of block 0" in capsys.readouterr().err
+    refused(tmp_path / "ours", "medusa", tmp_path / "out", folder, "repeats one block, but blocks.0.1.linear.weight")
     for to in ("vllm-medusa", "tensorrt-llm-medusa"):
         assert run(tmp_path / "ours", to, tmp_path / to, backbone=folder, verify=True) == 0
 
@@ -155,14 +150,14 @@ def test_equal_blocks_are_written_for_the_original_code(tmp_path, folder):
 @pytest.mark.parametrize(("config", "drop", "tensors", "words"), [
     ({"truncated_vocab_size": 16}, (), {"token_map": np.arange(16)}, "score 16 tokens of 64"),
     ({"logit_scale": 0.5}, (), {}, "logit_scale is 0.5"),
-    ({"medusa_fc_bias": False}, (), {}, "holds biases, which its config.json leaves out"),
+    ({"medusa_fc_bias": False}, (), {}, "holds biases, but its config.json does not set medusa_fc_bias"),
     ({}, ("blocks.1.layers.0.bias",), {}, r"1 missing: blocks\.1\.layers\.0\.bias"),
     ({"original_lm_head": True}, (), {}, "original_lm_head true, and it holds .* per depth; correct"),
     ({}, (), {"lm_head.weight": np.zeros((VOCAB, DIM), np.float32)}, "original_lm_head false, and it holds lm_head"),
     ({"original_lm_head": True}, ("lm_heads.0.weight", "lm_heads.1.weight"),
      {"lm_head.weight": np.zeros((VOCAB, DIM), np.float32)}, "lm_head.weight is not that of the backbone"),
 ])  # fmt: skip
-def test_what_vllm_computes_otherwise_is_refused(tmp_path, folder, ours, config, drop, tensors, words):
+def test_a_vllm_file_that_computes_something_else_is_refused(tmp_path, folder, ours, config, drop, tensors, words):
     assert run(ours, "vllm-medusa", tmp_path / "vllm", backbone=folder) == 0
     changed_config(tmp_path / "vllm", **config)
     changed_tensors(tmp_path / "vllm", "model.safetensors", drop, **tensors)
@@ -174,22 +169,22 @@ def test_what_vllm_computes_otherwise_is_refused(tmp_path, folder, ours, config,
     ({"quantization": {"quant_algo": "FP8"}}, "quantized .FP8."),
     ({"hidden_act": "gelu"}, "activation is gelu"),
 ])  # fmt: skip
-def test_what_tensorrt_llm_computes_otherwise_is_refused(tmp_path, folder, ours, config, words):
+def test_a_tensorrt_llm_file_that_computes_something_else_is_refused(tmp_path, folder, ours, config, words):
     assert run(ours, "tensorrt-llm-medusa", tmp_path / "trt", backbone=folder) == 0
     changed_config(tmp_path / "trt", **config)
     refused(tmp_path / "trt", "gorgon", tmp_path / "out", folder, words)
 
 
-def test_the_backbones_part_of_a_tensorrt_llm_checkpoint_stays_there(tmp_path, folder, ours, capsys):
+def test_the_backbones_part_of_a_tensorrt_llm_checkpoint_is_not_read(tmp_path, folder, ours, capsys):
     assert run(ours, "tensorrt-llm-medusa", tmp_path / "trt", backbone=folder) == 0
     part = {"transformer.ln_f.weight": np.ones(DIM, np.float16), "lm_head.weight": np.ones((VOCAB, DIM), np.float16)}
     changed_tensors(tmp_path / "trt", "rank0.safetensors", **part)
     assert run(tmp_path / "trt", "gorgon", tmp_path / "out", backbone=folder, verify=True) == 0
-    assert "2 tensors of the backbone in rank0.safetensors were left there" in capsys.readouterr().err
+    assert "2 tensors of the backbone in rank0.safetensors were not read" in capsys.readouterr().err
 
 
 class Hostile:
-    """A pickle of it would write a file."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path):
         self.path = path
@@ -210,7 +205,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_does_nothing(tmp_path, folder, 
         if source.is_file() or file.endswith(".pt"):
             with pytest.raises(ValueError, match=rf"{file} is not loaded: its pickle names \w+\.open"):
                 recognise(source)
-            refused(source, "gorgon", tmp_path / "out", folder, r"asks for \w+\.open")
+            refused(source, "gorgon", tmp_path / "out", folder, r"names \w+\.open")
     assert not bait.exists()
     pickle.loads(pickle.dumps(Hostile(bait))).close()  # the control: it would have
     assert bait.exists()
@@ -224,14 +219,14 @@ def test_arrays_of_objects_are_refused(tmp_path, folder):
 def test_a_single_file_without_a_config_says_so(tmp_path, folder):
     np.savez(tmp_path / "a.npz", **{"blocks.0.0.linear.weight": np.zeros((DIM, DIM), np.float32)})
     assert recognise(tmp_path / "a.npz") is None
-    refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "no head in a known format")
-    refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "nothing says which head", source_format="npz")
+    refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "not a head in a known format")
+    refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "so the head is unknown", source_format="npz")
 
 
 @pytest.mark.parametrize("config", [[], {}, {"head": "mlp", "head_config": {}, "backbone": None}, {"head": 3}])
-def test_a_config_of_another_kind_is_refused(tmp_path, folder, config):
+def test_a_config_that_is_not_of_a_head_is_refused(tmp_path, folder, config):
     np.savez(tmp_path / "a.npz", **{"config.json": np.array(json.dumps(config)), "x": np.zeros(2, np.float32)})
-    refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "its entry config.json is not a head's")
+    refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "its entry config.json is not that of a head")
 
 
 def test_a_file_without_tensors_is_refused(tmp_path, folder):
@@ -255,11 +250,11 @@ def test_numbers_beyond_float16_are_refused_and_nothing_is_left(tmp_path, folder
     ("medusa", "float8", "Unknown dtype 'float8'. Did you mean"),
     ("medus", None, "Unknown format of heads 'medus'. Did you mean 'medusa'"),
 ])  # fmt: skip
-def test_types_and_formats_that_are_not_there(tmp_path, folder, medusa, to, dtype, words):
+def test_unknown_dtypes_and_formats_are_refused(tmp_path, folder, medusa, to, dtype, words):
     refused(medusa, to, tmp_path / "out", folder, words, dtype=dtype)
 
 
-def test_another_head_is_not_pressed_into_a_format(tmp_path, folder):
+def test_a_format_refuses_other_heads(tmp_path, folder):
     for name in available():
         if name != "mlp":
             weights = {"head": name, "head_config": {}, "backbone": {}}
@@ -268,17 +263,17 @@ def test_another_head_is_not_pressed_into_a_format(tmp_path, folder):
             refused(tmp_path / "a.npz", "medusa", tmp_path / "out", folder, f"{name} computes something else")
 
 
-def test_what_lies_in_the_way_is_never_removed_unless_it_is_a_head(tmp_path, folder, medusa):
+def test_only_a_head_is_replaced_and_only_with_overwrite(tmp_path, folder, medusa):
     out = tmp_path / "out"
     assert run(medusa, "gorgon", out, backbone=folder) == 0
     with pytest.raises(ValueError, match="pass --overwrite"):
         run(medusa, "vllm-medusa", out, backbone=folder)
     assert run(medusa, "vllm-medusa", out, backbone=folder, overwrite=True) == 0
     (out / "thesis.tex").write_text("irreplaceable")
-    with pytest.raises(ValueError, match=r"thesis\.tex, which is no part of a head"):
+    with pytest.raises(ValueError, match=r"thesis\.tex, which is not part of a head"):
         run(medusa, "gorgon", out, backbone=folder, overwrite=True)
     assert (out / "thesis.tex").read_text() == "irreplaceable"
-    with pytest.raises(ValueError, match="is the head that is read"):
+    with pytest.raises(ValueError, match="is the source; choose another"):
         run(medusa, "medusa", medusa, backbone=folder, overwrite=True)
     with pytest.raises(ValueError, match="names a file; expected a folder, or medusa_lm_head"):
         run(medusa, "medusa", tmp_path / "x.pt", backbone=folder)

@@ -1,4 +1,4 @@
-"""Every pair of formats that can hold the same head gives it back bit for bit, whatever its sizes and its type."""
+"""A head that passes through two formats comes back bit for bit, whatever its sizes and its dtype."""
 
 import itertools
 import tempfile
@@ -29,7 +29,7 @@ PLACES = {
 
 
 class Borrowed(Target):
-    """A backbone of any width, of which only sizes, embedding and language-model head are asked for."""
+    """A backbone of any width: only its sizes, embedding and language-model head."""
 
     def __init__(self, width, vocabulary, random):
         super().__init__()
@@ -39,12 +39,14 @@ class Borrowed(Target):
 
 
 @st.composite
-def heads(draw):
-    """(backbone, weights, dtype): an mlp head whose numbers are all of the type, some of them at its edges."""
-    depths, layers = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+def heads(draw, places):
+    """(backbone, weights, dtype): an mlp head that these formats can hold, some numbers at the dtype's limits."""
+    tied = any(place.startswith("medusa") for place in places)  # Medusa's own code ties the blocks of a depth
+    depths, layers = draw(st.integers(1, 4)), 1 if tied else draw(st.integers(1, 3))
     width, vocabulary = 8 * draw(st.integers(1, 3)), draw(st.integers(1, 40))
-    dtype = FLOATS[draw(st.sampled_from(list(FLOATS)))]
-    lm_head = draw(st.sampled_from(["own", "shared"]))
+    dtypes = [name for name in FLOATS if name != "bfloat16" or not {"npz", "jtr"} & set(places)]
+    dtype = FLOATS[draw(st.sampled_from(dtypes))]
+    lm_head = draw(st.sampled_from(["own"] if "tensorrt" in places else ["own", "shared"]))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     target = Borrowed(width, vocabulary, random)
     options = default_options("mlp", num_depths=depths, num_layers=layers, lm_head=lm_head)
@@ -61,17 +63,8 @@ def heads(draw):
     return target, HeadWeights("mlp", options, tensors, config), dtype
 
 
-def can_hold(place, weights, dtype):
-    """Whether a format can hold this head."""
-    if place in ("npz", "jtr") and dtype == FLOATS["bfloat16"]:
-        return False
-    if place.startswith("medusa") and weights.options["num_layers"] > 1:
-        return False  # blocks that differ
-    return place != "tensorrt" or weights.options["lm_head"] == "own"
-
-
 def passed(weights, place, folder, dtype, target):
-    """The head once more, from the file it was written to."""
+    """The head, written to a file and read again."""
     name, where = PLACES[place]
     BY_NAME[name].write(weights, folder / where, Casting(dtype), target)
     found = open_head(folder / where)
@@ -80,16 +73,14 @@ def passed(weights, place, folder, dtype, target):
     return BY_NAME[name].read(found, target)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(PLACES, 2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.pairwise([*PLACES, "npz"])))
 @settings(max_examples=12, deadline=None)
-@given(data=heads())
+@given(data=st.data())
 def test_a_head_passed_through_two_formats_is_the_same(first, second, data):
-    target, weights, dtype = data
-    if not (can_hold(first, weights, dtype) and can_hold(second, weights, dtype)):
-        return
+    target, weights, dtype = data.draw(heads((first, second)))
     with tempfile.TemporaryDirectory() as folder:
         once = passed(weights, first, Path(folder), dtype, target)
-        # From other systems a head comes without the config that single files ask for.
+        # A head from another system has no config, which single files need.
         once.config.update(weights.config)
         twice = passed(once, second, Path(folder), dtype, target)
         assert twice.options == weights.options and twice.tensors.keys() == weights.tensors.keys()
@@ -98,7 +89,7 @@ def test_a_head_passed_through_two_formats_is_the_same(first, second, data):
             assert twice.tensors[name].whole().tobytes() == tensor.whole().tobytes(), name
 
 
-def test_a_tensor_that_is_left_out_is_missed():
+def test_a_missing_tensor_is_named():
     random = np.random.default_rng(0)
     target = Borrowed(8, 5, random)
     options = default_options("mlp", num_depths=2)

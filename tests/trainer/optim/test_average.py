@@ -14,6 +14,7 @@ class TwoLayers(jt.Module):
 
     def __init__(self):
         super().__init__()
+        self.derived = {}
         random = np.random.default_rng(0)
         self.first = Linear(16, 16, weight=random.standard_normal((16, 16)))
         self.second = Linear(16, 3, weight=random.standard_normal((3, 16)))
@@ -22,9 +23,6 @@ class TwoLayers(jt.Module):
         return self.second(self.first(x))
 
     forget_packed = Head.forget_packed
-
-    def _forget_chains(self):
-        """It drafts none."""
 
 
 class Forgetful(TwoLayers):

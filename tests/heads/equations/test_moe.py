@@ -1,32 +1,23 @@
-"""The mixture of experts, its routing and its balance loss against a NumPy writing of their equations."""
+"""The mixture of experts, its routing and its balance loss against their equations in NumPy."""
 
 import numpy as np
 import pytest
 
-from heads.base import Features
 from heads.registry import build
 from runtime import jt
+from tests.heads.parity import DEPTHS, DIM, VOCAB, apart, close, draw_text, lm_weight_of, parameters_of, silu
+from tests.heads.parity import run as run_head
 
-ROWS, DIM, EXPERTS, INNER, DEPTHS, VOCAB = 11, 32, 5, 24, 3, 64
-# Logits of size 1 to 10: sums of 32 to 120 float32 products, a few in a row.
-TOLERANCE = 1e-4
+ROWS, EXPERTS, INNER = 11, 5, 24
 SMALL = {"num_depths": DEPTHS, "num_experts": EXPERTS, "inner_size": INNER, "rank": 4}
 
 
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def parameters_of(head):
-    return {name: parameter.numpy().astype(np.float64) for name, parameter in head.named_parameters()}
-
-
 def hidden_rows():
-    return np.random.default_rng(0).standard_normal((1, ROWS, DIM)).astype(np.float32)
+    return draw_text(ROWS)[0]
 
 
 def run(head, x):
-    return head(Features(jt.array(x)), np.zeros((1, x.shape[1] + DEPTHS), np.int32), np.arange(x.shape[1]))
+    return run_head(head, x, np.zeros((1, ROWS + DEPTHS), np.int32))
 
 
 def experts_of(p, depth):
@@ -37,7 +28,7 @@ def experts_of(p, depth):
         yield router, p["expert_in.weight"][part], p["depth_bias"][depth, part], p["expert_out.weight"][:, part]
 
 
-def mixture(p, x, depth, top_k, renormalised=True):
+def mixture(p, x, depth, top_k, renormalized=True):
     """Row by row, expert by expert: y = x + sum over the best of g_i B_i SiLU(A_i x + b_i). Returns y, the
     probabilities and the choices, (rows, experts) each."""
     experts = list(experts_of(p, depth))
@@ -46,7 +37,7 @@ def mixture(p, x, depth, top_k, renormalised=True):
         scores = np.exp([router @ row for router, *_ in experts])
         scores /= scores.sum()
         best = sorted(range(EXPERTS), key=lambda i: -scores[i])[:top_k]
-        total = sum(scores[i] for i in best) if top_k > 1 and renormalised else 1
+        total = sum(scores[i] for i in best) if top_k > 1 and renormalized else 1
         y = row
         for i in best:
             _, a, b, out = experts[i]
@@ -57,16 +48,7 @@ def mixture(p, x, depth, top_k, renormalised=True):
     return np.array(ys), np.array(ps), np.array(choices)
 
 
-def lm_weight_of(p, depth, backbone):
-    if f"lm_heads.{depth}.weight" in p:
-        return p[f"lm_heads.{depth}.weight"]
-    weight = backbone.lm_head_weight.numpy().astype(np.float64)
-    if f"lm_heads.{depth}.up.weight" in p:
-        weight = weight + p[f"lm_heads.{depth}.up.weight"] @ p[f"lm_heads.{depth}.down.weight"]
-    return weight
-
-
-@pytest.mark.parametrize(("top_k", "lm_head"), [(1, "own"), (2, "own"), (2, "shared"), (3, "low_rank"), (5, "shared")])
+@pytest.mark.parametrize(("top_k", "lm_head"), [(1, "own"), (2, "shared"), (3, "low_rank"), (5, "shared")])
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_balance_loss_and_usage_are_those_of_the_equation(random_head, backbone, training, top_k, lm_head):
     head = random_head("moe", top_k=top_k, lm_head=lm_head, balance_weight=0.5, **SMALL)
@@ -76,12 +58,12 @@ def test_logits_balance_loss_and_usage_are_those_of_the_equation(random_head, ba
     balance, usage = [], []
     for depth in range(DEPTHS):
         logits, lm_weight = output.logits[depth].value().numpy(), lm_weight_of(p, depth, backbone)
-        y, probabilities, chosen = mixture(p, x[0].astype(np.float64), depth, top_k)
-        assert np.abs(logits - y @ lm_weight.T).max() < TOLERANCE
-        for wrong_k, renormalised in ((top_k % EXPERTS + 1, True), (top_k, False)):
-            wrong, *_ = mixture(p, x[0].astype(np.float64), depth, wrong_k, renormalised)
-            if 1 < top_k < EXPERTS or renormalised:  # else p is renormalised already, or never
-                assert np.abs(logits - wrong @ lm_weight.T).max() > 100 * TOLERANCE
+        y, probabilities, chosen = mixture(p, x.astype(np.float64), depth, top_k)
+        assert close(logits, y @ lm_weight.T)
+        for wrong_k, renormalized in ((top_k % EXPERTS + 1, True), (top_k, False)):
+            wrong, *_ = mixture(p, x.astype(np.float64), depth, wrong_k, renormalized)
+            if 1 < top_k < EXPERTS or renormalized:  # else p sums to 1 already, or is never renormalized
+                assert apart(logits, wrong @ lm_weight.T)
         # arXiv 2101.03961, eq. 5 and 6 with top_k choices a row: f sums to 1.
         f, mean = chosen.sum(0) / (ROWS * top_k), probabilities.mean(0)
         balance.append(EXPERTS * (f * mean).sum())
@@ -89,7 +71,7 @@ def test_logits_balance_loss_and_usage_are_those_of_the_equation(random_head, ba
     assert list(output.aux) == ["load_balance"]
     # A mean of a few dozen float32 numbers below 1.
     assert abs(output.aux["load_balance"].item() - 0.5 * np.mean(balance)) < 1e-6
-    if top_k < EXPERTS:  # with all experts chosen the loss is 1 whatever the router says
+    if top_k < EXPERTS:  # with all experts chosen the loss is 1 for any router
         assert abs(output.aux["load_balance"].item() - 0.5) > 1e-4
     if training:
         assert output.stats == {}
@@ -100,10 +82,10 @@ def test_logits_balance_loss_and_usage_are_those_of_the_equation(random_head, ba
         np.testing.assert_allclose(found.sum(2), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("top_k", range(1, EXPERTS + 1))
+@pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
 def test_the_gate_is_exactly_zero_outside_the_top_k(random_head, top_k):
     head = random_head("moe", top_k=top_k, **SMALL)
-    p, chosen, gates = (part.numpy() for part in head.route(jt.array(hidden_rows()[0])))
+    p, chosen, gates = (part.numpy() for part in head.route(jt.array(hidden_rows())))
     assert ((gates != 0).sum(2) == top_k).all() and ((gates != 0) == (chosen == 1)).all()
     assert (np.where(chosen == 1, p, 1).min(2) >= np.where(chosen == 1, 0, p).max(2)).all()
     if top_k > 1:
@@ -115,7 +97,7 @@ def test_the_gate_is_exactly_zero_outside_the_top_k(random_head, top_k):
 def test_of_equal_experts_the_first_are_chosen(random_head):
     head = random_head("moe", top_k=2, **SMALL)
     head.router.weight.update(jt.zeros_like(head.router.weight))
-    _, _, gates = head.route(jt.array(hidden_rows()[0]))
+    _, _, gates = head.route(jt.array(hidden_rows()))
     np.testing.assert_array_equal(gates.numpy(), np.broadcast_to([0.5, 0.5, 0, 0, 0], (ROWS, DEPTHS, EXPERTS)))
 
 
@@ -128,8 +110,8 @@ def test_the_balance_loss_is_lowest_for_even_use_and_highest_for_one_expert(rand
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_the_guesses_teach_the_router(random_head, top_k):
-    """Without the balance loss: one renormalised gate would be 1 whatever the router says."""
+def test_the_router_gets_gradients_from_the_guesses(random_head, top_k):
+    """Without the balance loss: a single renormalized gate would be 1 for any router."""
     head = random_head("moe", top_k=top_k, balance_weight=0.0, **SMALL)
     head.train()
     chosen = jt.array(np.eye(ROWS, VOCAB, dtype=np.float32))
@@ -137,33 +119,7 @@ def test_the_guesses_teach_the_router(random_head, top_k):
     assert np.abs(jt.grad(loss, head.router.weight).numpy()).max() > 1e-3
 
 
-def test_an_untrained_depth_repeats_the_backbones_next_token(backbone):
-    x = hidden_rows()
-    for lm_head in ("own", "shared", "low_rank"):
-        head = build("moe", {"num_depths": DEPTHS, "lm_head": lm_head}, backbone)
-        head.eval()
-        for logits in run(head, x).logits:
-            assert np.abs(logits.value().numpy() - x[0] @ backbone.lm_head_weight.numpy().T).max() < TOLERANCE
-
-
 def test_the_number_of_parameters_is_that_of_the_equation(backbone):
     block = 2 * EXPERTS * INNER * DIM + DEPTHS * EXPERTS * (INNER + DIM)
     for lm_head, own in (("own", VOCAB * DIM), ("shared", 0), ("low_rank", 4 * (VOCAB + DIM))):
         assert build("moe", {"lm_head": lm_head, **SMALL}, backbone).num_parameters == block + DEPTHS * own
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_experts": 1, "top_k": 1}, "num_experts must be at least 2, got 1"),
-        ({"num_experts": 3, "top_k": 4}, r"top_k must be from 1 to num_experts \(3\), got 4"),
-        ({"top_k": 0}, r"top_k must be from 1 to num_experts \(4\), got 0"),
-        ({"inner_size": 0}, "inner_size must be at least 1, got 0"),
-        ({"balance_weight": -0.1}, "balance_weight must be at least 0 and finite, got -0.1"),
-        ({"balance_weight": float("nan")}, "balance_weight must be at least 0 and finite, got nan"),
-        ({"lm_head": "mine"}, "lm_head must be one of own, shared, low_rank, got 'mine'"),
-    ],
-)
-def test_options_that_make_no_head_are_refused(backbone, options, message):
-    with pytest.raises(ValueError, match=message):
-        build("moe", options, backbone)

@@ -1,4 +1,4 @@
-"""The LSTM head and its feature loss against a NumPy writing of their equations, and the shared parts by hand."""
+"""The LSTM head and its feature loss against their equations in NumPy, and the shared parts by hand."""
 
 import numpy as np
 import pytest
@@ -7,26 +7,13 @@ from heads.base import Features
 from heads.layers import later_positions, smooth_l1
 from heads.registry import build
 from runtime import jt
+from tests.heads.parity import DEPTHS, DIM, apart, array, close, norm, parameters_of, sigmoid
 
-ROWS, DIM, SIZE, DEPTHS, WEIGHT = 9, 32, 24, 3, 2.5
-# Logits of size 1 to 30: sums of 32 to 88 float32 products, a few in a row for each depth.
-TOLERANCE = 1e-4
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def norm(x, weight, eps=1e-6):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
-
-
-def parameters_of(head):
-    return {name: parameter.numpy().astype(np.float64) for name, parameter in head.named_parameters()}
+ROWS, SIZE, WEIGHT = 9, 24, 2.5
 
 
 def unroll(p, feature, embeddings, with_memory=True):
-    """The features that an LSTM predicts one after another: f' = f + W_o h', h' = o * tanh(c'),
+    """The features that the LSTM predicts one after another: f' = f + W_o h', h' = o * tanh(c'),
     c' = forget * c + i * tanh(g), all gates from [n1(f); n2(e); h], c_0 = W_c n1(f_0), h_0 = 0."""
     h = np.zeros((len(feature), SIZE))
     c = norm(feature, p["feature_norm.weight"]) @ p["cell_start.weight"].T
@@ -41,15 +28,15 @@ def unroll(p, feature, embeddings, with_memory=True):
     return predicted
 
 
-def feature_loss(predicted, hidden, positions, lengths, look_behind_the_end=False):
-    """Mean over depths of SmoothL1 against the true feature k + 1 rows on, position by position."""
+def feature_loss(predicted, hidden, positions, lengths, past_the_end=False):
+    """Mean over depths of SmoothL1 against the true feature k + 1 rows later, position by position."""
     sequence_of = np.repeat(np.arange(len(lengths)), lengths)
     means = []
     for depth, guess in enumerate(predicted):
         rows = []
         for row, position in enumerate(positions):
             later = position + depth + 1
-            same = later < len(hidden) and (look_behind_the_end or sequence_of[later] == sequence_of[position])
+            same = later < len(hidden) and (past_the_end or sequence_of[later] == sequence_of[position])
             if same:
                 d = np.abs(guess[row] - hidden[later])
                 rows.append(np.where(d < 1, d**2 / 2, d - 0.5))
@@ -57,7 +44,7 @@ def feature_loss(predicted, hidden, positions, lengths, look_behind_the_end=Fals
     return np.mean(means)
 
 
-# One row of sequences that lie end to end, one of them shorter than the draft; two rows of one sequence each.
+# One row of packed sequences, one of them shorter than the draft; two rows of one sequence each.
 @pytest.mark.parametrize(("batch", "lengths"), [(1, (5, 1, 3)), (2, None)])
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_and_feature_loss_are_those_of_the_equation(random_head, backbone, training, batch, lengths):
@@ -70,38 +57,24 @@ def test_logits_and_feature_loss_are_those_of_the_equation(random_head, backbone
     output = head(Features(jt.array(x), lengths=lengths), ids, positions)
 
     p, flat = parameters_of(head), x.reshape(-1, DIM).astype(np.float64)
-    embedding = backbone.embedding.numpy().astype(np.float64)
-    lm_weight = backbone.lm_head_weight.numpy().astype(np.float64)
-    told = [embedding[[ids[n // ROWS, n % ROWS + 1 + k] for n in positions]] for k in range(DEPTHS)]
-    predicted, forgetful = (unroll(p, flat[positions], told, memory) for memory in (True, False))
+    embedding, lm_weight = array(backbone.embedding), array(backbone.lm_head_weight)
+    embedded = [embedding[[ids[n // ROWS, n % ROWS + 1 + k] for n in positions]] for k in range(DEPTHS)]
+    predicted, forgetful = (unroll(p, flat[positions], embedded, memory) for memory in (True, False))
     for depth in range(DEPTHS):
         logits = output.logits[depth].value().numpy()
-        assert np.abs(logits - predicted[depth] @ lm_weight.T).max() < TOLERANCE
-        assert np.abs(logits - forgetful[depth] @ lm_weight.T).max() > 100 * TOLERANCE
+        assert close(logits, predicted[depth] @ lm_weight.T) and apart(logits, forgetful[depth] @ lm_weight.T)
 
     (loss,) = (term.item() for term in output.aux.values())
     lengths = lengths or [ROWS] * batch
     expected = WEIGHT * feature_loss(predicted, flat, positions, lengths)
     # A mean of a few hundred float32 numbers of size 1.
     assert list(output.aux) == ["feature"] and abs(loss - expected) < 1e-5 * expected
-    across = WEIGHT * feature_loss(predicted, flat, positions, lengths, look_behind_the_end=True)
+    across = WEIGHT * feature_loss(predicted, flat, positions, lengths, past_the_end=True)
     assert abs(loss - across) > 1e-3 * expected
 
 
-def test_a_drafted_path_equals_the_equation(random_head, backbone):
-    head = random_head("lstm_eagle", num_depths=DEPTHS, hidden_size=SIZE)
-    head.eval()
-    x = np.random.default_rng(0).standard_normal((1, ROWS, DIM)).astype(np.float32)
-    embedding, tokens = backbone.embedding.numpy().astype(np.float64), (7, 11, 7)
-    predicted = unroll(parameters_of(head), x[0, -1:].astype(np.float64), [embedding[[n]] for n in tokens])
-    state = head.begin(Features(jt.array(x)), jt.array(np.zeros((1, ROWS), np.int32)))
-    for token, feature in zip(tokens, predicted, strict=True):
-        logits, state = head.step(state, jt.array(np.array([token], np.int32)), jt.array(np.zeros(1, np.int32)))
-        assert np.abs(logits.numpy() - feature @ backbone.lm_head_weight.numpy().T).max() < TOLERANCE
-
-
 def test_a_position_at_the_end_of_its_sequence_adds_nothing(random_head):
-    """A sequence of three rows: nothing follows row 2, and row 1 has one feature to meet, at depth 0."""
+    """A sequence of three rows: nothing follows row 2, and row 1 has one feature to predict, at depth 0."""
     head = random_head("lstm_eagle", num_depths=2, hidden_size=SIZE, feature_weight=1.0)
     head.train()
     x = jt.array(np.random.default_rng(0).standard_normal((1, 3, DIM)).astype(np.float32))
@@ -115,7 +88,7 @@ def test_a_position_at_the_end_of_its_sequence_adds_nothing(random_head):
     assert abs(loss(1, 2) - loss(1)) < 1e-6 * loss(1)
 
 
-def test_the_forget_gate_begins_open_and_the_other_gates_do_not(backbone):
+def test_the_forget_gate_is_initially_open_and_the_others_are_not(backbone):
     head = build("lstm_eagle", {"hidden_size": 2}, backbone)
     np.testing.assert_array_equal(head.gates.bias.numpy(), [0, 0, 0, 0, 1, 1, 0, 0])
 
@@ -125,21 +98,7 @@ def test_the_number_of_parameters_is_that_of_the_equation(backbone):
     assert counts == {4 * SIZE * (2 * DIM + SIZE + 1) + 2 * DIM * SIZE + 2 * DIM}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
-        ({"feature_weight": -1.0}, "feature_weight must be at least 0 and finite, got -1.0"),
-        ({"feature_weight": float("nan")}, "feature_weight must be at least 0 and finite, got nan"),
-        ({"feature_weight": float("inf")}, "feature_weight must be at least 0 and finite, got inf"),
-    ],
-)
-def test_options_that_make_no_head_are_refused(backbone, options, message):
-    with pytest.raises(ValueError, match=message):
-        build("lstm_eagle", options, backbone)
-
-
-# What the feature loss shares with other heads
+# Parts of the feature loss that other heads use too
 
 
 def test_later_positions_stay_in_their_sequence():
@@ -153,7 +112,7 @@ def test_later_positions_stay_in_their_sequence():
 
 
 def test_smooth_l1_is_quadratic_within_one_and_linear_beyond():
-    """d = (0, 1/2), (1, 2), and a row that does not count: (0 + 1/8 + 1/2 + 3/2) / 4 = 17/32. Its gradient is d / 4
+    """d = (0, 1/2), (1, 2), and an invalid row: (0 + 1/8 + 1/2 + 3/2) / 4 = 17/32. Its gradient is d / 4
     within 1 and sign / 4 beyond; the target gets none."""
     predicted = jt.array(np.array([[1, 1.5], [0, -1], [9, 9]], np.float32))
     target = jt.array(np.array([[1, 1], [1, 1], [0, 0]], np.float32))
