@@ -1,8 +1,7 @@
-"""Accept lengths that others have published, with what it takes to say what they would cost on a machine of ours.
+"""Published accept lengths, with the weights that a draft reads, to project their cost on another machine.
 
-All at temperature 0, one text at a time, tokens per pass of the backbone (the bonus token included). Nothing here was
-measured by this project. Where a number comes from stands beside it: a paper, or a figure that was
-computed from data that the paper's project ships.
+All at temperature 0, one text at a time, in tokens per pass of the backbone (the bonus token included). Nothing here
+was measured by this project. Each number names its source: a paper, or data that the paper's project ships.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
 
 @dataclass(frozen=True)
 class Published:
-    """One result. rows: of a verification pass, root included. draft_weights: those that a draft reads before its first
-    token can be verified, each as often as it is read; drafting is taken to be bound by reading them. drafts: how that
-    number comes about. source: where it was read. backbone: whose accept length it is."""
+    """One result. rows: of a verification pass, root included. draft_weights: read by a draft before its first token
+    can be verified, counted as often as they are read; drafting is assumed to be bound by reading them. drafts: how
+    that number is computed. backbone: whose accept length it is."""
 
     name: str
     accept_length: float
@@ -29,7 +28,6 @@ class Published:
     drafts: str
     source: str
     backbone: str = "Vicuna 7B"
-    task: str = "MT-bench"
 
     @property
     def draft_bytes(self) -> int:
@@ -38,24 +36,24 @@ class Published:
 
 
 def medusa(num_heads: int) -> int:
-    """Weights of so many Medusa heads: a residual block and a language-model head each, all read once a pass."""
+    """Weights of Medusa heads: a residual block and a language-model head each, all read once per pass."""
     return num_heads * (WIDTH * WIDTH + LM_HEAD)
 
 
 def hydra(num_heads: int) -> int:
-    """Weights of so many Hydra heads. Head i, from 0, sees the hidden state and the embeddings of i + 1 tokens in its
-    first block, twice (the block itself and its residual path), and has a language-model head of its own."""
+    """Weights of Hydra heads. Head i, from 0, reads the hidden state and the embeddings of i + 1 tokens in its first
+    block, twice (the block itself and its residual path), and has a language-model head of its own."""
     return sum(2 * (i + 2) * WIDTH * WIDTH + LM_HEAD for i in range(num_heads))
 
 
 def hydra_plus(num_heads: int, num_layers: int = 4) -> int:
-    """Weights of Hydra++: Hydra heads of several layers, behind one decoder layer over the hidden states."""
+    """Weights of Hydra++: Hydra heads of several layers, after one decoder layer over the hidden states."""
     return LAYER + hydra(num_heads) + num_heads * (num_layers - 1) * WIDTH * WIDTH
 
 
 def eagle(depth: int) -> int:
     """Weights that EAGLE reads: a matrix that joins embedding and feature, a decoder layer and the backbone's
-    language-model head, once for each depth of the draft."""
+    language-model head, once per depth of the draft."""
     return depth * (2 * WIDTH * WIDTH + LAYER + LM_HEAD)
 
 

@@ -1,40 +1,24 @@
-"""The picture of an engine's measurement: milliseconds a pass against its rows, above the least the machine allows."""
+"""The plot of an engine measurement: milliseconds per pass against its rows, above the least the machine allows."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import seaborn as sns
-from matplotlib.ticker import FormatStrFormatter, LogLocator
-
-from bench.clock.engine_record import EngineRecord, Shape
-from bench.record.schema import write_atomically
-from bench.tables.plots import check_plot_path
+from bench.record.engine import EngineRecord, Shape
+from bench.tables.plots.figure import drawn_figure
 
 
 def draw_engine(record: EngineRecord, path: str | Path) -> None:
-    """One panel per shape, one line per context with quartiles, its roofline dashed. The format follows the ending.
-
-    Raises ValueError for another ending than a plot's and OSError when the file cannot be written.
-    """
-    check_plot_path(path)
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
-        figure, panels = plt.subplots(1, len(record.shapes), figsize=(5.2 * len(record.shapes), 4.6), squeeze=False)
-        try:
-            for axes, shape in zip(panels[0], record.shapes, strict=True):
-                _draw_shape(axes, shape)
-            sns.despine(figure)
-            figure.tight_layout(w_pad=3)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=Path(path).suffix.lower()[1:], dpi=160, bbox_inches="tight")
-        finally:
-            plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    """One panel per shape, one line per context with quartiles, its roofline dashed. Raises as ``drawn_figure``."""
+    with drawn_figure(path, len(record.shapes), (5.2 * len(record.shapes), 4.6)) as panels:
+        for axes, shape in zip(panels, record.shapes, strict=True):
+            _draw_shape(axes, shape)
 
 
 def _draw_shape(axes, shape: Shape) -> None:
+    import seaborn as sns
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
     contexts = sorted({each.context for each in shape.passes})
     colors = sns.color_palette("crest", len(contexts))
     for context, color in zip(contexts, colors, strict=True):
@@ -43,7 +27,7 @@ def _draw_shape(axes, shape: Shape) -> None:
         below, above = [each.ms - each.ms_low for each in passes], [each.ms_high - each.ms for each in passes]
         axes.errorbar(
             rows, middle, yerr=[below, above], marker="o", markersize=5, capsize=2.5, color=color,
-            label=f"behind {context} rows",
+            label=f"after {context} rows",
         )  # fmt: skip
         axes.plot(rows, [each.roofline_ms for each in passes], linestyle="--", linewidth=1.2, color=color)
     axes.plot([], [], linestyle="--", linewidth=1.2, color="0.35", label="roofline")

@@ -1,13 +1,12 @@
-"""Times a head and autoregressive decoding, the baseline, on the same prompts, back to back, and counts what both gave.
+"""Times a head and the baseline, autoregressive decoding, on the same prompts, back to back, and counts what both gave.
 
-Both sides share one key-value cache and one set of stopping rules, and read the same prompts: the history of a later
-turn holds the baseline's replies for every side. Which of them goes first alternates by prompt, so that a machine that
-grows warmer or busier favours neither.
+Both sides share one KV cache and one set of stopping rules, and read the same prompts: the history of a later turn
+holds the baseline's replies for both. The side that goes first alternates by prompt, so that a machine that grows
+warmer or busier favors neither.
 
-The head's tokens have to be those of its twin: autoregressive decoding by the backbone that the head decodes with. That
-is the baseline, unless the head adapts the backbone; then the twin is a third side, off the clock, and says besides how
-far the adapted backbone's text is from the original's. The baseline is the original backbone's in any case: what a user
-had before.
+The head's tokens must be those of autoregressive decoding by the backbone that the head decodes with. That is the
+baseline, unless the head adapts the backbone: then the adapted backbone alone is a third side, not timed, which also
+shows how far its text is from the original's. The baseline is always the original backbone: what a user had before.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -30,24 +28,18 @@ from bench.measure.attempts import (
     check_prompt,
     sum_timers,
 )
+from bench.measure.warmup import kernels_since, loaded_kernels, warm_up
 from bench.record.metrics import agreement, comparable_rows
 from bench.record.prompts import Prompt
 from bench.record.schema import Adaptation, AdaptedText, Baseline, Failure, FirstDifference, Parity, PromptRow, Timing
-from decoding.drafter import make_drafter
 from decoding.generate import Timers, first_difference, logit_gap
-from decoding.tree import Tree
-from runtime import jt, synchronize, warm
 from runtime.interrupt import check_interrupt, deferred_interrupts
-
-# Prompt lengths of the warm-up: a lone row has kernels of its own, two rows are the shortest text, forty a usual one.
-WARM_LENGTHS = (1, 2, 40)
-WARM_TOKENS = 8
 
 
 @dataclass
 class Measurement:
-    """What one head and the baseline gave on all prompts. Rows of the two lists belong together; ``rows`` is empty when
-    the baseline was measured alone. timers: the sums over the rows. adapts: the head changes the backbone."""
+    """What one head and the baseline gave on all prompts. Rows of the two lists belong together; ``rows`` is empty if
+    the baseline was measured alone. timers: sums over the rows. adapts: the head changes the backbone."""
 
     rows: list[PromptRow] = field(default_factory=list)
     baseline_rows: list[PromptRow] = field(default_factory=list)
@@ -62,7 +54,7 @@ class Measurement:
 
     @property
     def baseline(self) -> Baseline:
-        """The baseline on the prompts that count on both sides. pass_s is the median over prompts."""
+        """The baseline on the prompts that count for both sides. pass_s is the median over prompts."""
         rows = comparable_rows(self.rows)
         tokens = sum(row.baseline_tokens for row in rows)
         seconds = sum(row.baseline_time_s for row in rows)
@@ -76,14 +68,14 @@ class Measurement:
 
     @property
     def parity(self) -> Parity | None:
-        """How many prompts gave the twin's tokens, all turns of all repeats; None where texts are drawn."""
+        """How many prompts gave the expected tokens, in all turns of all repeats; None if texts are sampled."""
         if self.rows and all(row.identical is None for row in self.rows):
             return None
         identical = sum(bool(row.identical) for row in self.rows)
         return Parity(prompts=len(self.rows), identical=identical, first_difference=self.difference)
 
     def adaptation(self, stats: dict) -> Adaptation | None:
-        """What the head did to the backbone's text; None where it left the backbone alone. stats: the checkpoint's."""
+        """How the head changed the backbone's text; None if it changes no backbone. stats: the checkpoint's."""
         if not self.adapts:
             return None
         greedy, tokens = agreement(self.rows)
@@ -96,9 +88,9 @@ def timing(timers: Timers) -> Timing:
 
 
 def measure(setup: Setup, prompts: Sequence[Prompt], on_prompt: Callable[[Measurement], None]) -> Measurement:
-    """Measure every prompt; what a prompt cannot be measured for goes to ``failures`` and the run goes on.
+    """Measure every prompt; one that cannot be measured is added to ``failures``.
 
-    on_prompt: called after each prompt. Ctrl-C ends the run and keeps the prompts that were finished.
+    on_prompt: called after each prompt. Ctrl-C ends the run; the finished prompts are returned.
     """
     result = Measurement(adapts=setup.adapts)
     try:
@@ -117,7 +109,7 @@ def measure(setup: Setup, prompts: Sequence[Prompt], on_prompt: Callable[[Measur
                 if group:
                     measure_prompts(setup, group, first, result, on_prompt)
                 check_interrupt()
-            result.late_kernels = None if kernels is None else loaded_kernels() - kernels
+            result.late_kernels = kernels_since(kernels)
     except KeyboardInterrupt:
         result.interrupted = True
     return result
@@ -152,7 +144,7 @@ def add_attempts(setup: Setup, prompt: Prompt, attempts: Sequence[Attempt], resu
         adapted = compare_texts(attempts[0].baseline, attempts[0].adapted) if ADAPTED in setup.sides else None
         identical = not differences if setup.acceptance.exact else None
         row = make_row(prompt, stretch, dropped, baseline, identical=identical, adapted=adapted)
-    # From here on nothing is computed: an interrupt must not leave one side of a pair behind.
+    # From here on nothing is computed: an interrupt must not add only one side of a pair.
     result.baseline_rows.append(make_row(prompt, baseline, dropped))
     result.baseline_timers = sum_timers([result.baseline_timers, baseline.timers])
     result.dropped_turns += dropped
@@ -162,7 +154,7 @@ def add_attempts(setup: Setup, prompt: Prompt, attempts: Sequence[Attempt], resu
 
 
 def compare_texts(original: Stretch, adapted: Stretch) -> AdaptedText:
-    """How far each turn of the adapted backbone's text is the original's.
+    """How far each turn of the adapted backbone's text agrees with the original's.
 
     Worked example: turns of 3 and 2 tokens, the adapted ones equal and different in the first token: 3 tokens agree.
     """
@@ -179,7 +171,8 @@ def middle(stretches: Sequence[Stretch]) -> Stretch:
 
 
 def explain(backbone: Backbone, prompt: Prompt, difference: Difference) -> FirstDifference:
-    """The difference as a record holds it, with the gap between the twin's two best logits there. backbone: its."""
+    """The difference as a record holds it, with the gap between the two best logits there. backbone: that of the
+    expected text."""
 
     def token(ids: list[int]) -> int | None:
         return ids[difference.position] if difference.position < len(ids) else None
@@ -187,9 +180,9 @@ def explain(backbone: Backbone, prompt: Prompt, difference: Difference) -> First
     return FirstDifference(
         prompt_id=prompt.prompt_id,
         position=difference.before + difference.position,
-        baseline_token=token(difference.twin_ids),
+        baseline_token=token(difference.expected_ids),
         head_token=token(difference.head_ids),
-        logit_gap=logit_gap(backbone, difference.prompt_ids, difference.twin_ids, difference.position),
+        logit_gap=logit_gap(backbone, difference.prompt_ids, difference.expected_ids, difference.position),
     )
 
 
@@ -224,45 +217,3 @@ def make_row(
         adapted=adapted,
         total_variation=stretch.total_variation,
     )
-
-
-def warm_up(setup: Setup) -> None:
-    """Run every shape that a measurement meets, so that no kernel is compiled on the clock."""
-    short = dataclasses.replace(setup, max_new_tokens=min(WARM_TOKENS, setup.max_new_tokens))
-    for length in WARM_LENGTHS:
-        prompt_ids = np.arange(min(length, setup.cache.max_length)) % setup.backbone.config.vocab_size
-        for side in setup.sides:
-            short.decode(prompt_ids, side, setup.acceptance.rule())
-            if setup.batch_size > 1:
-                rules = [setup.acceptance.rule() for _ in range(setup.batch_size)]
-                short.decode_all([prompt_ids] * setup.batch_size, side, rules)
-    if setup.tree.depth:
-        warm_acceptance(setup)
-    warm()
-
-
-def warm_acceptance(setup: Setup) -> None:
-    """What follows when drafts are accepted, which the warm-up's prompts may not show: several rows are kept, not
-    all of them next to each other, and the head goes on from them."""
-    head, cache, num_nodes = setup.head, setup.cache, setup.tree.num_nodes
-    cache.rewind(0)
-    with jt.no_grad():
-        tokens, plan = np.zeros((1, num_nodes), np.int32), Tree.chain(num_nodes - 1).plan
-        output = setup.decoder.forward(tokens, cache=cache, attend=plan, layers=head.layers)
-        path = np.array([0, num_nodes - 1], np.int32)
-        drafter = make_drafter(head, setup.tree, setup.acceptance.rule(), setup.draft_dtype)
-        for rows in (path, path, path[:1]):
-            drafter.accept(output, rows, [0] * len(rows))
-            drafter.draft(0)
-        cache.commit(path)
-        synchronize()
-    cache.rewind(0)
-
-
-def loaded_kernels() -> int | None:
-    """Kernels this process has compiled or read from Jittor's cache; None where the system does not tell."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    return len({line.split()[-1] for line in maps.splitlines() if "/jit/" in line and line.endswith(".so")})
