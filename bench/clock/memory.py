@@ -1,10 +1,18 @@
-"""The memory of this process, and what it may still take."""
+"""The memory of this process, what it may still take, and work whose memory is measured in a separate process."""
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from bench.record.files import ROOT
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CGROUP = Path("/sys/fs/cgroup")
@@ -41,3 +49,18 @@ def available_memory(cgroup: Path = CGROUP) -> int:
     except OSError:  # not in a control group of version 2
         return free
     return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def run_apart(module: str, task: Mapping[str, Any], what: str) -> Any:
+    """What ``python -m module TASK``, a process that holds nothing else, prints as its last line of JSON.
+
+    what: the work, in a message. Raises ValueError if the process fails or is ended, as for its memory.
+    """
+    command = [sys.executable, "-m", module, json.dumps(task)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode < 0:
+        reason = "there is not enough memory" if done.returncode == -signal.SIGKILL else "see above"
+        raise ValueError(f"{what} was ended by signal {-done.returncode}: {reason}")
+    if done.returncode:
+        raise ValueError(f"{what} failed; the reason stands above")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,10 +1,10 @@
-"""The clock of all measurements outside the decoding loop: calls timed in turns, medians and quartiles, lists of sizes."""
+"""The clock of all measurements outside the decoding loop: calls timed in turns, medians, lists of sizes."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
 
@@ -51,6 +51,12 @@ def spread_ms(seconds, per: int = 1) -> dict[str, float]:
     """Median and quartiles in milliseconds, divided by ``per``: {"ms", "ms_low", "ms_high"}."""
     low, middle, high = np.percentile(np.asarray(seconds) * 1e3 / per, [25, 50, 75])
     return {"ms": float(middle), "ms_low": float(low), "ms_high": float(high)}
+
+
+def medians_ms(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of a call of each function, timed in turns."""
+    seconds = interleave(functions, repeats, turn_s=0)
+    return {name: round(float(np.median(each)) * 1e3, 4) for name, each in seconds.items()}
 
 
 def busy_note(cores: int) -> list[str]:

@@ -126,8 +126,8 @@ def _time_chain(chain, accepted: Features, root: int) -> float:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """Seconds that ``work`` takes right after itself, so that its weights are cached as in the decoding loop: the median
-    of WARM_RUNS runs, after as many that are not counted."""
+    """Seconds that ``work`` takes right after itself, so that its weights are cached as in the decoding loop: the
+    median of WARM_RUNS runs, after as many that are not counted."""
     seconds = []
     for _ in range(2 * WARM_RUNS):
         start = time.perf_counter()

@@ -1,18 +1,19 @@
-"""What a command shows on a terminal: notes and progress on stderr, tables on stdout."""
+"""What a command shows on a terminal: notes and progress on stderr, tables on stdout.
+
+Commands import this module before they start Jittor: pandas warns if it is loaded after kernels have changed how the
+processor rounds.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NOTES = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -11,8 +11,8 @@ price in one-row passes, which is too much if a head is small beside the backbon
 a c(1) / c(r), is the upper bound. And a pass consists of these two parts. c is interpolated between the rows that were
 timed and not extrapolated.
 
-Published accept lengths (``published.py``) are projected the same way, with a draft that takes as long as
-reading its weights at the bandwidth measured beside the curve:
+Published accept lengths (``published.py``) are projected the same way, with a draft that takes as long as reading its
+weights at the bandwidth measured beside the curve:
 
     speedup = a c(1) / (c(r) + draft bytes / bandwidth)
 """
