@@ -72,7 +72,8 @@ def join(frame: pd.DataFrame, records: Sequence[tuple[str, TrainRecord]]) -> tup
         known = source["source"].notna()
         promises.loc[known, columns] = source.loc[known, columns].astype(object)
     promises["path"] = by_record["path"].astype(object)
-    promises["ratio"] = frame["accept_length"] / promises["expected"].astype(float).replace(0, np.nan)
+    promises = promises.astype({"steps": "Int64", "nodes": "Int64", "train_s": float, "expected": float})
+    promises["ratio"] = frame["accept_length"] / promises["expected"].replace(0, np.nan)
     promises = promises[["steps", "train_s", "expected", "nodes", "ratio", "source", "path"]].set_axis(frame["path"])
     promises = promises[promises["source"].notna()]
 

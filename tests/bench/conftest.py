@@ -1,15 +1,14 @@
 """Factories of valid rows and records, so that a test names only what it is about."""
 
+import functools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import backbone.model
 from bench.record.metrics import aggregate
-from bench.record.schema import PromptRow, parse_record, to_json
+from bench.record.schema import PromptRow, Record
+from tests.bench.helpers import set_fields
 
 
 def build_row(prompt_id="p0", **changes):
@@ -130,13 +129,7 @@ def build_record(rows=None, **changes):
         "prediction": None,
         "quantization": None,
     }
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        place = record
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    return json.loads(json.dumps(record))
+    return json.loads(json.dumps(set_fields(record, changes)))
 
 
 @pytest.fixture
@@ -155,7 +148,25 @@ def write_result(tmp_path):
 
     def write(name, rows=None, **changes):
         path = tmp_path / name
-        path.write_text(to_json(parse_record(build_record(rows, **changes))), encoding="utf-8")
+        path.write_text(Record.parse(build_record(rows, **changes)).to_json(), encoding="utf-8")
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def one_backbone():
+    """The entries load the same backbone every time; within a module they do so once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone.model, "load_backbone", functools.cache(backbone.model.load_backbone))
+        yield
+
+
+@pytest.fixture
+def faster(make_row):
+    """The rows of a head that accepts twice as much as the factory's default and takes half the time."""
+    return [
+        make_row("p0", passes=2, time_s=1.0, reached_by_depth=[2, 2], accepted_by_depth=[2, 2]),
+        make_row("p1", tokens=14, baseline_tokens=14, passes=2, time_s=1.5, reached_by_depth=[2, 2],
+                 accepted_by_depth=[2, 2]),
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bench import engine
-from bench.clock.engine_record import read_engine_record
+from bench.record.engine import EngineRecord
 from bench.clock.passes import Work, doubt
 from bench.clock.shapes import SHAPES
 from bench.peers import llama_cpp, torch_llama
@@ -86,7 +86,7 @@ def test_both_engines_stand_in_the_file(monkeypatch, tmp_path):
     path = tmp_path / "engine.json"
     words = ["--shape", "small", "--rows", "2", "--contexts", "5", "--repeats", "1", "--no-loop", "--out", str(path)]
     assert engine.main(words) == 0
-    (shape,) = read_engine_record(path).shapes
+    (shape,) = EngineRecord.read(path).shapes
     peer = shape.transformers
     assert peer.what == "step" and peer.context == 5 and peer.theirs.ms == 2000
     assert peer.speedup == pytest.approx(2000 / peer.ours.ms)

@@ -1,18 +1,18 @@
 """Several seeds of a head: which results are put together, how the ratio pairs them, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import bench.seeds
 from bench.record.metrics import over_seeds
-from bench.seeds import BEGIN, END, find_group, group_runs, main, partners
-from bench.tables.summary import load_results
+from bench.tables.results import read_results
+from bench.tables.seeds import find_group, group_runs, partners
+from bench.tables.seeds_report import BEGIN, END
+from tests.bench.helpers import cells_of, status_of
 
-ROOT = Path(__file__).resolve().parents[2]
+main = status_of(bench.seeds.main)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def write_run(write_result, make_row):
 
 
 def read(*paths):
-    return load_results(paths)[0]
+    return read_results(paths)[0]
 
 
 def table_of(text, title):
@@ -44,8 +44,7 @@ def table_of(text, title):
     for line in lines[4:]:
         if not line.startswith("│"):
             break
-        cells = [cell.strip() for cell in line.strip("│").split("│")]
-        found[cells[0]] = cells[1:]
+        first, *found[first] = cells_of(line)
     return found
 
 
@@ -101,8 +100,8 @@ def test_runs_are_partners_by_seed(write_run):
     mlp = [write_run("mlp", seed) for seed in (2, 0, 1)]
     moe = [write_run("moe", seed) for seed in (1, 5, 2)]
     first, second = group_runs(read(*mlp, *moe))
-    pairs = [(mine.record.checkpoint.seed, other.record.checkpoint.seed) for mine, other in partners(first, second)]
-    assert pairs == [(1, 1), (2, 2)]
+    pairs = partners(first, second)
+    assert pairs["seed"].tolist() == [1, 2] and all("moe" in path for path in pairs["path_reference"])
 
 
 def test_a_head_with_nothing_to_train_is_the_partner_of_every_seed(write_run):
@@ -112,8 +111,8 @@ def test_a_head_with_nothing_to_train_is_the_partner_of_every_seed(write_run):
         paths += [write_run("lookup", seed, **changes) for seed in seeds]
         trained, floor = group_runs(read(*paths))
         assert (trained.trained, floor.trained) == (True, False)
-        assert [mine.record.checkpoint.seed for mine, _ in partners(trained, floor)] == [3, 4]
-        assert [other.record.checkpoint.seed for _, other in partners(floor, trained)] == [3, 4]
+        assert partners(trained, floor)["seed"].tolist() == [3, 4]
+        assert partners(floor, trained)["seed_reference"].tolist() == [3, 4]
 
 
 def test_two_single_runs_are_compared_whatever_their_seeds(write_run, capsys):
@@ -124,7 +123,7 @@ def test_two_single_runs_are_compared_whatever_their_seeds(write_run, capsys):
     assert all("one seed: interval over prompts alone" in cells[-1] for cells in heads.values())
 
 
-def test_seeds_without_a_partner_are_told_and_none_in_common_gives_no_ratio(write_run, capsys):
+def test_seeds_without_a_partner_are_noted_and_none_in_common_gives_no_ratio(write_run, capsys):
     paths = [write_run("mlp", 0), write_run("mlp", 1), write_run("moe", 1), write_run("moe", 2)]
     paths += [write_run("rnn", 8), write_run("rnn", 9)]
     assert main([*paths, "--against", "mlp"]) == 0
@@ -221,7 +220,7 @@ MISTAKES = {
     "backbone": (lambda write: [write("mlp", 0), write("moe", 0, config__backbone__fingerprint="0")], "fingerprint"),
     "sample": (lambda write: [write("mlp", 0), write("moe", 0, data__num_prompts=9)], "num_prompts differs"),
     "seed twice": (lambda write: [write("mlp", 0), write("mlp", 0, name="b.json")], "2 results of mlp have training"),
-    "no seed": (lambda write: [write("mlp", 0), write("mlp", None)], "does not tell its training seed"),
+    "no seed": (lambda write: [write("mlp", 0), write("mlp", None)], "does not record its training seed"),
     "no head": (lambda write: [write("autoregressive", 0)], "no result of a head"),
     "no prompt": (lambda write: [write("mlp", 0), write("mlp", 1, rows=[])], "no prompt counts"),
     "against": (lambda write: [write("mlp", 0), "--against", "mpl"], "Did you mean 'mlp'?"),
@@ -250,7 +249,7 @@ def test_a_target_that_would_be_lost_is_refused(write_run, tmp_path, capsys):
     page.write_text("a page without markers")
     same = str(tmp_path / "same")
     for arguments, complaint in (
-        (["--markdown", str(page)], f"the marker {BEGIN} must stand there once, found 0"),
+        (["--markdown", str(page)], f"expected the marker {BEGIN} once, found it 0 times"),
         (["--json", path], "is one of the results"),
         (["--json", same, "--markdown", same], "two outputs"),
         (["--json", str(tmp_path)], "cannot write"),
@@ -259,12 +258,3 @@ def test_a_target_that_would_be_lost_is_refused(write_run, tmp_path, capsys):
         assert main([path, *arguments]) == 2
         assert complaint in capsys.readouterr().err
         assert (page.read_text(), Path(path).read_bytes()) == ("a page without markers", before)
-
-
-def test_it_runs_as_a_script(write_run):
-    done = subprocess.run(
-        [sys.executable, "bench/seeds.py", write_run("mlp", 0), write_run("mlp", 1)], cwd=ROOT, capture_output=True,
-        text=True, check=False, env={**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "2 (0, 1)" in done.stdout

@@ -15,11 +15,11 @@ import pytest
 import backbone.model
 import bench.compare
 import bench.measure.attempts
-import bench.measure.measure
+import bench.measure.side_by_side
 import decoding.rules
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
-from bench.record.schema import parse_record, read_record
+from bench.record.schema import Record
 from bench.run import main
 from decoding.generate import first_difference, generate_autoregressive
 from heads.checkpoint import save_checkpoint
@@ -102,7 +102,7 @@ def whole_run(folder):
 
 @pytest.fixture(scope="module")
 def record(whole_run):
-    return read_record(whole_run[0] / "gated_rnn.json")
+    return Record.read(whole_run[0] / "gated_rnn.json")
 
 
 def test_a_run_writes_the_head_and_its_autoregressive_twin(whole_run, record):
@@ -117,8 +117,8 @@ def test_a_run_writes_the_head_and_its_autoregressive_twin(whole_run, record):
     assert record.adaptation is None and all(row.adapted is None for row in record.per_prompt)
     assert record.config.backbone.path == "assets/tiny-vicuna"
     lines = out.splitlines()
-    assert parse_record(json.loads(lines[-1])) == record
-    assert parse_record(json.loads(lines[-2])) == read_record(results / "autoregressive.json")
+    assert Record.parse(json.loads(lines[-1])) == record
+    assert Record.parse(json.loads(lines[-2])) == Record.read(results / "autoregressive.json")
     assert "accept length" in out
 
 
@@ -127,7 +127,7 @@ def test_a_chain_is_drafted_in_one_call_and_the_record_says_in_which_dtype(folde
     for given, dtype in ((), "float16"), (("--draft-dtype", "float32"), "float32"):
         status, _, err = run(folder, "--head", "gated_rnn", "--tree", "chain:2", *given, "--out", tmp_path / "out.json")
         assert status == 0, err
-        found = read_record(tmp_path / "out.json")
+        found = Record.read(tmp_path / "out.json")
         assert found.config.decoding.draft_dtype == dtype and found.config.decoding.tree == [[0], [0, 0]]
         assert found.parity.identical == found.parity.prompts == 3
 
@@ -149,7 +149,7 @@ def test_both_sides_count_tokens_and_passes_alike(record):
 
 
 def test_the_stages_add_up_to_the_total(whole_run, record):
-    for each in (record, read_record(whole_run[0] / "autoregressive.json")):
+    for each in (record, Record.read(whole_run[0] / "autoregressive.json")):
         t = each.timing
         stages = t.prefill_s + t.draft_s + t.verify_s + t.accept_s + t.cache_s + t.host_s
         assert stages == pytest.approx(t.total_s, rel=0.02)
@@ -159,7 +159,7 @@ def test_the_stages_add_up_to_the_total(whole_run, record):
 
 
 def test_the_record_of_the_twin_holds_what_the_head_was_compared_with(whole_run, record):
-    twin = read_record(whole_run[0] / "autoregressive.json")
+    twin = Record.read(whole_run[0] / "autoregressive.json")
     assert twin.head == "autoregressive" and twin.checkpoint is twin.baseline is twin.parity is None
     assert twin.head_stats == {} and twin.adaptation is None
     assert twin.config.decoding.num_nodes == 1 and twin.config.decoding.tree == []
@@ -193,7 +193,7 @@ def replies(backbone, prompts):
 def test_a_head_that_changes_the_backbone_is_held_to_the_changed_one(folder, tmp_path, record, adapting):
     status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 5, "--out-dir", tmp_path)
     assert status == 0, err
-    found = read_record(tmp_path / "gated_rnn.json")
+    found = Record.read(tmp_path / "gated_rnn.json")
     assert (found.parity.prompts, found.parity.identical, found.parity.first_difference) == (3, 3, None)
     # the conversations, with the original's replies for history
     tokenizer, frozen = load_tokenizer(), backbone.model.load_backbone(None, "float16")
@@ -217,7 +217,7 @@ def test_a_head_that_changes_the_backbone_is_held_to_the_changed_one(folder, tmp
     for row, plain in zip(found.per_prompt, record.per_prompt, strict=True):
         assert (row.baseline_tokens, row.prompt_tokens) == (plain.baseline_tokens, plain.prompt_tokens)
         assert row.tokens == row.adapted.tokens
-    twin = read_record(tmp_path / "autoregressive.json")
+    twin = Record.read(tmp_path / "autoregressive.json")
     assert [row.tokens for row in twin.per_prompt] == [row.baseline_tokens for row in record.per_prompt]
     assert found.metrics.speedup == pytest.approx(found.metrics.tokens_per_s / found.baseline.tokens_per_s)
     assert found.baseline.total_s == pytest.approx(sum(row.time_s for row in twin.per_prompt))
@@ -232,7 +232,7 @@ def test_decoding_with_the_wrong_backbone_is_seen(folder, tmp_path, monkeypatch,
     monkeypatch.setattr(bench.measure.attempts, name, lambda _, *arguments, **rules: right(frozen, *arguments, **rules))
     status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 5, "--out", tmp_path / "out.json")
     assert status == 0 and "prompts gave the tokens of its twin" in err
-    record = read_record(tmp_path / "out.json")
+    record = Record.read(tmp_path / "out.json")
     assert record.parity.identical < 3 and record.parity.first_difference is not None
     assert record.adaptation.greedy_agreement == (1.0 if side == "twin" else pytest.approx(record.parity.identical / 3))
 
@@ -262,7 +262,7 @@ def test_one_node_decodes_without_the_head(folder, tmp_path):
     out = tmp_path / "one.json"
     status, _, err = run(folder, "--nodes", 1, "--out", out)
     assert status == 0, err
-    record = read_record(out)
+    record = Record.read(out)
     assert record.config.decoding.tree == [] and record.metrics.accept_rate == []
     assert record.metrics.accept_length == 1 and record.timing.draft_s == 0 and record.parity.identical == 3
     assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
@@ -272,7 +272,7 @@ def test_a_checkpoint_with_fewer_paths_than_asked_for_is_said(folder, tmp_path):
     status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 9, "--num-prompts", 1, "--out-dir", tmp_path)
     assert status == 0 and "6 nodes instead of 9" in err
     assert [path.name for path in tmp_path.iterdir()] == ["gated_rnn.json"]  # no twin's record: not the whole set
-    assert read_record(tmp_path / "gated_rnn.json").config.decoding.num_nodes == 6
+    assert Record.read(tmp_path / "gated_rnn.json").config.decoding.num_nodes == 6
 
 
 def test_a_wrong_verification_is_seen_and_its_speedup_refused(folder, tmp_path, monkeypatch, capsys):
@@ -285,7 +285,7 @@ def test_a_wrong_verification_is_seen_and_its_speedup_refused(folder, tmp_path, 
     monkeypatch.setattr(decoding.rules, "verify_greedy", wrong)
     status, _, err = run(folder, "--nodes", 4, "--num-prompts", 2, "--out-dir", tmp_path)
     assert status == 0 and "only 0 of 2 prompts gave the tokens of its twin" in err
-    record = read_record(tmp_path / "gated_rnn.json")
+    record = Record.read(tmp_path / "gated_rnn.json")
     assert record.parity.identical == 0 and [row.identical for row in record.per_prompt] == [False, False]
     difference = record.parity.first_difference
     assert difference.prompt_id == "0" and difference.position == 1 and difference.logit_gap > 0
@@ -309,9 +309,9 @@ def test_an_interrupted_run_keeps_the_prompts_that_were_finished(folder, tmp_pat
     status, out, err = run(folder, "--out-dir", tmp_path)
     assert status == 130 and "interrupted" in err
     assert [path.name for path in tmp_path.iterdir()] == ["gated_rnn.json"]
-    record = read_record(tmp_path / "gated_rnn.json")
+    record = Record.read(tmp_path / "gated_rnn.json")
     assert record.status == "interrupted" and len(record.per_prompt) == 1 and record.data.num_prompts == 3
-    assert parse_record(json.loads(out.splitlines()[-1])) == record
+    assert Record.parse(json.loads(out.splitlines()[-1])) == record
 
 
 def test_an_interrupt_before_the_first_prompt_leaves_older_results_alone(folder, tmp_path, monkeypatch):
@@ -319,7 +319,7 @@ def test_an_interrupt_before_the_first_prompt_leaves_older_results_alone(folder,
         raise KeyboardInterrupt
 
     (tmp_path / "gated_rnn.json").write_text("older")
-    monkeypatch.setattr(bench.measure.measure, "warm_up", interrupted)
+    monkeypatch.setattr(bench.measure.side_by_side, "warm_up", interrupted)
     status, out, _ = run(folder, "--out-dir", tmp_path)
     assert status == 130 and out == "" and (tmp_path / "gated_rnn.json").read_text() == "older"
 
@@ -330,7 +330,7 @@ def test_what_does_not_fit_the_cache_is_named_and_the_rest_measured(folder, tmp_
     out = tmp_path / "out.json"
     status, _, err = run(folder, "--prompts", prompts, "--cache-length", 128, "--out", out)
     assert status == 0, err
-    record = read_record(out)
+    record = Record.read(out)
     assert [failure.prompt_id for failure in record.failures] == ["0"]
     assert "the cache 128 rows" in record.failures[0].error and "1 prompt(s) failed" in err
     assert [(row.prompt_id, row.turns) for row in record.per_prompt] == [("1", 1), ("2", 1)]
@@ -344,7 +344,7 @@ def test_both_sides_end_alike_where_the_cache_is_full(folder, tmp_path):
     out = tmp_path / "out.json"
     status, _, err = run(folder, "--prompts", prompts, "--cache-length", length + 4, "--out", out)
     assert status == 0, err
-    row = read_record(out).per_prompt[0]
+    row = Record.read(out).per_prompt[0]
     assert row.finish_reason == "cache" and row.identical and row.tokens == row.baseline_tokens == 4
 
 
@@ -357,25 +357,25 @@ def test_with_one_file_and_no_trained_head_the_twin_is_measured_alone(folder, tm
     out_file = tmp_path / "out.json"
     status, out, err = run(folder, "--runs", tmp_path / "none", "--num-prompts", 1, "--out", out_file)
     assert status == 0 and "python train.py --head NAME" in err
-    assert json.loads(out.splitlines()[-1])["head"] == read_record(out_file).head == "autoregressive"
+    assert json.loads(out.splitlines()[-1])["head"] == Record.read(out_file).head == "autoregressive"
 
 
 def test_a_bare_run_measures_the_trained_heads_and_those_that_need_no_training(folder, tmp_path):
     status, out, err = run(folder, "--num-prompts", 1, "--out-dir", tmp_path)
     assert status == 0, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gated_rnn.json", "prompt_lookup.json"]
-    floor = read_record(tmp_path / "prompt_lookup.json")
-    assert parse_record(json.loads(out.splitlines()[-1])) == floor
+    floor = Record.read(tmp_path / "prompt_lookup.json")
+    assert Record.parse(json.loads(out.splitlines()[-1])) == floor
     assert floor.checkpoint is None and floor.config.head == {"num_depths": 8, "max_ngram": 3}
     assert floor.config.decoding.num_nodes == 16 and (floor.parity.prompts, floor.parity.identical) == (1, 1)
-    assert read_record(tmp_path / "gated_rnn.json").checkpoint is not None
+    assert Record.read(tmp_path / "gated_rnn.json").checkpoint is not None
 
 
 def test_a_head_that_needs_no_training_is_measured_with_a_checkpoint_and_without(folder, tmp_path):
     one = ("--head", "prompt_lookup", "--num-prompts", 1, "--nodes", 3, "--out", tmp_path / "out.json")
     status, _, err = run(folder, "--runs", tmp_path / "runs", *one)
     assert status == 0, err
-    assert read_record(tmp_path / "out.json").checkpoint is None
+    assert Record.read(tmp_path / "out.json").checkpoint is None
     frozen = backbone.model.load_backbone(None, "float16")
     directory = tmp_path / "runs" / "prompt_lookup" / "a" / "checkpoint"
     config = {
@@ -387,14 +387,14 @@ def test_a_head_that_needs_no_training_is_measured_with_a_checkpoint_and_without
     save_checkpoint(directory, build("prompt_lookup", config["head_config"], frozen), config, {})
     status, _, err = run(folder, "--runs", tmp_path / "runs", *one)
     assert status == 0, err
-    record = read_record(tmp_path / "out.json")
+    record = Record.read(tmp_path / "out.json")
     assert record.checkpoint.parameters == 0 and record.config.head["max_ngram"] == 2
     assert record.config.decoding.tree == [[0], [0, 0]]
     config["backbone"]["fingerprint"] = "0123456789abcdef"
     (directory / "config.json").write_text(json.dumps(config))
     status, _, err = run(folder, "--runs", tmp_path / "runs", *one)
     assert status == 0 and "it is of another backbone; prompt_lookup is measured with its defaults" in err
-    assert read_record(tmp_path / "out.json").checkpoint is None
+    assert Record.read(tmp_path / "out.json").checkpoint is None
 
 
 def test_a_checkpoint_of_another_backbone_is_refused_or_passed_over(folder, tmp_path):
@@ -490,12 +490,12 @@ def test_help_names_every_default(capsys):
 
 def test_the_warm_up_leaves_no_kernel_for_the_clock(folder, tmp_path, monkeypatch):
     """Kernels count as they are loaded, from the cache or from the compiler; a new one is seen."""
-    before = bench.measure.measure.loaded_kernels()
+    before = bench.measure.side_by_side.loaded_kernels()
     if before is None:
         pytest.skip("this system does not list loaded files")
     from runtime import jt
 
     (jt.array(np.ones((2, 3, 4), np.float32)).cos().sum() * 3.25).sync()
-    assert bench.measure.measure.loaded_kernels() > before
+    assert bench.measure.side_by_side.loaded_kernels() > before
     status, _, err = run(folder, "--num-prompts", 2, "--out", tmp_path / "out.json")
     assert status == 0 and "first used on the clock" not in err

@@ -11,7 +11,7 @@ import pytest
 import backbone.model
 from backbone.tokenizer import load_tokenizer
 from bench.measure.quantization import agreement, perplexity
-from bench.record.schema import read_record
+from bench.record.schema import Record
 from bench.run import main
 from ops.decoder_layer import RowPlan
 from runtime.entry import run_entry
@@ -51,7 +51,7 @@ def measured(prompts, tmp_path):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = run_entry(main, [*map(str, given), "--out-dir", str(tmp_path), *map(str, options)])
         assert status == 0, err.getvalue()
-        return read_record(tmp_path / "prompt_lookup.json"), err.getvalue()
+        return Record.read(tmp_path / "prompt_lookup.json"), err.getvalue()
 
     return run
 

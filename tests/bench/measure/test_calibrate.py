@@ -19,7 +19,7 @@ from bench.calibrate import choose, improve, interval, sample
 from bench.measure.calibration import CandidateTree, read_calibration
 from bench.measure.latency import bundle, row_counts
 from bench.measure.texts import GreedyText, distinct, held_out_prompts, rank_texts
-from bench.record.schema import read_record
+from bench.record.schema import Record
 from decoding.acceptance import RankedText, replay
 from decoding.generate import generate, generate_autoregressive
 from decoding.search import Candidate, LatencyCurve, refine
@@ -247,7 +247,7 @@ def measure(folder, *arguments):
 
 def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(folder):
     _, directory, out, err = folder
-    found = read_calibration(directory / "calibration.json")
+    found = Calibration.read(directory / "calibration.json")
     assert json.loads(out.splitlines()[-1]) == json.loads((directory / "calibration.json").read_text())
     assert found.subject.head == "gated_rnn" and found.subject.dtype == "float16"
     assert (found.texts.prompts, found.texts.texts) == (3, 4) and found.texts.max_new_tokens == NEW_TOKENS
@@ -273,12 +273,12 @@ def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(folde
 def test_the_accept_length_of_every_candidate_is_what_a_run_measures(folder, tmp_path):
     """On the calibration's own prompts the replay is exact, whatever the machine does."""
     root, directory, _, _ = folder
-    for number, each in enumerate(read_calibration(directory / "calibration.json").candidates):
+    for number, each in enumerate(Calibration.read(directory / "calibration.json").candidates):
         tree = tmp_path / f"{number}.tree"
         tree.write_text(json.dumps(each.tree))
         status, _, err = measure(root, "--head", "gated_rnn", "--tree", tree, "--out", tmp_path / "out.json")
         assert status == 0, err
-        record = read_record(tmp_path / "out.json")
+        record = Record.read(tmp_path / "out.json")
         assert record.metrics.accept_length == pytest.approx(each.accept_length)
         assert record.prediction.accept_length == each.accept_length and record.prediction.same_machine
         assert "prediction gated_rnn: accept length" in err and "measured / predicted 1.00" in err
@@ -289,8 +289,8 @@ def test_auto_decodes_with_the_chosen_tree(folder, tmp_path):
     root, directory, _, _ = folder
     status, _, err = measure(root, "--head", "gated_rnn", "--tree", "auto", "--out", tmp_path / "out.json")
     assert status == 0, err
-    chosen = read_calibration(directory / "calibration.json").best
-    record = read_record(tmp_path / "out.json")
+    chosen = Calibration.read(directory / "calibration.json").best
+    record = Record.read(tmp_path / "out.json")
     assert record.config.decoding.tree == chosen.tree and record.parity.identical == 3
     assert record.prediction.tokens_per_s == chosen.measured_tokens_per_s
 
@@ -302,9 +302,9 @@ def test_a_head_without_a_checkpoint_is_calibrated_under_the_runs(folder, tmp_pa
     assert status == 2 and "run python bench/calibrate.py --head prompt_lookup" in err
     status, _, err = calibrate(root, *asked)
     assert status == 0, err
-    assert read_calibration(tmp_path / "prompt_lookup" / "calibration.json").subject.weights_sha256 is None
+    assert Calibration.read(tmp_path / "prompt_lookup" / "calibration.json").subject.weights_sha256 is None
     status, _, err = measure(root, *asked, "--tree", "auto", "--out", tmp_path / "out.json")
-    assert status == 0 and read_record(tmp_path / "out.json").prediction is not None, err
+    assert status == 0 and Record.read(tmp_path / "out.json").prediction is not None, err
 
 
 def test_a_calibration_is_a_tree_file(folder, tmp_path):
@@ -312,7 +312,7 @@ def test_a_calibration_is_a_tree_file(folder, tmp_path):
     file, out = directory / "calibration.json", tmp_path / "out.json"
     status, _, err = measure(root, "--head", "prompt_lookup", "--tree", file, "--out", out)
     assert status == 0, err
-    assert read_record(out).config.decoding.tree == read_calibration(file).best.tree
+    assert Record.read(out).config.decoding.tree == Calibration.read(file).best.tree
 
 
 def test_a_tree_too_deep_for_the_head_is_refused(folder, tmp_path):
@@ -351,4 +351,4 @@ def test_the_benchs_own_prompts_are_not_taken_in_silence(tmp_path):
     few = ("--max-new-tokens", 4, "--max-nodes", 2, "--timed", 1, "--repeats", 1)
     status, _, err = call(bench.calibrate.main, *asked, *few)
     assert status == 0 and "these are the prompts that bench/run.py measures on" in err
-    assert read_calibration(out).texts.path == "assets/prompts/chat.jsonl"
+    assert Calibration.read(out).texts.path == "assets/prompts/chat.jsonl"

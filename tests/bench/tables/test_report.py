@@ -1,15 +1,14 @@
 """The Markdown table: numbers from the JSON files alone, one row a file, nothing else of the page touched."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from bench.report import BEGIN, END, main
+import bench.report
+from bench.tables.report import BEGIN, END
+from tests.bench.helpers import status_of
 
-ROOT = Path(__file__).resolve().parents[2]
+main = status_of(bench.report.main)
 
 
 def rows_of(path):
@@ -102,10 +101,10 @@ def test_updating_replaces_the_block_alone_and_twice_is_once(write_result, tmp_p
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("no marker", f"the marker {BEGIN} must stand there once, found 0"),
-        (f"{BEGIN}\n", f"the marker {END} must stand there once, found 0"),
-        (f"{BEGIN}{END}{BEGIN}", f"the marker {BEGIN} must stand there once, found 2"),
-        (f"{END}\n{BEGIN}\n", f"{END} stands before {BEGIN}"),
+        ("no marker", f"expected the marker {BEGIN} once, found it 0 times"),
+        (f"{BEGIN}\n", f"expected the marker {END} once, found it 0 times"),
+        (f"{BEGIN}{END}{BEGIN}", f"expected the marker {BEGIN} once, found it 2 times"),
+        (f"{END}\n{BEGIN}\n", f"{END} comes before {BEGIN}"),
     ],
 )
 def test_a_page_without_its_markers_is_refused_and_no_page_changes(write_result, tmp_path, capsys, text, complaint):
@@ -138,7 +137,7 @@ def test_no_page_is_written_when_one_of_them_cannot_be(write_result, tmp_path, c
         if str(path) == str(pages[1]):
             raise OSError(f"cannot write {path}: read-only")
 
-    monkeypatch.setattr("bench.report.check_writable", refuse_the_second)
+    monkeypatch.setattr("bench.tables.report.check_writable", refuse_the_second)
     assert main([write_result("a.json"), "--update", *map(str, pages)]) == 2
     assert "read-only" in capsys.readouterr().err
     assert pages[0].read_text() == f"{BEGIN}\n{END}\n"
@@ -151,10 +150,7 @@ def test_names_cannot_break_the_table(write_result, tmp_path):
     assert "| x\\|y |" in text and "[a b.json](a%20b.json)" in text
 
 
-def test_it_runs_as_a_script_and_prints_without_a_page(write_result):
-    done = subprocess.run(
-        [sys.executable, "bench/report.py", write_result("a.json")], cwd=ROOT, capture_output=True, text=True,
-        check=False, env={**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("| head |") and "a.json" in done.stdout
+def test_without_a_page_the_table_is_printed(write_result, capsys):
+    assert main([write_result("a.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("| head |") and "a.json" in out

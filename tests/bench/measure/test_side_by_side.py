@@ -3,8 +3,8 @@
 import pytest
 
 import bench.measure.attempts
-import bench.measure.measure
-from bench.measure.rules import Acceptance
+import bench.measure.side_by_side
+from decoding.options import Acceptance
 from bench.record.prompts import Prompt
 from decoding.generate import Generation, Timers
 
@@ -45,18 +45,18 @@ def test_the_history_holds_the_replies_of_the_baseline_for_every_side(adapts):
     if adapts:
         assert attempt.difference is None  # the head's tokens are those of its own backbone
     else:
-        assert attempt.difference.twin_ids == [11] and attempt.difference.head_ids == [21]
+        assert attempt.difference.expected_ids == [11] and attempt.difference.head_ids == [21]
 
 
 def test_the_sides_take_turns_in_going_first(monkeypatch):
-    monkeypatch.setattr(bench.measure.measure, "explain", lambda *arguments: None)
-    setup, result = Fakes(repeats=2), bench.measure.measure.Measurement()
+    monkeypatch.setattr(bench.measure.side_by_side, "explain", lambda *arguments: None)
+    setup, result = Fakes(repeats=2), bench.measure.side_by_side.Measurement()
     for index in range(2):
-        bench.measure.measure.measure_prompts(setup, [Prompt(f"p{index}", "c", ("one",))], index, result)
+        bench.measure.side_by_side.measure_prompts(setup, [Prompt(f"p{index}", "c", ("one",))], index, result)
     assert setup.calls == ["baseline", "head", "head", "baseline", "head", "baseline", "baseline", "head"]
     setup = Fakes(adapts=True)
     for index in range(2):
-        bench.measure.measure.measure_prompts(setup, [Prompt(f"q{index}", "c", ("one",))], index, result)
+        bench.measure.side_by_side.measure_prompts(setup, [Prompt(f"q{index}", "c", ("one",))], index, result)
     assert setup.calls == ["baseline", "head", "adapted", "head", "baseline", "adapted"]
 
 
@@ -72,17 +72,17 @@ def test_the_turns_of_a_batch_are_asked_together_and_end_one_by_one():
 
 
 def test_of_several_repeats_each_side_keeps_its_median(monkeypatch):
-    monkeypatch.setattr(bench.measure.measure, "explain", lambda *arguments: None)
+    monkeypatch.setattr(bench.measure.side_by_side, "explain", lambda *arguments: None)
     # in order of the calls: baseline, head; head, baseline; baseline, head
-    setup, result = Fakes(repeats=3, seconds=[3, 6, 4, 1, 2, 5]), bench.measure.measure.Measurement()
-    bench.measure.measure.measure_prompts(setup, [Prompt("p", "c", ("one",))], 0, result)
+    setup, result = Fakes(repeats=3, seconds=[3, 6, 4, 1, 2, 5]), bench.measure.side_by_side.Measurement()
+    bench.measure.side_by_side.measure_prompts(setup, [Prompt("p", "c", ("one",))], 0, result)
     (row,) = result.rows
     assert (row.baseline_time_s, row.time_s) == (2.0, 5.0) and result.timers.total_s == 6.0
 
 
 def test_the_adapted_backbones_time_counts_for_neither_side():
-    setup, result = Fakes(adapts=True, seconds=[3, 6, 500]), bench.measure.measure.Measurement()
-    bench.measure.measure.measure_prompts(setup, [Prompt("p", "c", ("one",))], 0, result)
+    setup, result = Fakes(adapts=True, seconds=[3, 6, 500]), bench.measure.side_by_side.Measurement()
+    bench.measure.side_by_side.measure_prompts(setup, [Prompt("p", "c", ("one",))], 0, result)
     (row,) = result.rows
     assert (row.baseline_time_s, row.time_s) == (3.0, 6.0)
     assert (result.timers.total_s, result.baseline_timers.total_s) == (7.0, 4.0)
@@ -98,7 +98,7 @@ def test_the_texts_of_two_backbones_are_compared_turn_by_turn():
         (stretch([5, 6, 7], [1, 9]), 3, 3),
         (stretch([5, 6, 7, 7], [8]), 3, 4),  # longer and shorter: what is missing does not agree
     ):
-        found = bench.measure.measure.compare_texts(original, adapted)
+        found = bench.measure.side_by_side.compare_texts(original, adapted)
         assert (found.tokens, found.agreeing_tokens) == (tokens, agreeing)
 
 
@@ -108,6 +108,6 @@ def test_a_difference_is_counted_from_the_first_turn():
     assert stretch.tokens == 3  # the prefill's two left out
     difference = bench.measure.attempts.Difference([1], [5, 6], [5], before=3, position=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.measure.measure, "logit_gap", lambda *arguments: 0.25)
-        found = bench.measure.measure.explain(None, Prompt("p", "c", ("a",)), difference)
+        patch.setattr(bench.measure.side_by_side, "logit_gap", lambda *arguments: 0.25)
+        found = bench.measure.side_by_side.explain(None, Prompt("p", "c", ("a",)), difference)
     assert (found.position, found.baseline_token, found.head_token, found.logit_gap) == (4, 6, None, 0.25)

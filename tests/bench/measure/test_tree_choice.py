@@ -9,8 +9,8 @@ import pytest
 
 import runtime
 from bench.measure.calibration import FILE, calibration_path, parse_calibration, read_calibration, write_calibration
-from bench.measure.trees import AUTO, check_room, choose_tree, describe_prediction, describe_tree, parse_tree
-from bench.record.schema import parse_record
+from bench.measure.tree_choice import AUTO, check_room, choose_tree, describe_prediction, describe_tree, parse_tree
+from bench.record.schema import Record
 from decoding.generate import generate, generate_autoregressive
 from decoding.tree import Tree, default_tree
 from heads.base import Head
@@ -205,9 +205,9 @@ def test_stored_paths_that_make_no_tree_are_refused(choose, stored):
 
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path, content):
-    found = parse_calibration(content, "here")
+    found = Calibration.parse(content, "here")
     write_calibration(found, tmp_path / "a" / FILE)
-    assert read_calibration(tmp_path / "a" / FILE) == found
+    assert Calibration.read(tmp_path / "a" / FILE) == found
     assert found.tree == Tree.from_paths([[0], [1]]) and found.best.accept_length == 1.5
     assert found.candidate(Tree.chain(1)) is None
 
@@ -230,13 +230,13 @@ def test_a_broken_calibration_is_refused_by_name(tmp_path, content, change, said
     path = tmp_path / FILE
     path.write_text(json.dumps(broken))
     with pytest.raises(ValueError, match=rf"{FILE}: .*{said}"):
-        read_calibration(path)
+        Calibration.read(path)
 
 
 def test_a_file_that_is_no_json_is_refused_by_name(tmp_path):
     (tmp_path / FILE).write_text("{")
     with pytest.raises(ValueError, match=FILE):
-        read_calibration(tmp_path / FILE)
+        Calibration.read(tmp_path / FILE)
 
 
 # Predicted and measured ----------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_predictions_are_set_beside_what_was_measured(make_record):
         "accept_length": 2.0, "accept_length_ci": [1.8, 2.2], "tokens_per_s": 4.0, "autoregressive_tokens_per_s": 2.0,
         "calibration": "here", "prompts_sha256": "c0de", "same_machine": True,
     }  # fmt: skip
-    record = parse_record(make_record(prediction=prediction))
+    record = Record.parse(make_record(prediction=prediction))
     lines = describe_prediction(record)
     assert len(lines) == 4 and all(line.startswith("prediction gated_rnn: ") for line in lines)
     measured = record.metrics.accept_length
@@ -258,9 +258,9 @@ def test_predictions_are_set_beside_what_was_measured(make_record):
     assert f"measured / predicted {record.baseline.tokens_per_s / 2:.2f}" in lines[2]
     assert f"measured / predicted {record.metrics.speedup / 2:.2f}" in lines[3]
     elsewhere = {**prediction, "same_machine": False, "prompts_sha256": "cafe"}
-    told = describe_prediction(parse_record(make_record(prediction=elsewhere)))
+    told = describe_prediction(Record.parse(make_record(prediction=elsewhere)))
     assert "these very prompts" in told[4] and "another machine's" in told[5]
-    assert describe_prediction(parse_record(make_record())) == []
+    assert describe_prediction(Record.parse(make_record())) == []
 
 
 # A tree of one node --------------------------------------------------------------------------------------------------

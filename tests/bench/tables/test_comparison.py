@@ -8,29 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.compare import main
-from bench.tables.summary import (
-    differences,
-    find_result,
-    format_number,
-    head_to_head,
-    load_results,
-    sort_summaries,
-    summarise,
-)
+import bench.compare
+from bench.tables.comparison import head_to_head
+from bench.tables.numbers import format_number
+from bench.tables.results import differences, find_result, load_results, read_results, sort_results
+from tests.bench.helpers import cells_of, status_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+main = status_of(bench.compare.main)
 DIFFERENT = {"tokens": 11, "identical": False}
-
-
-@pytest.fixture
-def faster(make_row):
-    """The rows of a head that accepts twice as much as the factory's default and takes half the time."""
-    return [
-        make_row("p0", passes=2, time_s=1.0, reached_by_depth=[2, 2], accepted_by_depth=[2, 2]),
-        make_row("p1", tokens=14, baseline_tokens=14, passes=2, time_s=1.5, reached_by_depth=[2, 2],
-                 accepted_by_depth=[2, 2]),
-    ]  # fmt: skip
 
 
 def test_the_table_shows_the_numbers_of_each_file(write_result, capsys):
@@ -38,9 +24,7 @@ def test_the_table_shows_the_numbers_of_each_file(write_result, capsys):
                         metrics__tokens_per_s=123.456, metrics__accept_length_ci=[2.5, 3.5])  # fmt: skip
     assert main([path]) == 0
     out, err = capsys.readouterr()
-    line = next(line for line in out.splitlines() if "gated_rnn" in line)
-    cells = [cell.strip() for cell in line.strip("│┃|").split("│")]
-    assert cells == [
+    assert cells_of(next(line for line in out.splitlines() if "gated_rnn" in line)) == [
         "gated_rnn", "tiny-vicuna", "64", "float16", "2", "3.00 [2.50, 3.50]", "123.5", "1.93 [1.81, 2.04]", "1.31",
         "25.0%", "156.2", "0.000123", "1.50", "2/2",
     ]  # fmt: skip
@@ -98,21 +82,19 @@ def test_an_interrupted_result_is_marked(write_result, capsys):
 )
 def test_each_unequal_condition_is_named_with_its_values_by_file(write_result, field, value, name, shown):
     a, b = write_result("a.json"), write_result("b.json", head="mlp", **{field: value})
-    results, _ = load_results([a, b])
-    (sentence,) = differences(results)
+    (sentence,) = differences(load_results([a, b]))
     assert name in sentence
     assert shown.format(a=a, b=b) in sentence
 
 
 def test_equal_conditions_and_the_baselines_missing_tree_are_no_difference(write_result):
-    twin = write_result("ar.json", head="autoregressive", config__decoding__num_nodes=1)
-    results, _ = load_results([write_result("a.json"), write_result("b.json", head="mlp"), twin])
-    assert differences(results) == []
+    baseline = write_result("ar.json", head="autoregressive", config__decoding__num_nodes=1)
+    assert differences(load_results([write_result("a.json"), write_result("b.json", head="mlp"), baseline])) == []
 
 
-def test_uncommitted_changes_are_told(write_result):
-    results, _ = load_results([write_result("a.json"), write_result("b.json", head="mlp", provenance__git_dirty=True)])
-    (sentence,) = differences(results)
+def test_uncommitted_changes_are_reported(write_result):
+    paths = [write_result("a.json"), write_result("b.json", head="mlp", provenance__git_dirty=True)]
+    (sentence,) = differences(load_results(paths))
     assert "git_dirty" in sentence and "b.json" in sentence and "a.json" not in sentence
 
 
@@ -141,13 +123,13 @@ def test_prompts_of_another_file_are_never_paired(write_result, capsys):
     assert "mlp / gated_rnn" not in out
     assert "no paired ratio: mlp and gated_rnn were measured on different prompt files" in err
     assert main([*paths, "--head-to-head", "mlp", "gated_rnn"]) == 2
-    results, _ = load_results(paths)
+    results, _ = read_results(paths)
     with pytest.raises(ValueError, match="different prompt files"):
         head_to_head(*results)
 
 
 def test_results_of_one_head_are_told_apart_by_file(write_result):
-    results, _ = load_results([write_result("a.json"), write_result("b.json"), write_result("c.json", head="mlp")])
+    results, _ = read_results([write_result("a.json"), write_result("b.json"), write_result("c.json", head="mlp")])
     assert [result.label for result in results] == ["gated_rnn (a)", "gated_rnn (b)", "mlp"]
     assert find_result(results, "b") is results[1]
     assert find_result(results, "mlp") is results[2]
@@ -162,7 +144,7 @@ def test_what_a_head_costs_is_shown_and_null_where_unknown(write_result, tmp_pat
     unknown = write_result("b.json", head="mlp", checkpoint=None, timing__draft_s=None)
     assert main([known, unknown, "--json", str(tmp_path / "out.json")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "float16" in line]
-    cells = [[cell.strip() for cell in line.strip("│┃|").split("│")][-5:-1] for line in lines]
+    cells = [cells_of(line)[-5:-1] for line in lines]
     assert cells == [["0.0%", "0.25", "4.46", "119.5"], ["-", "-", "-", "-"]]
     written = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [(row["parameters"], row["draft_ms"], row["train_s"]) for row in written] == [
@@ -201,10 +183,10 @@ def test_sorting_puts_the_best_first_and_the_unknown_last(write_result):
             ("c", 2.5, 2.0, 0.1, 8, 1.0),
         )
     ]
-    summaries = [summarise(result) for result in load_results(paths)[0]]
+    frame = load_results(paths)
 
     def order(column):
-        return [row.head for row in sort_summaries(summaries, column)]
+        return sort_results(frame, column)["head"].tolist()
 
     assert (order("speedup"), order("overhead"), order("head")) == (["c", "b", "a"], ["b", "c", "a"], ["a", "b", "c"])
     assert (order("draft_ms"), order("train_s"), order("parameters")) == (
@@ -260,7 +242,7 @@ def test_a_mistake_is_one_line_and_status_2_with_nothing_written(write_result, t
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_it_runs_as_a_script_and_a_pipe_gets_whole_lines(write_result):
+def test_it_runs_as_a_script_and_a_pipe_gets_complete_lines(write_result):
     path = write_result("a.json", head="a_head_with_a_name_so_long_that_eighty_columns_cannot_hold_the_table")
     done = subprocess.run(
         [sys.executable, "bench/compare.py", path], cwd=ROOT, capture_output=True, text=True, check=False,
@@ -269,63 +251,6 @@ def test_it_runs_as_a_script_and_a_pipe_gets_whole_lines(write_result):
     assert (done.returncode, done.stderr) == (0, "")
     assert any("cannot_hold_the_table" in line and "2/2" in line for line in done.stdout.splitlines())
     assert max(map(len, done.stdout.splitlines())) < 250
-
-
-@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_plot_names_every_head_category_and_phase(write_result, faster, make_row, tmp_path, ending, magic):
-    rows = [make_row("p0", category="math"), make_row("p1", tokens=14, baseline_tokens=14, category="chat")]
-    paths = [write_result("a.json", rows), write_result("b.json", faster, head="mlp")]
-    plot = tmp_path / "plots" / f"plot.{ending}"
-    assert main([*paths, "--plot", str(plot)]) == 0
-    assert plot.read_bytes().startswith(magic)
-    assert os.listdir(plot.parent) == [plot.name]
-    if ending == "svg":
-        text = plot.read_text()
-        for word in ("gated_rnn", "mlp", "math", "chat", "writing", "draft", "verify", "cache", "autoregressive"):
-            assert f"<!-- {word} -->" in text, word
-
-
-def test_the_plot_takes_results_with_unknown_times_and_without_rows(write_result, tmp_path):
-    timing = dict.fromkeys(("prefill_s", "draft_s", "verify_s", "accept_s", "cache_s", "host_s", "total_s"))
-    odd = write_result("a.json", timing=timing, baseline=None, parity=None)
-    empty = write_result("b.json", [], head="mlp", status="interrupted")
-    twin = write_result("c.json", head="autoregressive")
-    for number, paths in enumerate(([odd], [empty], [twin], [odd, empty, twin])):
-        assert main([*paths, "--plot", str(tmp_path / f"{number}.png")]) == 0
-        assert (tmp_path / f"{number}.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_frontier_names_every_head(write_result, faster, make_row, tmp_path, ending, magic):
-    failing = [make_row("p0"), make_row("p1", **DIFFERENT)]
-    paths = [write_result("a.json"), write_result("b.json", faster, head="mlp"), write_result("c.json", head="moe")]
-    paths += [write_result("d.json", failing, head="bad"), write_result("e.json", head="autoregressive")]
-    plot = tmp_path / "plots" / f"plot.{ending}"
-    assert main([*paths, "--frontier", str(plot)]) == 0
-    assert plot.read_bytes().startswith(magic)
-    assert os.listdir(plot.parent) == [plot.name]
-    if ending == "svg":
-        text = plot.read_text()
-        for word in ("gated_rnn", "mlp", "moe", "bad (parity failed)", "Pareto frontier", "autoregressive"):
-            assert f"<!-- {word} -->" in text, word
-
-
-def test_the_frontier_leaves_out_what_has_no_draft_time_and_refuses_when_nothing_has(write_result, tmp_path, capsys):
-    unknown = write_result("a.json", timing__draft_s=None)
-    empty = write_result("b.json", [], head="mlp", status="interrupted")
-    twin = write_result("c.json", head="autoregressive")
-    plot, other = tmp_path / "f.svg", tmp_path / "p.png"
-    assert main([unknown, empty, twin, "--frontier", str(plot), "--plot", str(other)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: no head with a draft time") and "a.json" in err
-    assert not plot.exists() and not other.exists()
-    assert main([unknown, twin, write_result("d.json", head="moe"), "--frontier", str(plot)]) == 0
-    text = plot.read_text()
-    assert "<!-- moe -->" in text and "<!-- gated_rnn -->" not in text
-
-
-def test_one_prompt_has_a_place_without_bars(write_result, make_row, tmp_path):
-    assert main([write_result("a.json", [make_row("p0")]), "--frontier", str(tmp_path / "f.png")]) == 0
 
 
 @pytest.mark.parametrize(

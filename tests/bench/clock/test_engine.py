@@ -11,7 +11,7 @@ import pytest
 from backbone.cache import KVCache
 from bench import engine
 from bench.clock import footprint, machine, passes, shapes
-from bench.clock.engine_record import parse_engine_record, read_engine_record
+from bench.record.engine import EngineRecord
 from bench.clock.footprint import pass_calls
 from bench.clock.loop import Generation, stages
 from bench.clock.passes import (
@@ -185,7 +185,7 @@ def test_the_parts_of_an_engine_that_a_gpu_runs_make_a_valid_record(small_shape,
     monkeypatch.setattr(passes, "Readings", StandInReadings)
     with emulated_cuda():
         run_small(tmp_path / "engine.json", "--no-loop")
-    record = read_engine_record(tmp_path / "engine.json")
+    record = EngineRecord.read(tmp_path / "engine.json")
     (shape,) = record.shapes
     assert shape.memory.where == "device" and shape.transformers is None
     assert [(each.rows, each.context) for each in shape.host] == [(1, 5), (3, 5)]
@@ -362,7 +362,7 @@ def run_small(path, *more):
 def test_a_run_leaves_a_valid_file_a_plot_and_the_same_json(small_shape, tmp_path, capsys):
     path, plot = tmp_path / "deep" / "engine.json", tmp_path / "engine.png"
     run_small(path, "--no-transformers", "--plot", str(plot), "--tokens", "6", "--steps", "20")
-    record = read_engine_record(path)
+    record = EngineRecord.read(path)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == json.loads(path.read_text())
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -381,9 +381,9 @@ def test_a_run_leaves_a_valid_file_a_plot_and_the_same_json(small_shape, tmp_pat
     assert record.loop.autoregressive.tokens == record.loop.tree.tokens == 6
     assert abs(record.loop.tree.wall_gap_percent) < 50  # the stages make up most of the clock, however busy it is here
     with pytest.raises(ValueError, match="shapes"):
-        parse_engine_record({**json.loads(path.read_text()), "shapes": [{"name": "small"}]})
+        EngineRecord.parse({**json.loads(path.read_text()), "shapes": [{"name": "small"}]})
     with pytest.raises(ValueError, match="kind"):
-        parse_engine_record({**json.loads(path.read_text()), "kind": "generation"})
+        EngineRecord.parse({**json.loads(path.read_text()), "kind": "generation"})
 
 
 def test_a_pass_leaves_the_cache_as_long_as_it_was(small_shape):
@@ -401,5 +401,5 @@ def test_a_damaged_file_is_named(tmp_path):
     for text, message in (("{", "malformed JSON"), ("[]", "a JSON object"), ('{"kind": "engine"}', "schema_version")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message) as caught:
-            read_engine_record(path)
+            EngineRecord.read(path)
         assert str(path) in str(caught.value)

@@ -12,11 +12,11 @@ import backbone.model
 import bench.compare
 from backbone.tokenizer import load_tokenizer
 from bench.measure.attempts import Setup
-from bench.measure.measure import Measurement
+from bench.measure.side_by_side import Measurement
 from bench.measure.options import parse
-from bench.measure.rules import Acceptance, describe, read_acceptance
+from decoding.options import Acceptance, describe, read_acceptance
 from bench.record.metrics import aggregate, total_variation
-from bench.record.schema import parse_record, read_record
+from bench.record.schema import Record
 from bench.run import main
 from bench.tables.summary import differences, load_results, summarise
 from decoding.generate import generate_autoregressive
@@ -103,8 +103,8 @@ def run(folder, *arguments):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = run_entry(main, [str(word) for word in given])
     assert status == 0, err.getvalue()
-    head, twin = (read_record(folder / "results" / f"{name}.json") for name in ("prompt_lookup", "autoregressive"))
-    assert parse_record(json.loads(out.getvalue().splitlines()[-1])) == head
+    head, twin = (Record.read(folder / "results" / f"{name}.json") for name in ("prompt_lookup", "autoregressive"))
+    assert Record.parse(json.loads(out.getvalue().splitlines()[-1])) == head
     return head, twin, err.getvalue()
 
 
@@ -222,14 +222,14 @@ def test_a_record_that_contradicts_itself_is_refused(make_record, changes, answe
     record = make_record()
     record["config"]["decoding"].update(changes)
     with pytest.raises(ValueError, match=answer):
-        parse_record(record)
+        Record.parse(record)
 
 
 def test_a_record_from_before_there_were_rules_is_greedy(make_record):
     record = make_record()
     for name in ("accept", "temperature", "top_p", "top_k", "draft", "epsilon", "alpha"):
         del record["config"]["decoding"][name]
-    assert parse_record(record) == parse_record(make_record())
+    assert Record.parse(record) == Record.parse(make_record())
 
 
 def test_a_head_that_changes_the_backbone_has_no_third_side_where_texts_are_drawn(write_result, make_row):

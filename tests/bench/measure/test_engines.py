@@ -11,7 +11,7 @@ import bench.hybrid
 from backbone.engines import load_engine
 from bench import run as bench_run
 from bench.hybrid import Turn, agree, main
-from bench.record.schema import read_record
+from bench.record.schema import Record
 from runtime.entry import run_entry
 from trainer.config import TrainConfig
 from trainer.session import train
@@ -118,7 +118,7 @@ def test_a_run_says_which_engine_it_measured(folder):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         assert run_entry(bench_run.main, given) == 0
-    record = read_record(folder / "mlp.json")
+    record = Record.read(folder / "mlp.json")
     assert (record.config.backbone.engine, record.config.backbone.storage) == ("torch", "torch-float32")
     assert record.parity.identical == record.parity.prompts == 3 and record.provenance["versions"]["torch"]
 
