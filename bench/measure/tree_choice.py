@@ -20,7 +20,7 @@ from bench.record.schema import Prediction
 from bench.tables.terminal import note
 from decoding.options import AUTO, DYNAMIC, read_tree
 from decoding.tree import DynamicTree, Tree, default_tree
-from runtime.records import OtherKindError
+from runtime.records import read_json
 
 WIDTH = 8  # nodes a dynamic tree expands at each depth, and their candidates
 
@@ -35,10 +35,9 @@ class Choice:
 
 def read_tree_file(path: str) -> Tree:
     """The tree of a file: a list of rank paths, or a calibration. Raises ValueError naming the file, OSError."""
-    try:
-        return Calibration.read(path).tree
-    except OtherKindError:
-        return read_tree(path)
+    content = read_json(path)
+    is_calibration = isinstance(content, dict) and content.get("kind") == Calibration.KIND
+    return Calibration.read(path).tree if is_calibration else read_tree(path)
 
 
 def subject_of(directory: Path | None, config: dict, backbone) -> Subject:

@@ -86,8 +86,8 @@ def accept_rate(rows: Sequence[PromptRow]) -> list[float | None]:
     depth = max((len(row.reached_by_depth) for row in rows), default=0)
     reached, accepted = np.zeros(depth, int), np.zeros(depth, int)
     for row in rows:
-        reached[: len(row.reached_by_depth)] += row.reached_by_depth
-        accepted[: len(row.accepted_by_depth)] += row.accepted_by_depth
+        reached[: len(row.reached_by_depth)] += np.array(row.reached_by_depth, int)
+        accepted[: len(row.accepted_by_depth)] += np.array(row.accepted_by_depth, int)
     return [int(a) / int(r) if r else None for a, r in zip(accepted, reached, strict=True)]
 
 

@@ -11,7 +11,6 @@ import pytest
 from backbone.cache import KVCache
 from bench import engine
 from bench.clock import footprint, machine, passes, shapes
-from bench.record.engine import EngineRecord
 from bench.clock.footprint import pass_calls
 from bench.clock.loop import Generation, stages
 from bench.clock.passes import (
@@ -36,6 +35,7 @@ from bench.clock.shapes import (
     weight_bytes,
 )
 from bench.measure import gauges
+from bench.record.engine import EngineRecord
 from decoding.generate import Timers
 from ops.kernel import emulated_cuda
 from runtime.entry import run_entry

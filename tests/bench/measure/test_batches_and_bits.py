@@ -1,10 +1,5 @@
 """What --batch-size, --tree dynamic, --load-in-8bit and --load-in-4bit change in a result, and what they must not."""
 
-import contextlib
-import functools
-import io
-import json
-
 import numpy as np
 import pytest
 
@@ -14,7 +9,7 @@ from bench.measure.quantization import agreement, perplexity
 from bench.record.schema import Record
 from bench.run import main
 from ops.decoder_layer import RowPlan
-from runtime.entry import run_entry
+from tests.bench.helpers import call, error_of, write_prompts
 from trainer.data.tokens import TokenizedData
 
 TURNS = (
@@ -26,19 +21,9 @@ TURNS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_backbone():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone.model, "load_backbone", functools.cache(backbone.model.load_backbone))
-        yield
-
-
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    rows = [{"question_id": n, "category": "c", "turns": turns} for n, turns in enumerate(TURNS)]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", TURNS)
 
 
 @pytest.fixture
@@ -47,17 +32,15 @@ def measured(prompts, tmp_path):
 
     def run(*options):
         given = ["--head", "prompt_lookup", "--runs", tmp_path / "none", "--prompts", prompts, "--max-new-tokens", 24]
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = run_entry(main, [*map(str, given), "--out-dir", str(tmp_path), *map(str, options)])
-        assert status == 0, err.getvalue()
-        return Record.read(tmp_path / "prompt_lookup.json"), err.getvalue()
+        status, _, err = call(main, *given, "--out-dir", tmp_path, *options)
+        assert status == 0, err
+        return Record.read(tmp_path / "prompt_lookup.json"), err
 
     return run
 
 
 def counts(record):
-    """What a prompt's row says but for the clock."""
+    """A prompt's row without its times."""
     return [
         (r.prompt_id, r.turns, r.tokens, r.passes, r.accepted_by_depth, r.baseline_tokens) for r in record.per_prompt
     ]
@@ -98,15 +81,9 @@ def test_fewer_bits_are_measured_against_the_original(measured, bits, storage, s
     assert found.layer_bytes_after < share * found.layer_bytes_before
     assert 2 < found.perplexity_before < 3 and 0 < abs(found.perplexity_after / found.perplexity_before - 1) < change
     assert 0 <= found.greedy_agreement <= 1 and 0 < found.token_agreement <= 1
-    assert record.parity.identical == len(TURNS)  # with its own twin
+    assert record.parity.identical == len(TURNS)  # with the backbone of fewer bits
     assert f"{bits} bits    layers take 0." in err
     assert measured("--greedy", "--nodes", 4)[0].quantization is None
-
-
-def test_8_and_4_bits_at_once_are_refused(tmp_path, capsys):
-    both = ["--greedy", "--load-in-8bit", "--load-in-4bit", "--head", "prompt_lookup", "--out-dir", str(tmp_path)]
-    assert run_entry(main, both) == 2
-    assert "choose one of them" in capsys.readouterr().err
 
 
 def test_perplexity_is_that_of_the_assistants_tokens():
@@ -134,6 +111,7 @@ def test_texts_agree_up_to_their_first_difference():
     ("options", "message"),
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--load-in-8bit", "--load-in-4bit"], "exclude each other; choose one"),
         (["--tree", "dynamic", "--accept", "lossless", "--draft", "sampled"], "needs a tree that is fixed"),
         (["--tree", "dynamic", "--nodes", "1"], "a dynamic tree needs 2 nodes"),
         (["--tree", "dynamic", "--nodes", "500"], "asked for 500"),
@@ -142,8 +120,5 @@ def test_texts_agree_up_to_their_first_difference():
     ],
 )
 def test_options_that_make_no_run_are_refused(prompts, tmp_path, options, message):
-    err = io.StringIO()
-    given = ["--head", "prompt_lookup", "--runs", str(tmp_path), "--prompts", str(prompts), "--out-dir", str(tmp_path)]
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        assert run_entry(main, [*given, *options]) == 2
-    assert message in err.getvalue()
+    given = ["--head", "prompt_lookup", "--runs", tmp_path, "--prompts", prompts, "--out-dir", tmp_path]
+    assert message in error_of(main, *given, *options)

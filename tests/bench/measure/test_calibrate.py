@@ -1,9 +1,6 @@
-"""A calibration foretells the loop: its ranks give the very passes of generate, and its files reach bench/run.py."""
+"""A calibration predicts the loop: its ranks give the exact passes of generate, and bench/run.py uses its files."""
 
-import contextlib
 import dataclasses
-import functools
-import io
 import json
 from itertools import pairwise
 
@@ -15,10 +12,11 @@ import bench.calibrate
 import bench.measure.texts
 import bench.run
 from backbone.tokenizer import load_tokenizer
-from bench.calibrate import choose, improve, interval, sample
-from bench.measure.calibration import CandidateTree, read_calibration
+from bench.measure.calibrate import choose, improve, interval, sample
 from bench.measure.latency import bundle, row_counts
+from bench.measure.options import DEFAULT_PROMPTS
 from bench.measure.texts import GreedyText, distinct, held_out_prompts, rank_texts
+from bench.record.calibration import Calibration, CandidateTree
 from bench.record.schema import Record
 from decoding.acceptance import RankedText, replay
 from decoding.generate import generate, generate_autoregressive
@@ -27,7 +25,7 @@ from decoding.tree import Tree, default_tree
 from heads.checkpoint import save_checkpoint
 from heads.registry import build
 from runtime import jt
-from runtime.entry import run_entry
+from tests.bench.helpers import call, write_prompts
 from tests.small import small_backbone
 from trainer.data.tokens import encode_conversations, load_conversations, split_held_out
 
@@ -90,7 +88,7 @@ def test_the_ranks_of_a_forced_head_replay_what_generate_does(small, texts, name
     assert accepted > 20, "nothing was accepted: nothing was compared"
 
 
-def test_the_replay_notices_a_head_that_was_told_other_tokens(small, texts):
+def test_the_replay_notices_a_head_that_read_other_tokens(small, texts):
     """Control of the test above: the ranks of another text of the same length."""
     head = noisy("gated_rnn", small, 0.5, inner_size=24)
     text = texts[3]
@@ -150,7 +148,7 @@ def candidate(depth, speed):
 def test_the_fastest_tree_is_chosen_only_if_it_beats_decoding_without_one():
     candidates = [candidate(0, 100.0), candidate(1, 120.0), candidate(2, 110.0)]
     assert choose(candidates, 105.0) == 1
-    assert choose(candidates, 125.0) == 0  # the twin was faster
+    assert choose(candidates, 125.0) == 0  # the baseline was faster
     assert choose([candidate(0, 130.0), *candidates[1:]], 105.0) == 0
     assert choose(candidates[:1], 200.0) == 0
 
@@ -196,21 +194,12 @@ def test_what_is_timed():
 # The entry -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_backbone():
-    """The entries load the same backbone every time; here they do so once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone.model, "load_backbone", functools.cache(backbone.model.load_backbone))
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Prompts, the runs of an untrained head, and that head calibrated."""
     folder = tmp_path_factory.mktemp("calibrate")
     turns = (["Please book a table for two."], ["What films do you like?", "And music?"], ["Tell me a story."])
-    lines = [{"question_id": n, "category": f"c{n}", "turns": each} for n, each in enumerate(turns)]
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_prompts(folder / "prompts.jsonl", turns)
     frozen, options = backbone.model.load_backbone(None, "float16"), {"num_depths": 2, "inner_size": 16}
     config = {
         "head": "gated_rnn",
@@ -224,14 +213,6 @@ def folder(tmp_path_factory):
     status, out, err = calibrate(folder, "--head", "gated_rnn")
     assert status == 0, err
     return folder, directory, out, err
-
-
-def call(main, *arguments):
-    """Exit status, stdout and stderr of an entry."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = run_entry(main, [str(word) for word in arguments])
-    return status, out.getvalue(), err.getvalue()
 
 
 def calibrate(folder, *arguments):
@@ -322,7 +303,7 @@ def test_a_tree_too_deep_for_the_head_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "answer"),
     [
         ([], "either --head NAME or --checkpoint DIR"),
         (["--head", "mlp", "--checkpoint", "x"], "either --head NAME or --checkpoint DIR"),
@@ -337,18 +318,16 @@ def test_a_tree_too_deep_for_the_head_is_refused(folder, tmp_path):
         (["--head", "prompt_lookup", "--node", "3"], "Unknown option '--node'"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line(tmp_path, arguments, said):
+def test_a_mistake_is_answered_in_one_line(tmp_path, arguments, answer):
     status, out, err = call(bench.calibrate.main, "--runs", tmp_path, *arguments)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
-    assert said in err
+    assert answer in err
 
 
-def test_the_benchs_own_prompts_are_not_taken_in_silence(tmp_path):
-    from bench.measure.options import DEFAULT_PROMPTS
-
+def test_the_prompts_of_bench_run_are_taken_with_a_warning(tmp_path):
     out = tmp_path / "mine" / "out.json"
     asked = ("--head", "prompt_lookup", "--prompts", DEFAULT_PROMPTS, "--num-prompts", 1, "--out", out)
     few = ("--max-new-tokens", 4, "--max-nodes", 2, "--timed", 1, "--repeats", 1)
     status, _, err = call(bench.calibrate.main, *asked, *few)
-    assert status == 0 and "these are the prompts that bench/run.py measures on" in err
+    assert status == 0 and "bench/run.py measures on these prompts" in err
     assert Calibration.read(out).texts.path == "assets/prompts/chat.jsonl"

@@ -4,9 +4,9 @@ import pytest
 
 import bench.measure.attempts
 import bench.measure.side_by_side
-from decoding.options import Acceptance
 from bench.record.prompts import Prompt
 from decoding.generate import Generation, Timers
+from decoding.options import Acceptance
 
 
 class Fakes:

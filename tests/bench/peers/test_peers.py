@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from bench import engine
-from bench.record.engine import EngineRecord
 from bench.clock.passes import Work, doubt
 from bench.clock.shapes import SHAPES
 from bench.peers import llama_cpp, torch_llama
+from bench.record.engine import EngineRecord
 from runtime.entry import run_entry
 from tests.small import small_config
 

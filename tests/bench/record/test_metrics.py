@@ -1,6 +1,5 @@
 """Metrics on hand-worked rows."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from bench.record.metrics import (
     comparable_rows,
     evaluate,
     pareto_frontier,
+    total_variation,
 )
 from bench.record.schema import AdaptedText, PromptRow
 
@@ -105,10 +105,12 @@ def test_speedup_is_accept_length_over_overhead(sides):
                   verify_s=None, identical=True, finish_reason="stop")
         for number, (tokens, passes, time_s, baseline_s) in enumerate(sides)
     ]  # fmt: skip
-    assert evaluate(rows, "speedup") == pytest.approx(evaluate(rows, "accept_length") / evaluate(rows, "overhead"), rel=1e-12)
+    speedup, length, overhead = (evaluate(rows, name) for name in ("speedup", "accept_length", "overhead"))
+    assert speedup == pytest.approx(length / overhead, rel=1e-12)
     # The control: a baseline that needed two passes a token breaks the identity.
     broken = [row.model_copy(update={"baseline_passes": 2 * row.baseline_passes}) for row in rows]
-    assert evaluate(broken, "speedup") != pytest.approx(evaluate(broken, "accept_length") / evaluate(broken, "overhead"), rel=1e-3)
+    speedup, length, overhead = (evaluate(broken, name) for name in ("speedup", "accept_length", "overhead"))
+    assert speedup != pytest.approx(length / overhead, rel=1e-3)
 
 
 def adapted_row(make_row, original, adapted, agreeing, **changes):
@@ -149,3 +151,14 @@ def test_every_point_is_on_the_frontier_or_beaten_by_one_that_is(points):
     for index, (cost, value) in enumerate(points):
         beaten = [costs[other] <= cost and values[other] >= value for other in frontier if other != index]
         assert (index in frontier) != any(beaten)
+
+
+def test_the_mean_distance_is_over_what_was_emitted(make_row):
+    rows = [
+        make_row("p0", total_variation=1.5, identical=None),  # 4 passes that accepted 4 + 2: 10 tokens
+        make_row(
+            "p1", total_variation=0.5, identical=None, passes=2, accepted_by_depth=[2, 1], reached_by_depth=[2, 2]
+        ),
+    ]
+    assert total_variation(rows) == aggregate(rows, num_resamples=2)[0].total_variation == 2.0 / 15
+    assert total_variation([make_row()]) is None

@@ -181,3 +181,27 @@ def test_bytes_that_are_not_utf8_are_refused_by_name(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"head": "\xff"}')
     with pytest.raises(ValueError, match=r"a\.json: not UTF-8"):
         Record.read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"greedy": True, "accept": "lossless"}, "greedy is True, accept 'lossless'"),
+        ({"greedy": False}, "greedy is False, accept 'greedy'"),
+        ({"greedy": False, "accept": "typical"}, "accept is 'typical', but there is no temperature"),
+        ({"accept": "nucleus"}, "accept"),
+        ({"draft": "beam"}, "draft"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(make_record, changes, answer):
+    record = make_record()
+    record["config"]["decoding"].update(changes)
+    with pytest.raises(ValueError, match=answer):
+        Record.parse(record)
+
+
+def test_a_record_from_before_there_were_rules_is_greedy(make_record):
+    record = make_record()
+    for name in ("accept", "temperature", "top_p", "top_k", "draft", "epsilon", "alpha"):
+        del record["config"]["decoding"][name]
+    assert Record.parse(record) == Record.parse(make_record())

@@ -260,3 +260,21 @@ def test_it_runs_as_a_script_and_a_pipe_gets_complete_lines(write_result):
 )  # fmt: skip
 def test_numbers_are_printed_with_three_figures(value, interval, text):
     assert format_number(value, interval) == text
+
+
+SAMPLED = {"greedy": False, "accept": "lossless", "temperature": 0.7, "top_p": 0.9, "top_k": 0}
+
+
+def test_results_with_different_rules_are_warned_about(write_result, make_record, make_row):
+    rows = [make_row("p0", identical=None), make_row("p1", identical=None)]
+    decoding = make_record()["config"]["decoding"]
+    paths = [write_result("greedy.json")]
+    for name, changes in (("a", {}), ("b", {"temperature": 1.0}), ("c", {"draft": "sampled"})):
+        changed = {**decoding, **SAMPLED, **changes}
+        paths.append(write_result(f"{name}.json", rows, head=name, parity=None, config__decoding=changed))
+    frame = load_results(paths)
+    (sentence,) = differences(frame)
+    assert sentence.startswith("acceptance differs: greedy in ")
+    assert "lossless, temperature 0.7, top-p 0.9, top-k 0, top drafts in " in sentence
+    assert "temperature 1," in sentence and "sampled drafts" in sentence
+    assert differences(frame[1:2]) == []

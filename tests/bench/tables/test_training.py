@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 import bench.compare
-from bench.tables.training import read_train_records
-from trainer.config import TrainConfig
+from bench.record.schema import Record
+from bench.tables.training import describe_prediction, read_train_records
 from tests.bench.helpers import cells_of, status_of
+from trainer.config import TrainConfig
 from trainer.report.record import make_record
 
 main = status_of(bench.compare.main)
@@ -135,3 +136,24 @@ def test_a_result_holds_the_promise_of_its_checkpoint(write_result, capsys):
     out, _ = capsys.readouterr()
     assert cells(out, "gated_rnn")[-3:] == ["10", "2.90", "1.03"]
     assert cells(out, "mlp")[-3:] == ["-", "-", "-"]
+
+
+def test_predictions_are_set_beside_what_was_measured(make_record):
+    prediction = {
+        "accept_length": 2.0, "accept_length_ci": [1.8, 2.2], "tokens_per_s": 4.0, "autoregressive_tokens_per_s": 2.0,
+        "calibration": "here", "prompts_sha256": "c0de", "same_machine": True,
+    }  # fmt: skip
+    record = Record.parse(make_record(prediction=prediction))
+    lines = describe_prediction(record)
+    assert len(lines) == 4 and all(line.startswith("prediction gated_rnn: ") for line in lines)
+    measured = record.metrics.accept_length
+    assert (
+        f"accept length 2.00 [1.80, 2.20] predicted, {measured:.2f}: measured / predicted {measured / 2:.2f}"
+        in lines[0]
+    )
+    assert f"measured / predicted {record.baseline.tokens_per_s / 2:.2f}" in lines[2]
+    assert f"measured / predicted {record.metrics.speedup / 2:.2f}" in lines[3]
+    elsewhere = {**prediction, "same_machine": False, "prompts_sha256": "cafe"}
+    lines = describe_prediction(Record.parse(make_record(prediction=elsewhere)))
+    assert "these very prompts" in lines[4] and "another machine" in lines[5]
+    assert describe_prediction(Record.parse(make_record())) == []
