@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from bench import gpu_check
-from bench.gpu import checks as gpu_steps
-from bench.gpu import steps
-from bench.gpu.steps import Outcome, Step, StepFailed, run_step
+from bench.gpu import check, step
+from bench.gpu import steps as gpu_steps
+from bench.gpu.step import Outcome, Step, StepFailed, run_step
 from runtime.entry import run_entry
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def program(name, text, limit_s=30.0, **settings):
@@ -34,10 +34,10 @@ AFTER = program("after", "print('still run')")
 @pytest.fixture
 def run_check(tmp_path, monkeypatch):
     """run_check(steps, *arguments, gpu=False) -> (status, record, the table's lines)."""
-    monkeypatch.setattr(gpu_check, "provenance", lambda gpu, outcomes: {"device": "cpu", "git_sha": "abc"})
+    monkeypatch.setattr(check, "provenance", lambda gpu, outcomes: {"device": "cpu", "git_sha": "abc"})
 
     def run(several, *arguments, gpu=False, capsys=None):
-        monkeypatch.setattr(gpu_check, "usable_gpu", lambda: (gpu, "a card" if gpu else "no driver"))
+        monkeypatch.setattr(check, "usable_gpu", lambda: (gpu, "a card" if gpu else "no driver"))
         out = tmp_path / "check.json"
         status = gpu_check.main([*arguments, "--out", str(out), "--logs", str(tmp_path / "logs")], several)
         return status, json.loads(out.read_text())
@@ -71,7 +71,7 @@ def test_all_steps_passing_is_status_0(run_check):
 def test_without_a_gpu_nothing_passes_for_want_of_trying(run_check, capsys):
     status, record = run_check([GOOD, NEEDY])
     assert status == 1 and outcomes_of(record)["needy"] == ("not run", "no usable CUDA device")
-    assert "nothing was checked on a GPU (--allow-no-gpu makes that no failure)" in capsys.readouterr().out
+    assert "nothing was checked on a GPU (with --allow-no-gpu that is no failure)" in capsys.readouterr().out
     assert run_check([GOOD, NEEDY], "--allow-no-gpu")[0] == 0
     assert run_check([GOOD, BAD, NEEDY], "--allow-no-gpu")[0] == 1
     status, record = run_check([GOOD, NEEDY], gpu=True)  # the control: with one it runs, and fails
@@ -102,7 +102,7 @@ def wait_until(condition, seconds=10.0):
 
 
 def test_a_hanging_step_is_ended_with_all_that_it_started(run_check, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE_S", 0.2)
+    monkeypatch.setattr(step, "GRACE_S", 0.2)
     hanging = program("hanging", HANGING, limit_s=2.0)
     status, record = run_check([hanging, AFTER])
     assert status == 1 and outcomes_of(record)["hanging"] == ("fail", "stopped after its limit of 2 s")
@@ -112,13 +112,13 @@ def test_a_hanging_step_is_ended_with_all_that_it_started(run_check, tmp_path, m
 
 
 def test_a_budget_ends_the_step_in_hand_and_starts_no_other(run_check, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE_S", 0.2)
+    monkeypatch.setattr(step, "GRACE_S", 0.2)
     slow = program("slow", "import time; time.sleep(600)")
     status, record = run_check([GOOD, slow, AFTER], "--budget-minutes", "0.02")
     found = outcomes_of(record)
     assert status == 1
-    assert found["slow"] == ("not run", "stopped: the budget is spent")
-    assert found["after"] == ("not run", "the budget is spent")
+    assert found["slow"] == ("not run", "stopped: the budget is used up")
+    assert found["after"] == ("not run", "the budget is used up")
 
 
 def test_continuing_keeps_what_passed_and_runs_the_rest(run_check, tmp_path):
@@ -155,10 +155,11 @@ def test_an_interrupt_ends_the_step_and_still_writes_the_table(tmp_path, number)
     script.write_text(
         "import sys\n"
         "from bench import gpu_check\n"
-        "from bench.gpu.steps import Step\n"
+        "from bench.gpu import check\n"
+        "from bench.gpu.step import Step\n"
         "from runtime.entry import run_entry\n"
-        "gpu_check.provenance = lambda gpu, outcomes: {}\n"
-        "gpu_check.usable_gpu = lambda: (True, 'a card')\n"
+        "check.provenance = lambda gpu, outcomes: {}\n"
+        "check.usable_gpu = lambda: (True, 'a card')\n"
         "sleep = [sys.executable, '-c', 'import time; print(\"asleep\", flush=True); time.sleep(600)']\n"
         "several = [Step('first', ['true'], 9.0), Step('sleeping', sleep, 600.0), Step('last', ['true'], 9.0)]\n"
         "sys.exit(run_entry(lambda arguments: gpu_check.main(arguments, several)))\n"
@@ -187,7 +188,7 @@ def test_an_interrupt_ends_the_step_and_still_writes_the_table(tmp_path, number)
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(gpu_check, "run_step", lambda *rest: pytest.fail("ran all the same"))
+    monkeypatch.setattr(check, "run_step", lambda *rest: pytest.fail("ran anyway"))
     assert run_entry(gpu_check.main, arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
@@ -259,14 +260,14 @@ def test_the_figures_of_an_engine_are_the_worst_of_its_contexts(tmp_path):
     assert figures["floor_times"] == 2.0 and figures["verify_over_one"] == pytest.approx(1.4)
     assert figures["host_share"] == 0.12
     assert gpu_steps.engine_line(figures) == (
-        "pass ms: 5.00 behind 128, 5.50 behind 1024; 2.00 x the floor (wanted 1.5: missed); "
-        "verify(64)/verify(1) 1.40 (wanted 1.25: missed); host share 12% (wanted 10%: missed)"
+        "pass ms: 5.00 after 128, 5.50 after 1024; 2.00 x the floor (goal 1.5: missed); "
+        "verify(64)/verify(1) 1.40 (goal 1.25: missed); host share 12% (goal 10%: missed)"
     )
-    assert "wanted" not in gpu_steps.engine_line({**figures, "shape": "tiny-vicuna"})  # launches bound such a pass
+    assert "goal" not in gpu_steps.engine_line({**figures, "shape": "tiny-vicuna"})  # launches bound such a pass
     loop = {"autoregressive": {"tokens_per_s": 900.0}, "tree": {"outside_ms": 0.1, "step_ms": 2.0}}
     figures = gpu_steps.engine_figures(engine_file(tmp_path / "loop.json", loop=loop))(tmp_path)
     assert gpu_steps.engine_line(figures).endswith(
-        "loop: 900 tokens/s without a head; a tree step's share outside the kernels 5% (wanted 10%: met)"
+        "loop: 900 tokens/s without a head; a tree step's share outside the kernels 5% (goal 10%: met)"
     )
     with pytest.raises(StepFailed, match="2 kernels were compiled on the clock"):
         gpu_steps.engine_figures(engine_file(tmp_path / "late.json", late_kernels=2))(tmp_path)
@@ -288,7 +289,7 @@ def test_a_loss_that_does_not_fall_is_a_failure(tmp_path):
         gpu_steps.train_figures(path)(tmp_path)
 
 
-def test_texts_that_differ_from_the_autoregressive_ones_are_a_failure(tmp_path, make_record):
+def test_texts_that_differ_from_the_baseline_are_a_failure(tmp_path, make_record):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(make_record()))
     assert "parity 2/2" in gpu_steps.decoding_line(gpu_steps.decoding_figures(path)(tmp_path))
@@ -298,12 +299,12 @@ def test_texts_that_differ_from_the_autoregressive_ones_are_a_failure(tmp_path, 
 
 
 def test_every_step_that_needs_a_gpu_refuses_to_fall_back_to_the_cpu():
-    named = {step.name: step for step in gpu_steps.STEPS}
+    named = {each.name: each for each in gpu_steps.STEPS}
     assert len(named) == len(gpu_steps.STEPS) and {"doctor", "core", "gpu-tests", "engine-7b"} <= set(named)
-    for step in gpu_steps.STEPS:
-        if step.needs_gpu and step.name != "setup":
-            assert step.env["GORGON_DEVICE"] == "cuda", step.name
-        assert step.limit_s <= 20 * 60
+    for each in gpu_steps.STEPS:
+        if each.needs_gpu and each.name != "setup":
+            assert each.env["GORGON_DEVICE"] == "cuda", each.name
+        assert each.limit_s <= 20 * 60
     kernels = {name for name in named if name.startswith("ops-")}
     assert {"ops-linear", "ops-attention", "ops-select"} <= kernels and "ops-emulator" not in kernels
 
@@ -316,8 +317,8 @@ def test_a_card_is_described_by_its_tools(monkeypatch):
             raise FileNotFoundError(words[0])
         return SimpleNamespace(stdout=answers[words[0]])
 
-    monkeypatch.setattr(gpu_check.subprocess, "run", answer)
-    found = gpu_check.describe_gpu()
+    monkeypatch.setattr(check.subprocess, "run", answer)
+    found = check.describe_gpu()
     assert found == {
         "gpu": "NVIDIA H100 80GB HBM3",
         "driver": "580.95",
@@ -325,7 +326,7 @@ def test_a_card_is_described_by_its_tools(monkeypatch):
         "nvcc": "13.0, V13.0.88",
     }
     answers.clear()
-    assert set(gpu_check.describe_gpu().values()) == {None}
+    assert set(check.describe_gpu().values()) == {None}
 
 
 def test_provenance_is_that_of_the_device_that_was_checked(monkeypatch):
@@ -333,15 +334,15 @@ def test_provenance_is_that_of_the_device_that_was_checked(monkeypatch):
 
     def answer(*words, environment, timeout_s):
         asked.append(environment["GORGON_DEVICE"])
-        return 'a line before\n{"device": "told"}'
+        return 'a line before\n{"device": "known"}'
 
-    monkeypatch.setattr(gpu_check, "ask", answer)
-    assert gpu_check.provenance(False, []) == {"device": "told"}
-    assert gpu_check.provenance(True, [Outcome("core", "fail")]) == {}
-    assert gpu_check.provenance(True, [Outcome("core", "pass")]) == {"device": "told"}
+    monkeypatch.setattr(check, "output_of", answer)
+    assert check.provenance(False, []) == {"device": "known"}
+    assert check.provenance(True, [Outcome("core", "fail")]) == {}
+    assert check.provenance(True, [Outcome("core", "pass")]) == {"device": "known"}
     assert asked == ["cpu", "cuda"]
-    monkeypatch.setattr(gpu_check, "ask", lambda *words, **options: None)
-    assert gpu_check.provenance(False, []) == {}
+    monkeypatch.setattr(check, "output_of", lambda *words, **options: None)
+    assert check.provenance(False, []) == {}
 
 
 def test_an_outcome_survives_its_json():

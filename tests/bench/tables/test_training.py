@@ -74,10 +74,10 @@ def test_more_than_five_percent_between_promise_and_measurement_is_marked(
 def test_a_missed_promise_is_reported_with_both_trees(write_result, write_train_record, capsys):
     path = write_result("a.json", config__decoding__num_nodes=16)
     assert main([path, write_train_record("train.json", 4.0)]) == 0
-    assert (
-        "warning: training expected 4.00 tokens per pass of gated_rnn, 3.00 were measured (-25%), the one with 64 nodes "
-        f"and the other with 16: {path}\n"
-    ) == capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "warning: training expected 4.00 tokens per pass of gated_rnn, 3.00 were measured (-25%), the one with 64 "
+        f"nodes and the other with 16: {path}\n"
+    )
 
 
 def test_a_calibrated_result_needs_no_train_record(write_result, write_train_record, capsys):
