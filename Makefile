@@ -4,32 +4,35 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 QUICK_HEAD ?= hydra
 QUICK_STEPS ?= 300
-# What `make comparison` compares: equal steps, text and tree budget, several training seeds.
+# `make comparison`: equal steps, text and tree budget, several training seeds.
 COMPARED ?= $(notdir $(patsubst %/head.py,%,$(wildcard heads/*/head.py)))
 SEEDS ?= 0 1 2
 STEPS ?= 500
 PROMPTS ?= assets/prompts/chat.jsonl
 NUM_PROMPTS ?= 100
 COMPARISON ?= results/comparison
-# What `make wheels` gathers, and for which versions of Python.
+# `make wheels`: the folder, the versions of Python and the lists of packages.
 WHEELS ?= wheels
 WHEELS_FOR ?= 3.11 3.12
 WHEELS_OF ?= requirements.txt requirements-dev.txt requirements-cuda.txt
 
-.PHONY: quickstart test lint setup setup-dev comparison expected report setup-cuda doctor wheels gpu-check clean
+.PHONY: quickstart test test-fast lint setup setup-dev comparison expected report setup-cuda doctor wheels gpu-check clean
 
-quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the autoregressive twin
+quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the baseline
 	$(RUN) train.py --head $(QUICK_HEAD) --max-steps $(QUICK_STEPS) --features online --out runs/quickstart --overwrite
 	$(RUN) bench/run.py --greedy --checkpoint runs/quickstart --out-dir results/quickstart
 	$(RUN) bench/compare.py results/quickstart/*.json
 
-test: setup-dev  ## the whole default test suite
+test: setup-dev  ## the default test suite
 	$(RUN) -m pytest
+
+test-fast: setup-dev  ## under two minutes: no other process, no emulated GPU, no compiler
+	$(RUN) -m pytest --fast
 
 lint: setup-dev
 	$(RUN) -m ruff check .
 
-comparison: setup  ## train and measure every head with every seed; a result that is there already is kept
+comparison: setup  ## train and measure every head with every seed; existing results are kept
 	@for head in $(COMPARED); do for seed in $(SEEDS); do \
 	  test -f $(COMPARISON)/$$head-$$seed.json && continue; \
 	  $(RUN) train.py --head $$head --seed $$seed --max-steps $(STEPS) --score-every $(STEPS) \
@@ -39,7 +42,7 @@ comparison: setup  ## train and measure every head with every seed; a result tha
 	done; done
 	$(RUN) bench/seeds.py $(COMPARISON)/*.json --against mlp --markdown $(COMPARISON)/README.md
 
-expected: setup  ## what training expects a head to accept, beside what decoding the same held-out prompts measures
+expected: setup  ## the accept length that training expects, against decoding of the same held-out prompts
 	$(RUN) -m trainer.data.splits --out runs/held-out.jsonl --head mlp
 	@for head in $(COMPARED); do \
 	  test -f results/expected/$$head.json && continue; \
@@ -52,13 +55,13 @@ expected: setup  ## what training expects a head to accept, beside what decoding
 report:  ## write the results tables of results/README.md and of both READMEs from results/*.json
 	$(RUN) bench/report.py results/*.json --out results/README.md --update README.md README_zh.md
 
-doctor: setup  ## what this machine has, which device a run takes and why, what is missing and how to mend it
+doctor: setup  ## what this machine has, which device a run takes and why, how to install what is missing
 	$(RUN) -m runtime.doctor
 
-gpu-check: setup-dev setup-cuda  ## everything that a machine with a GPU is checked by; a table of pass, fail and figures at the end
+gpu-check: setup-dev setup-cuda  ## check a machine with a GPU; ends with a table of pass, fail and figures
 	$(RUN) bench/gpu_check.py $(GPU_CHECK)
 
-wheels: setup  ## gather all packages for a machine without a network; Jittor comes as source, so its wheel is built
+wheels: setup  ## collect all packages for a machine without a network; builds Jittor, which ships as source
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) $(filter jittor==%,$(file <requirements.txt))
 	@for version in $(WHEELS_FOR); do for list in $(WHEELS_OF); do \
 	  $(RUN) -m pip download --quiet --python-version $$version --only-binary=:all: --find-links $(WHEELS) \
@@ -68,7 +71,7 @@ wheels: setup  ## gather all packages for a machine without a network; Jittor co
 
 setup: $(VENV)/.setup
 setup-dev: $(VENV)/.setup-dev
-setup-cuda: $(VENV)/.setup-cuda  ## CUDA 13's compiler and libraries, where there is a driver and no toolkit
+setup-cuda: $(VENV)/.setup-cuda  ## CUDA 13's compiler and libraries, for a driver without a toolkit
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

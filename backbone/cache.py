@@ -7,21 +7,22 @@ from itertools import pairwise
 
 import numpy as np
 
-from ops.decoder_layer import RowPlan, keep_rows
+from ops.cache_rows import keep_rows
+from ops.row_plan import RowPlan
 from runtime import jt
 
 LANES = 16
 
 
 class CacheFull(ValueError):
-    """More rows were to be written than the cache has left."""
+    """The rows of a pass do not fit into the cache."""
 
 
 class KVCache:
     """Keys and values of every layer for one sequence of up to ``max_length`` rows.
 
-    ``length`` counts the rows that belong to the sequence. A pass writes its rows behind them; ``commit`` then says
-    which of those stay. ``data``: (layers, 2, kv_heads, max_length, head_dim rounded up to 16).
+    ``length`` counts the rows that belong to the sequence. A pass writes its rows after them; ``commit`` then selects
+    the rows that stay. ``data``: (layers, 2, kv_heads, max_length, head_dim rounded up to 16).
     """
 
     def __init__(self, config, max_length: int, dtype: str):
@@ -35,7 +36,7 @@ class KVCache:
         if max_length < 1:
             raise ValueError(f"a cache needs room for at least one row, got {max_length}")
         self.max_length, self.length, self.pending = max_length, 0, 0
-        self.writer = None  # the last pass, which Jittor would not run at all if nobody read its result
+        self.writer = None  # the last pass: Jittor does not run a pass whose result nobody reads
 
     @property
     def room(self) -> int:
@@ -43,7 +44,7 @@ class KVCache:
         return self.max_length - self.length
 
     def reserve(self, num_rows: int) -> None:
-        """Note that a pass writes ``num_rows`` rows now. Raises CacheFull when they do not fit."""
+        """Reserve room for the ``num_rows`` rows of a pass. Raises CacheFull when they do not fit."""
         if num_rows > self.room:
             raise CacheFull(
                 f"the cache holds {self.length} of {self.max_length} rows, {num_rows} more do not fit; "
@@ -68,7 +69,7 @@ class KVCache:
         if self.writer is not None:
             self.writer.sync()
             self.writer = None
-        if path and path[-1] != len(path) - 1:  # ascending: else the rows lie where they belong
+        if path and path[-1] != len(path) - 1:  # ascending: else the rows are in place already
             self.move(self.length + np.array(path, np.int32), self.length + np.arange(len(path), dtype=np.int32))
         self.length += len(path)
         self.pending = 0
@@ -79,17 +80,17 @@ class KVCache:
         keep_rows(self.data, sources, targets)
 
     def rewind(self, length: int) -> None:
-        """Forget everything behind the first ``length`` rows."""
+        """Drop everything after the first ``length`` rows."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind a cache of {self.length} rows to {length}")
         self.length, self.pending, self.writer = length, 0, None
 
 
 class BatchCache:
-    """Keys and values of several sequences, each in a stretch of its own, its lane, of ``max_length`` rows.
+    """Keys and values of several sequences, each in a lane of its own of ``max_length`` rows.
 
     ``lengths[lane]`` counts the rows of a lane. A pass over some lanes takes ``plan`` and ``slots``, the cache that all
-    lanes share; ``commit`` then says for each of these lanes which of its rows stay.
+    lanes share; ``commit`` then selects for each of these lanes the rows that stay.
     """
 
     def __init__(self, config, num_lanes: int, max_length: int, dtype: str):
@@ -109,7 +110,7 @@ class BatchCache:
         return int(self.max_length - self.lengths[lane])
 
     def plan(self, lanes: Sequence[int], plans: Sequence[RowPlan]) -> RowPlan:
-        """One pass over these lanes, each with its own rows behind those it holds. Raises CacheFull."""
+        """One pass over these lanes, whose new rows follow the rows they hold. Raises CacheFull."""
         for lane, each in zip(lanes, plans, strict=True):
             if each.num_rows > self.room(lane):
                 raise CacheFull(
@@ -129,9 +130,9 @@ class BatchCache:
             path = np.asarray(path, np.int64)
             if len(path) and (path[0] < 0 or path[-1] >= rows or (np.diff(path) <= 0).any()):
                 raise ValueError(f"cannot commit rows {path.tolist()} of the {rows} rows of lane {lane}")
-            behind = lane * self.max_length + self.lengths[lane]
-            sources.append(behind + path)
-            targets.append(behind + np.arange(len(path)))
+            end = lane * self.max_length + self.lengths[lane]
+            sources.append(end + path)
+            targets.append(end + np.arange(len(path)))
             self.lengths[lane] += len(path)
         self.slots.commit([])  # the lanes keep count themselves
         self.pending = []

@@ -1,7 +1,7 @@
-"""What a Llama-shaped backbone looks like, read from a ``config.json``, Meta's ``params.json`` or a ``.pkl`` of ours.
+"""The configuration of a backbone, read from ``config.json``, Meta's ``params.json`` or a ``.pkl`` of ours.
 
-Only what our forward pass computes is accepted; anything else is refused by name here, before weights are read,
-because a backbone that runs with a setting ignored gives wrong numbers instead of an error.
+Only what our forward pass computes is accepted; anything else is refused by name before weights are read, because a
+backbone that ignores a setting gives wrong numbers instead of an error.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from backbone.files.pickle_file import open_pickle_file
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ROPE_TYPES = ("default", "linear", "llama3")
-# What the two families assume where config.json is silent (the defaults of their transformers configurations).
+# Defaults of the two families where config.json has no value (those of their transformers configurations).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
 }
-# What params.json and the tensors beside it settle.
-SAID_BY_PARAMS = (
+# Fields that params.json and the tensors determine.
+META_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
     "rms_norm_eps", "rope_theta",
 )  # fmt: skip
@@ -65,14 +65,14 @@ class BackboneConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}; "
-                "every key/value head must serve the same number of query heads"
+                "every key-value head needs the same number of query heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of coordinates")
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding rotates pairs of coordinates")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError that names the file when there is none."""
+    """The object in a JSON file. Raises ValueError naming the file when there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def _token_ids(value: Any, key: str, where: str) -> tuple[int, ...]:
 
 
 def _family(raw: dict, where: str) -> str:
-    """The family, llama or mistral. Raises ValueError for an architecture that we do not compute."""
+    """The family, llama or mistral. Raises ValueError for an unsupported architecture."""
     supported = "supported: " + ", ".join(sorted(set(ARCHITECTURES) - {"LLaMAForCausalLM"}))
     for architecture in raw.get("architectures") or []:
         if architecture not in ARCHITECTURES:
@@ -180,7 +180,7 @@ def parse_config(
             f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads} "
             "and head_dim is not given; add head_dim"
         )
-    # Llama-1 conversions of 2023 say max_sequence_length.
+    # Llama-1 conversions of 2023 have max_sequence_length.
     longest = raw.get("max_sequence_length") or defaults["max_position_embeddings"]
     max_positions = _count(raw, "max_position_embeddings", where, default=longest)
     window = raw.get("sliding_window", defaults["sliding_window"])
@@ -217,7 +217,7 @@ def parse_config(
 class RawConfig:
     """The contents of ``config.json`` and ``generation_config.json``, and the file that errors name.
 
-    ``notes``: what was worked out from the tensors. ``assumed``: what no file says, and how it was settled.
+    ``notes``: what was derived from the tensors. ``assumed``: what no file specifies, and the value taken.
     """
 
     config: dict[str, Any]
@@ -227,15 +227,15 @@ class RawConfig:
     assumed: tuple[str, ...] = ()
 
     def parse(self) -> BackboneConfig:
-        """What our forward pass needs of it. Raises ValueError as ``parse_config`` does."""
+        """The ``BackboneConfig``. Raises ValueError as ``parse_config`` does."""
         return parse_config(self.config, self.generation, self.where)
 
 
 def read_raw_config(path: str | Path, meta: bool | None = None) -> RawConfig:
-    """The config of a Hugging Face or Meta directory or of a ``.pkl``, as a config.json has it.
+    """The config of a Hugging Face or Meta directory or of a ``.pkl``, in the form of a config.json.
 
-    A Meta directory may have a config.json too: it settles what params.json leaves open, and must agree with the rest.
-    meta: whether the directory is read as Meta's; None: if its weights are.
+    A Meta directory may also have a config.json: it fills in what params.json leaves open and must agree with the rest.
+    meta: whether to read the directory as Meta's; None: if its weights are in that format.
     """
     path = Path(path)
     if path.is_file():
@@ -261,7 +261,7 @@ def read_raw_config(path: str | Path, meta: bool | None = None) -> RawConfig:
 def _check_agreement(raw: RawConfig, derived: RawConfig) -> None:
     """Raises ValueError naming every size that config.json and params.json give differently."""
     first, second = raw.parse(), derived.parse()
-    pairs = [(key, getattr(first, key), getattr(second, key)) for key in SAID_BY_PARAMS]
+    pairs = [(key, getattr(first, key), getattr(second, key)) for key in META_FIELDS]
     wrong = [f"{key} {one} and {other}" for key, one, other in pairs if one != other]
     scaled = [(config.rope_scaling or {}).get("rope_type") for config in (first, second)]
     if scaled[0] != scaled[1]:
@@ -271,14 +271,14 @@ def _check_agreement(raw: RawConfig, derived: RawConfig) -> None:
 
 
 def _config_of_pickle(path: Path) -> RawConfig:
-    """The entries ``config`` and ``generation_config`` of a ``.pkl``, or config.json in the folder that it lies in."""
+    """The entries ``config`` and ``generation_config`` of a ``.pkl``, or config.json in its folder."""
     if container(path) != PICKLE_FILE:
-        raise ValueError(f"{path} is one file of a backbone; pass the folder that it lies in")
+        raise ValueError(f"{path} is one file of a backbone; pass its folder")
     _, rest = open_pickle_file(path)
     if "config" not in rest:
         if (path.parent / CONFIG).exists():
             return read_raw_config(path.parent, meta=False)
-        raise ValueError(f"{path} has no entry 'config', and no {CONFIG} lies beside it; expected one of them")
+        raise ValueError(f"{path} has no entry 'config', and its folder has no {CONFIG}; expected one of them")
     config, generation = rest["config"], rest.get("generation_config")
     if not isinstance(config, dict) or not isinstance(generation, dict | None):
         raise ValueError(f"{path}: config is a {type(config).__name__}, expected what a {CONFIG} holds")
@@ -289,7 +289,7 @@ def read_config(path: str | Path) -> BackboneConfig:
     """The config of a backbone: a Hugging Face directory (``config.json``, and the end tokens of
     ``generation_config.json``), a Meta directory (``params.json``) or a ``.pkl`` of ours.
 
-    Warns of what Meta's file leaves open, and how that was read.
+    Warns about what Meta's file leaves open and the values taken instead.
     """
     raw = read_raw_config(path)
     for line in raw.assumed:
@@ -298,12 +298,12 @@ def read_config(path: str | Path) -> BackboneConfig:
 
 
 def rope_inverse_frequencies(config: BackboneConfig) -> np.ndarray:
-    """Angle per position of every rotated pair: (head_dim / 2,) float32.
+    """Rotation angle per position of every pair of coordinates: (head_dim / 2,) float32.
 
     Plain: ``theta ** (-2 i / head_dim)`` (RoFormer, arXiv 2104.09864, section 3.2.2). linear divides all of them by
     ``factor``. llama3 (Llama 3.1) divides only the slow ones: a pair whose wavelength is above
-    ``original / low_freq_factor`` is divided, one below ``original / high_freq_factor`` is kept, and between the two
-    both are blended. All arithmetic is float32, as in the training code that the published weights come from.
+    ``original / low_freq_factor`` is divided, one below ``original / high_freq_factor`` is unchanged, and between the
+    two the results are blended. All arithmetic is float32, as in the code that trained the published weights.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     plain = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)

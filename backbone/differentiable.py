@@ -1,4 +1,4 @@
-"""The backbone's forward pass with gradients, for training that changes it. No cache, every row of a sequence."""
+"""The backbone's forward pass with gradients, for training that changes it; without a cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from backbone.model import Backbone
 from ops.attention import attention, rotary
-from ops.decoder_layer import reference_rms_norm
 from ops.layer_weights import FrozenMatrix
 from runtime import jt
 
@@ -20,10 +19,15 @@ def frozen_linear(layer: int, name: str, x, weight: FrozenMatrix):
     return weight(x)
 
 
+def _rms_norm(x, weight, eps: float):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467). x: (rows, dim) float32."""
+    return x * jt.rsqrt(x.sqr().mean(-1, keepdims=True) + eps) * weight
+
+
 class DifferentiableBackbone:
     """The same equations as ``Backbone.forward``, with gradients, over the same weights in 16, 8 or 4 bits.
 
-    It holds no copy of them: every product unpacks the matrix it needs, in the pass and again for the gradient (QLoRA,
+    It holds no copy of the weights: every product unpacks its matrix, in the pass and again for the gradient (QLoRA,
     arXiv 2305.14314, section 3).
     """
 
@@ -34,7 +38,7 @@ class DifferentiableBackbone:
     def hidden(self, token_ids: np.ndarray, lengths: np.ndarray, linear: Linear = frozen_linear):
         """Last hidden states after the final norm, (tokens, dim) float32.
 
-        token_ids: (tokens,) int32, sequences of these lengths behind each other. linear(layer, name, x, weight) -> y
+        token_ids: (tokens,) int32, sequences of these lengths end to end. linear(layer, name, x, weight) -> y
         computes each projection, so that adapters can add to it.
         """
         b, c, lengths = self.backbone, self.backbone.config, np.asarray(lengths)
@@ -51,12 +55,12 @@ class DifferentiableBackbone:
             def project(name, x, layer=layer, weights=weights):
                 return linear(layer, name, x, weights[name])
 
-            u = reference_rms_norm(x, block.norm1, c.rms_norm_eps)
+            u = _rms_norm(x, block.norm1, c.rms_norm_eps)
             q = rotary(project("q", u).reshape(rows, c.num_heads, c.head_dim), *tables)
             k = rotary(project("k", u).reshape(rows, c.num_kv_heads, c.head_dim), *tables)
             v = project("v", u).reshape(rows, c.num_kv_heads, c.head_dim)
             x = x + project("o", attention(q, k, v, first, count).reshape(rows, -1))
-            u = reference_rms_norm(x, block.norm2, c.rms_norm_eps)
+            u = _rms_norm(x, block.norm2, c.rms_norm_eps)
             gate = project("gate", u)
             x = x + project("down", gate * gate.sigmoid() * project("up", u))
-        return reference_rms_norm(x, b.norm, c.rms_norm_eps)
+        return _rms_norm(x, b.norm, c.rms_norm_eps)

@@ -12,14 +12,15 @@ import numpy as np
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig, read_config, rope_inverse_frequencies
 from backbone.weights import Fingerprint, check_names, expected_shapes, read_backbone
-from ops.decoder_layer import RowPlan
 from ops.decoder_pass import Decoder, decoder_pass
 from ops.layer_weights import LayerShape, LayerWeights
 from ops.linear import PackedLinear
-from ops.quantize import QUANTIZERS
+from ops.packing.quantize import QUANTIZERS
+from ops.row_plan import RowPlan
 from ops.select import argmax
 from runtime import jt
-from runtime.memory import given_back_at_once
+from runtime.memory import freed_at_once
+from runtime.types import Var
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
 DTYPES = ("float16", "float32")
@@ -27,34 +28,34 @@ DTYPES = ("float16", "float32")
 
 @dataclass
 class BackboneOutput:
-    """What one pass gives. hidden: (batch, rows, dim) float32, after the final norm. logits: (batch, rows, vocab)
-    float32, (batch, 1, vocab) when only the last row's were asked for, or None. layers: hidden states by layer index,
+    """The result of a pass. hidden: (batch, rows, dim) float32, after the final norm. logits: (batch, rows, vocab)
+    float32, (batch, 1, vocab) when only the last row's were requested, or None. layers: hidden states by layer index,
     (batch, rows, dim), before any norm; index 0 is the embedding, index i the output of layer i. chosen: (batch, rows)
     or (batch, 1) int32, the argmax of each row of logits, the first of equals; None without logits."""
 
-    hidden: object
-    logits: object | None
-    layers: dict[int, object] = field(default_factory=dict)
-    chosen: object | None = None
+    hidden: Var
+    logits: Var | None
+    layers: dict[int, Var] = field(default_factory=dict)
+    chosen: Var | None = None
 
 
 class Backbone:
-    """A frozen Llama with weights in float16 or float32; sums are in float32. On CUDA, what is multiplied with weights
-    other than float32, and with a float16 cache, is rounded to float16 first; on the CPU nothing is.
+    """A frozen Llama with weights in float16 or float32; sums are in float32. On CUDA, factors of products with weights
+    other than float32, and with a float16 cache, are rounded to float16 first; on the CPU nothing is.
 
-    storage: how the layers' matrices are kept, and so what a pass computes: in the dtype, as ``int8`` with a scale per
-    output, or as ``nf4``, 4 bits with a scale per 64 inputs of an output (``ops.quantize``). Embedding, language-model
-    head, norms and cache are in the dtype always. Rounded it is another model, with the same ``fingerprint``, which
-    names the weights as they were read.
+    storage: how the layers' matrices are stored, and so what a pass computes: in the dtype, as ``int8`` with a scale
+    per output, or as ``nf4``, 4 bits with a scale per 64 inputs of an output (``ops.packing.quantize``). Embedding,
+    language-model head, norms and cache are always in the dtype. A quantized backbone is another model with the same
+    ``fingerprint``, which names the weights as they were read.
 
-    A row's hidden state and logits are bitwise the same whatever rows run beside it, and whether its ancestors came in
-    this pass or lie in the cache.
+    A row's hidden state and logits are bitwise the same whatever other rows the pass has, and whether its ancestors are
+    in this pass or in the cache.
     """
 
     def __init__(
         self, config: BackboneConfig, tensors: dict[str, np.ndarray], dtype="float16", path=None, storage=None
     ):
-        """tensors: Hugging Face names, consumed one by one. storage: the dtype, int8 or nf4; None for the dtype.
+        """tensors: by Hugging Face name, consumed one by one. storage: the dtype, int8 or nf4; None for the dtype.
 
         Raises ValueError for weights that do not fit.
         """
@@ -85,7 +86,7 @@ class Backbone:
 
         c = self.config
         shape = LayerShape(c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size, c.rms_norm_eps)
-        # The largest first and no name kept for them: two copies of one matrix at a time, never three.
+        # The largest first, and without a name: two copies of one matrix at a time, never three.
         self.embedding = jt.array(take("model.embed_tokens.weight")).stop_grad()
         self.embedding.sync()
         self.norm = jt.array(take("model.norm.weight").astype(np.float32)).stop_grad()
@@ -108,8 +109,7 @@ class Backbone:
     def lm_head_weight(self):
         """(vocab, dim) float32: what a training graph through the language-model head multiplies with.
 
-        Made when it is first asked for, because decoding needs no second copy of the matrix; its numbers are the packed
-        one's.
+        Made on first use, because decoding needs no second copy of the matrix; its numbers are those of the packed one.
         """
         weight = self.lm_head.float32().stop_grad()
         weight.sync()
@@ -117,7 +117,7 @@ class Backbone:
 
     @property
     def quantized(self) -> bool:
-        """Whether the layers' matrices are kept in fewer bits than the dtype's."""
+        """Whether the layers' matrices are stored in fewer bits than the dtype's."""
         return self.storage in QUANTIZERS
 
     @property
@@ -137,11 +137,11 @@ class Backbone:
         return KVCache(self.config, max_length, self.dtype)
 
     def adapted(self, changes: dict[tuple[int, str], np.ndarray], name: str) -> Backbone:
-        """This backbone with changes added to some of its matrices, in its dtype; everything else is shared. Of a
-        quantized one, all layers of the result are in its dtype: what was added would not survive being rounded again.
+        """This backbone with changes added to some of its matrices, in its dtype; everything else is shared. All
+        layers of a quantized one are then in its dtype: what was added would not survive another rounding.
 
-        changes: (layer, "q" | "k" | "v" | "o" | "gate" | "up" | "down") -> (out, in) float32. name: tells the result
-        apart in fingerprints. Raises ValueError for a sum that the dtype cannot hold.
+        changes: (layer, "q" | "k" | "v" | "o" | "gate" | "up" | "down") -> (out, in) float32. name: a suffix of the
+        result's fingerprint. Raises ValueError for a sum that the dtype cannot hold.
         """
         other = copy.copy(self)
         other.fingerprint, other.blocks, other.storage = f"{self.fingerprint}+{name}", list(self.blocks), self.dtype
@@ -180,10 +180,10 @@ class Backbone:
         """One pass over ``rows`` rows.
 
         token_ids: (batch, rows) int32, NumPy array or Var. Without a cache every sequence of the batch is causal from
-        position 0; with one the batch is 1 and the rows are written behind ``cache.length``; call ``cache.commit``
-        afterwards. attend: (rows,) int32, the earlier row of this pass whose ancestors this row sees, -1 for none; or a
-        RowPlan made once; default: each row follows the one before it. positions: (rows,) int32, absolute; default
-        from ``attend``. layers: indices of hidden states to return. logits: "all", "last" or None.
+        position 0; with one the batch is 1 and the rows are written after ``cache.length``; call ``cache.commit``
+        afterwards. attend: (rows,) int32, the earlier row of this pass that this row follows, -1 for none: it sees that
+        row's ancestors; or a RowPlan made once; default: each row follows the one before it. positions: (rows,) int32,
+        absolute; default from ``attend``. layers: indices of hidden states to return. logits: "all", "last" or None.
 
         Raises ValueError for misshapen arguments, CacheFull when the rows do not fit.
         """
@@ -206,7 +206,7 @@ class Backbone:
             raise ValueError(f"position {base + plan.max_position} exceeds the {c.max_positions} of the backbone")
         unknown = set(layers) - set(range(c.num_layers + 1))
         if unknown:
-            raise ValueError(f"the backbone has layers 0 to {c.num_layers}, asked for {sorted(unknown)}")
+            raise ValueError(f"the backbone has layers 0 to {c.num_layers}, got {sorted(unknown)}")
         if logits not in ("all", "last", None):
             raise ValueError(f"logits must be 'all', 'last' or None, got {logits!r}")
         if cache is not None:
@@ -224,14 +224,14 @@ class Backbone:
         data = (cache or KVCache(self._single_layer(), batch * rows, self.dtype)).data
         cosine, sine = self.rotary_tables(base + plan.max_position + 1)
         ids = token_ids if isinstance(token_ids, jt.Var) else jt.array(np.asarray(token_ids, np.int32))
-        inside = 0 if logits is None else batch * rows if logits == "all" else 1 if batch == 1 else 0
+        scored = 0 if logits is None else batch * rows if logits == "all" else 1 if batch == 1 else 0
         wanted = tuple(sorted(set(layers)))
-        out = decoder_pass(self.decoder, ids.reshape(-1), plan, cosine, sine, data, base, wanted, inside)
+        out = decoder_pass(self.decoder, ids.reshape(-1), plan, cosine, sine, data, base, wanted, scored)
         if cache is not None:
             cache.written_by(out.hidden)
         hidden = out.hidden.reshape(batch, rows, c.hidden_size)
         scores, chosen = out.logits, out.chosen
-        if inside:
+        if scored:
             scores, chosen = scores.reshape(batch, -1, c.vocab_size), chosen.reshape(batch, -1)
         elif logits:
             scores = self.lm_logits(hidden[:, rows - 1 : rows])
@@ -245,7 +245,7 @@ def load_backbone(
 ) -> Backbone:
     """Read a Hugging Face directory (config.json with *.safetensors or *.bin), a Meta directory (params.json with
     consolidated.*.pth) or a .pkl of ours; None: the embedded tiny-vicuna.
-    load_in_8bit, load_in_4bit: keep the layers' matrices as int8 or nf4.
+    load_in_8bit, load_in_4bit: store the layers' matrices as int8 or nf4.
 
     Raises ValueError for a directory without a model, for missing, extra or misshapen weights (each named), for an
     architecture this model does not compute, and for 8 and 4 bits at once.
@@ -255,5 +255,5 @@ def load_backbone(
     storage = "int8" if load_in_8bit else "nf4" if load_in_4bit else None
     directory = Path(path) if path else EMBEDDED
     config = read_config(directory)
-    with given_back_at_once():
+    with freed_at_once():
         return Backbone(config, dict(read_backbone(directory, config)), dtype, path, storage)

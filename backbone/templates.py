@@ -1,8 +1,8 @@
-"""Chat templates by name, for backbones whose directory brings none or the wrong one.
+"""Chat templates by name, for backbones whose directory has none or the wrong one.
 
 Each is the published prompt format of its family as a Jinja template. It sees ``messages``, ``add_generation_prompt``,
-``bos_token`` and ``eos_token``, and opens with what precedes the first token, so that the rendered text is tokenized
-without adding anything.
+``bos_token`` and ``eos_token``, and includes the beginning-of-text token, so that the rendered text is tokenized as it
+is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-# "USER: a ASSISTANT: b</s>USER: c ASSISTANT:" behind a system sentence (FastChat, conversation "vicuna_v1.1").
+# "USER: a ASSISTANT: b</s>USER: c ASSISTANT:" after a system sentence (FastChat, conversation "vicuna_v1.1").
 VICUNA = r"""
 {%- set default = "A chat between a curious user and an artificial intelligence assistant. "
                   "The assistant gives helpful, detailed, and polite answers to the user's questions." -%}
@@ -70,8 +70,8 @@ CHATML = r"""
 
 TEMPLATES = {"vicuna": VICUNA, "llama-2": LLAMA_2, "llama-3": LLAMA_3, "chatml": CHATML}
 
-# Some templates write today's date into the prompt. Ours is always this day, the one that Llama 3.1's template falls
-# back to: a prompt that changes at midnight would change features, caches and results with it.
+# Some templates write today's date into the prompt. It is always this day here, the default of Llama 3.1's template: a
+# prompt that changes at midnight would change features, caches and results.
 TODAY = date(2024, 7, 26)
 
 
@@ -85,7 +85,7 @@ def named_template(name: str) -> str:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}`` marks the reply in some templates; here its body is just rendered."""
+    """``{% generation %}...{% endgeneration %}`` marks the reply in some templates; here its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
 
@@ -100,7 +100,7 @@ def _raise_exception(message: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def compile_template(text: str) -> jinja2.Template:
-    """The template, compiled in a sandbox with the helpers that published chat templates rely on.
+    """The template, compiled in a sandbox with the helpers that published chat templates use.
 
     Templates come with downloaded tokenizers: the sandbox keeps them from reaching anything but their arguments.
     Raises ValueError for a template that does not parse.

@@ -1,9 +1,9 @@
-"""Text to token ids and back, and which tokens of a conversation the assistant said.
+"""Text to token ids and back, and the mask of the assistant's tokens in a conversation.
 
-A draft head is trained on the assistant's tokens and measured on its replies, so the chat template and the mask live
-here, next to the vocabulary: one rendering serves training, measurement and chat.
+A draft head is trained on the assistant's tokens and measured on its replies, so the chat template and the mask are
+here, next to the vocabulary: training, measurement and chat share one rendering.
 
-Needs no network and no torch: a directory with ``tokenizer.json`` is read as it is; one that has only a SentencePiece
+It needs no network and no torch: ``tokenizer.json`` is read as it is, and a directory that has only a SentencePiece
 ``tokenizer.model`` (Llama 1 and 2, Vicuna) is converted in memory.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# A fork after the tokenizer's threads have run prints a warning unless this is settled beforehand.
+# A fork after the tokenizer's threads have run prints a warning unless this is set beforehand.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import jinja2
@@ -40,8 +40,8 @@ class ChatTokenizer:
     """A vocabulary and a chat template.
 
     ``vocab_size`` is the highest token id plus one. ``eos_ids`` end a reply: the vocabulary's end token, those of
-    generation_config.json, and the token by which the template ends a turn. ``end_of_turn`` is that ending as text;
-    where it is no token of this vocabulary (a template from another family) a caller has to stop on the text.
+    generation_config.json, and the token with which the template ends a turn. ``end_of_turn`` is that ending as
+    text; where it is not a token of this vocabulary (a template of another family) a caller has to stop on the text.
     """
 
     def __init__(self, tokenizer: Any, template: str, source: bytes, eos_ids: Iterable[int] = ()) -> None:
@@ -63,7 +63,7 @@ class ChatTokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The token that texts of this vocabulary begin with, None where it has none."""
+        """The beginning-of-text token, None without one."""
         name = self._special.get("bos_token")
         return None if name is None else self._backend.token_to_id(name)
 
@@ -72,16 +72,12 @@ class ChatTokenizer:
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text. Special tokens that are spelled out in it count as such; none is added by default."""
+        """Token ids of a text. Special tokens spelled out in it count as such; none is added by default."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of the token ids, spaces as they are. Bytes that make no character come out as U+FFFD."""
+        """Text of the token ids, spaces unchanged. Bytes that form no character become U+FFFD."""
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
-
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for tokens that arrive a few at a time."""
-        return StreamDecoder(self, skip_special_tokens)
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as the backbone reads it. Raises ValueError for messages that are not a conversation."""
@@ -89,7 +85,7 @@ class ChatTokenizer:
         return self._render(messages, add_generation_prompt)
 
     def encode_chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of the rendered conversation; with the prompt, what follows is the assistant's."""
+        """Token ids of the rendered conversation; with the prompt, the assistant's reply comes next."""
         return self.encode(self.render(messages, add_generation_prompt))
 
     def encode_with_mask(self, messages: Messages) -> tuple[list[int], list[bool]]:
@@ -98,10 +94,10 @@ class ChatTokenizer:
         The ids are those of ``encode_chat(messages, add_generation_prompt=False)``. With the embedded template:
 
             <s> ... USER: Hi ASSISTANT: Hello </s>
-            F       F   F F  F       F  T     T         the reply's leading space belongs to " Hello"
+            F       F   F F  F       F  T     T         the reply's leading space is part of " Hello"
 
-        Raises ValueError when the template renders the start of a conversation differently once it goes on: then no
-        part of the text is certain to be what the assistant says.
+        Raises ValueError when the template renders the start of a conversation differently in a longer one: then no
+        part of the text is certain to be the assistant's.
         """
         return next(self._encode_batch([messages]))
 
@@ -134,7 +130,7 @@ class ChatTokenizer:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
     def _probe_end_of_turn(self) -> str:
-        """What the template writes behind a reply, without white space: ``</s>``, ``<|eot_id|>``, ..."""
+        """What the template writes after a reply, without white space: ``</s>``, ``<|eot_id|>``, ..."""
         reply = "answer"
         text = self._render([{"role": "user", "content": "question"}, {"role": "assistant", "content": reply}], False)
         return text[text.rindex(reply) + len(reply) :].strip() if reply in text else ""
@@ -151,8 +147,8 @@ class ChatTokenizer:
             through = text if index + 1 == len(messages) else self._render(messages[: index + 1], False)
             if not (text.startswith(through) and through.startswith(before)):
                 raise ValueError(
-                    f"the chat template does not render turn {index} the same way once the conversation goes on, so "
-                    f"the assistant's tokens cannot be told apart; choose one by name: {', '.join(TEMPLATES)}"
+                    f"the chat template renders turn {index} differently in a longer conversation, so the assistant's "
+                    f"tokens cannot be identified; choose a template by name: {', '.join(TEMPLATES)}"
                 )
             spans.append((len(before), _end_of_reply(through, len(before), message["content"])))
         return text, spans
@@ -165,7 +161,7 @@ class ChatTokenizer:
 
 
 def _check_messages(messages: Messages) -> None:
-    """Raises ValueError unless messages are system (at most one, first), then user, then whatever follows."""
+    """Raises ValueError unless messages are system (at most one, first), then user, then anything."""
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise ValueError(f"message {index} is {message!r:.80}, expected a role and a content string")
@@ -181,18 +177,18 @@ def _check_messages(messages: Messages) -> None:
 def _end_of_reply(text: str, start: int, content: str) -> int:
     """End of the reply that starts at ``start`` in a text that ends with it.
 
-    Some templates write a line break behind the end-of-turn token. Nobody generates that: the reply stops before it.
+    Some templates write a line break after the end-of-turn token. It is never generated: the reply stops before it.
     """
-    spoken = content.strip()
-    found = text.find(spoken, start)
-    ending = text[found + len(spoken) :] if found >= 0 else ""
+    reply = content.strip()
+    found = text.find(reply, start)
+    ending = text[found + len(reply) :] if found >= 0 else ""
     return len(text.rstrip()) if ending.strip() else len(text)
 
 
 def _mask_of_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
     """True for each token that starts inside a span. offsets: (start, end) of each token in characters.
 
-    Some tokenizers leave white space out of the offsets; the gap belongs to the token behind it. The bytes of one
+    Some tokenizers leave white space out of the offsets; the gap belongs to the token after it. The bytes of one
     character may be several tokens, all with that character's offsets.
 
     >>> _mask_of_spans([(0, 2), (3, 5), (5, 6)], [(2, 6)])
@@ -208,35 +204,35 @@ def _mask_of_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int
 
 
 class StreamDecoder:
-    """Decodes tokens as they arrive and never shows half a character.
+    """Decodes tokens as they arrive and never emits half a character.
 
-    The pieces of ``push`` and the last one of ``finish`` together equal ``decode`` of all tokens. Text is held back
-    while a later token could still change it: the bytes of an unfinished character, and in vocabularies with byte
-    tokens the whole run of them, because one wrong byte turns the run into U+FFFD.
+    The pieces of ``push`` and ``finish`` together equal ``decode`` of all tokens. Text is held back while a later token
+    could change it: the bytes of an unfinished character, and in vocabularies with byte tokens a run of such tokens,
+    because one wrong byte turns the run into U+FFFD.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ids: list[int] = []
-        self._settled = 0  # number of leading tokens that no open run of bytes touches
+        self._final = 0  # number of leading tokens whose text cannot change any more
         self._emitted = 0  # characters
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these tokens settle; may be empty."""
+        """The text that became final with these tokens; may be empty."""
         for token_id in ids:
             self._ids.append(int(token_id))
             if not self._is_open(self._ids[-1]):
-                self._settled = len(self._ids)
-        return self._emit(self._tokenizer.decode(self._ids[: self._settled], self._skip).rstrip(UNFINISHED))
+                self._final = len(self._ids)
+        return self._emit(self._tokenizer.decode(self._ids[: self._final], self._skip).rstrip(UNFINISHED))
 
     def finish(self) -> str:
-        """The text still held back, once no more tokens come."""
+        """The text still held back, after the last token."""
         return self._emit(self._tokenizer.decode(self._ids, self._skip))
 
     def _is_open(self, token_id: int) -> bool:
         if self._skip and token_id in self._tokenizer._special_ids:
-            return True  # leaves no text: bytes on both sides of it are one run
+            return True  # has no text: bytes on both sides of it form one run
         token = self._tokenizer._backend.id_to_token(token_id)
         return token is not None and BYTE_TOKEN.fullmatch(token) is not None
 
@@ -252,8 +248,8 @@ class StreamDecoder:
 def load_tokenizer(path: str | Path | None = None, template: str | None = None) -> ChatTokenizer:
     """The tokenizer of a directory (None: the embedded one) with its own chat template or a named one.
 
-    Raises ValueError when the directory holds no tokenizer, when ``template`` is no known name, and when neither the
-    directory nor ``template`` gives a chat template.
+    Raises ValueError when the directory holds no tokenizer, for an unknown ``template``, and when neither the
+    directory nor ``template`` provides a chat template.
     """
     directory = EMBEDDED if path is None else Path(path)
     text = None if template is None else named_template(template)
@@ -293,8 +289,8 @@ def _own_template(directory: Path, settings: dict[str, Any]) -> str:
 
 
 def _transformers() -> Any:
-    """The library, imported late, because it takes a second that --help need not pay, and without its advice to
-    install PyTorch, which tokenizers and templates do not need."""
+    """The library, imported late because that takes a second, and without its advice to install PyTorch, which
+    tokenizers and templates do not need."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
@@ -332,7 +328,7 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"{path} is not a SentencePiece model; expected one, or a tokenizer.json beside it ({error})"
+            f"{path} is not a SentencePiece model; expected one, or a tokenizer.json ({error})"
         ) from error
     names = [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]
     vocab = {name: index for index, name in enumerate(names)}
@@ -352,7 +348,7 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
     for index, token in _added_tokens(directory, settings):
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != index:
-            raise ValueError(f"{directory}: added token {token.content!r} has id {index}, which leaves a gap")
+            raise ValueError(f"{directory}: added token {token.content!r} has id {index}, which would leave a gap")
     roles = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
     own = {role: names[index] for role, index in roles.items() if index >= 0}
     own |= {role: _text_of(settings[role]) for role in (*roles, "pad_token") if settings.get(role)}
@@ -360,7 +356,8 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
 
 
 def _merges(vocab: dict[str, int], ids: list[int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the earliest piece first: SentencePiece numbers them in merge order."""
+    """Every pair of pieces that merges into a piece, the earliest piece first: SentencePiece numbers them in that
+    order."""
     names = {index: name for name, index in vocab.items()}
     mergeable = {names[index] for index in ids}
     return [

@@ -1,8 +1,8 @@
-"""The backbone as transformers computes it, in PyTorch; heads go on training and drafting in Jittor.
+"""The backbone computed by transformers in PyTorch; heads train and draft in Jittor.
 
-For models that Jittor cannot hold well, and as a second opinion on our own engine. It keeps the interface of
-``backbone.model.Backbone``; ``backbone.engines`` chooses between the two. What a pass computes stays in torch until
-somebody asks for it.
+For models that Jittor does not hold well, and as an independent check of our own engine. It has the interface of
+``backbone.model.Backbone``; ``backbone.engines`` chooses between the two. The results of a pass stay in torch until
+they are read.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from backbone.config import BackboneConfig, read_config
 from backbone.files.layout import META, PICKLE, layouts
 from backbone.model import DTYPES, EMBEDDED, Backbone
 from backbone.weights import fingerprint, read_backbone
-from ops.decoder_layer import RowPlan
 from ops.linear import PackedLinear
+from ops.row_plan import RowPlan
 from runtime import jt
 
 MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
 QUANTIZERS = ("bitsandbytes", "accelerate")
 QUANTIZED = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
-# Rows of a padded batch for each row that is there. On a CPU, 12 conversations of 33 to 512 tokens took 3 times as long
-# in one batch, 2 times under a block-diagonal mask, as one by one, and as long as that in batches of this bound.
+# Rows of a padded batch per real row. On a CPU, 12 conversations of 33 to 512 tokens took 3 times as long in one batch
+# as one by one, 2 times under a block-diagonal mask, and no longer in batches of this bound.
 MOST_PADDING = 1.2
 
 
 class TorchBackbone(Backbone):
     """A frozen transformers model with weights in float16 or float32, or its layers in 8 or 4 bits (bitsandbytes).
 
-    On the CPU all arithmetic is float32, also with weights in float16, which are rounded to it and then held in float32
+    On the CPU all arithmetic is float32, also for weights in float16, which are rounded to it and held in float32
     (twice the memory): torch's own float16 arithmetic takes 3 to 4 times as long there, and rounds after each
-    operation. So this engine and ours compute the same from the same weights, but for the order of their sums and for
-    our float16 cache. On a GPU, arithmetic and cache are in the weights' type. In 8 and 4 bits the arithmetic is
+    operation. So this engine and ours compute the same from the same weights, except for the order of sums and our
+    float16 cache. On a GPU, arithmetic and cache are in the weights' type. In 8 and 4 bits the arithmetic is
     bitsandbytes'.
 
-    ``fingerprint`` names the weights as read, as our engine's does: heads fit both. ``storage`` begins with "torch-":
-    feature caches of the two are not mixed. A row is not bitwise what it is alone: torch sums in another order when
-    other rows run beside it.
+    ``fingerprint`` names the weights as read, as our engine's does: heads fit both. ``storage`` starts with "torch-":
+    feature caches of the two are not mixed. A row is not bitwise what it is alone: torch sums in another order when the
+    pass has other rows.
     """
 
     def __init__(self, path=None, dtype: str = "float16", load_in_8bit: bool = False, load_in_4bit: bool = False):
@@ -59,25 +59,25 @@ class TorchBackbone(Backbone):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if load_in_8bit and load_in_4bit:
             raise ValueError("weights in 8 bits and in 4 bits exclude each other; choose one")
-        kept = "int8" if load_in_8bit else "nf4" if load_in_4bit else dtype
-        if kept != dtype:
+        storage = "int8" if load_in_8bit else "nf4" if load_in_4bit else dtype
+        if storage != dtype:
             check_quantizers()
         directory = Path(path) if path else EMBEDDED
         if layouts(directory)[:1] in ([META], [PICKLE]):
             raise ValueError(
-                f"--backbone-engine torch reads Hugging Face directories, and {directory} is none; "
-                f"make one: python weight_convert.py {directory} --to safetensors --out DIR"
+                f"--backbone-engine torch reads Hugging Face directories, and {directory} is not one; "
+                f"convert it: python weight_convert.py {directory} --to safetensors --out DIR"
             )
         self.config, self.dtype, self.path = read_config(directory), dtype, str(path) if path else None
-        self.storage = f"torch-{kept}"
+        self.storage = f"torch-{storage}"
         self.fingerprint = fingerprint(self.config, read_backbone(directory, self.config))
         self.device = choose_device()
-        self.model = load_model(directory, self.config, dtype, kept, self.device)
+        self.model = load_model(directory, self.config, dtype, storage, self.device)
         self._begin_rotary()
 
     @property
     def blocks(self):
-        """Raises ValueError: who asks for the layers' matrices wants to change them, or to look at our packed ones."""
+        """Raises ValueError: the layers' matrices are not available to heads that change them."""
         raise ValueError(
             "--backbone-engine torch does not give its layers' matrices, which a head that adapts the backbone needs; "
             "use --backbone-engine jittor, or another head"
@@ -85,12 +85,12 @@ class TorchBackbone(Backbone):
 
     @functools.cached_property
     def embedding(self):
-        """(vocab, dim) in Jittor: a copy for heads that embed tokens, made when one does."""
+        """(vocab, dim) in Jittor: a copy for heads that embed tokens, made on first use."""
         return jt.array(self._matrix(self.model.model.embed_tokens)).stop_grad()
 
     @functools.cached_property
     def lm_head(self) -> PackedLinear:
-        """The language-model head in Jittor: a copy for heads that borrow it, made when one does."""
+        """The language-model head in Jittor: a copy for heads that borrow it, made on first use."""
         return PackedLinear(self._matrix(self.model.lm_head))
 
     def _matrix(self, module) -> np.ndarray:
@@ -119,49 +119,49 @@ class TorchBackbone(Backbone):
         return TorchOutput(hidden, states, None if scored is None else self.model.lm_head(scored))
 
     def _run_rows(self, ids, plan: RowPlan, shape: PlanShape, cache, layers) -> dict:
-        """Rows behind a cache, or a tree without one. ids: (1, rows). Returns states, (1, rows, dim)."""
+        """Rows after a cache, or a tree without one. ids: (1, rows). Returns states, (1, rows, dim)."""
         base = cache.length if cache is not None else 0
         positions = torch.from_numpy(plan.positions.astype(np.int64) + base)[None].to(self.device)
-        # transformers makes a chain's mask itself, where attention needs one at all.
+        # transformers makes the mask of a chain itself, where attention needs one.
         mask = None if shape.is_chain else shape.mask(base, self.model.dtype, self.device)
         past = {} if cache is None else {"past_key_values": cache.past(shape)}
         return self._states(layers, ids, position_ids=positions, attention_mask=mask, use_cache=bool(past), **past)
 
     def _run_sequences(self, ids, lengths: np.ndarray, layers) -> dict:
         """Causal sequences from position 0 in padded batches of about the same length; no row sees the padding, which
-        lies behind it. ids: (tokens,), end to end. Returns states, (tokens, dim)."""
+        comes after it. ids: (tokens,), end to end. Returns states, (tokens, dim)."""
         ends, found = np.cumsum(lengths), {}
-        for group in alike(lengths):
+        for group in similar(lengths):
             places = [torch.arange(ends[i] - lengths[i], ends[i], device=self.device) for i in group]
             batch = torch.nn.utils.rnn.pad_sequence([ids[place] for place in places], batch_first=True)
             longest = torch.arange(batch.shape[1], device=self.device)
             real = longest < torch.from_numpy(lengths[group]).to(self.device)[:, None]
             for index, state in self._states(layers, batch, use_cache=False).items():
-                whole = found.setdefault(index, state.new_empty(len(ids), state.shape[-1]))
-                whole[torch.cat(places)] = state[real]
+                rows = found.setdefault(index, state.new_empty(len(ids), state.shape[-1]))
+                rows[torch.cat(places)] = state[real]
         return found
 
     def _states(self, layers: Iterable[int], ids, **settings) -> dict:
         """Hidden states by index: 0 is the embedding, i the output of layer i, None the last one after the final norm.
-        Each but that is what the next module is given."""
+        Each of the others is the input of the next module."""
         modules, found = [*self.model.model.layers, self.model.model.norm], {}
         with contextlib.ExitStack() as hooks:
             for index in sorted(set(layers)):
 
-                def keep(module, given, index=index):
-                    found[index] = given[0]
+                def record(module, inputs, index=index):
+                    found[index] = inputs[0]
 
-                hooks.callback(modules[index].register_forward_pre_hook(keep).remove)
+                hooks.callback(modules[index].register_forward_pre_hook(record).remove)
             found[None] = self.model.model(ids, **settings).last_hidden_state
         return found
 
 
 class TorchOutput:
-    """A ``BackboneOutput`` whose parts come over to Jittor, as float32, when they are first asked for.
+    """A ``BackboneOutput`` whose parts are copied to Jittor, as float32, on first use.
 
-    On the CPU that takes one copy, into a Var, of a NumPy view of the tensor; from a GPU one more to the host before
-    it, and where Jittor runs on a GPU too, one back. Greedy decoding reads ``chosen`` alone, and a head the hidden
-    states; the logits of a pass, its largest part, then stay where they are.
+    On the CPU that is one copy of a NumPy view of the tensor into a Var; from a GPU one more to the host, and where
+    Jittor runs on a GPU too, one back. Greedy decoding reads ``chosen`` only, and a head the hidden states; the logits
+    of a pass, its largest part, then stay in torch.
     """
 
     def __init__(self, hidden, states: dict, logits):
@@ -191,16 +191,16 @@ class TorchOutput:
 
 
 class TorchCache(KVCache):
-    """A ``KVCache`` around the DynamicCache of transformers, which each pass copies into one that is longer by its
-    rows. What it wrote and nobody committed is cropped when the next one begins."""
+    """A ``KVCache`` around the DynamicCache of transformers, which each pass extends by a copy. Rows that were written
+    and not committed are cropped when the next pass starts."""
 
     def __init__(self, max_length: int):
         self._begin(max_length)
         self.dynamic = DynamicCache()
 
     def past(self, shape: PlanShape) -> DynamicCache:
-        """The rows of the sequence, for a pass to write behind. Raises ValueError for rows that belong elsewhere."""
-        shape.check_behind()
+        """The rows of the sequence, for a pass that appends to them. Raises ValueError for a plan that does not."""
+        shape.check_appends()
         surplus = self.dynamic.get_seq_length() - self.length
         assert surplus >= 0, (self.dynamic.get_seq_length(), self.length)
         self.dynamic.crop(-surplus)
@@ -215,8 +215,8 @@ class TorchCache(KVCache):
 
 
 class PlanShape:
-    """What a RowPlan comes to here. lengths: (sequences,) when its rows are whole causal sequences end to end, else
-    None. is_chain: when they are a single one."""
+    """A RowPlan in torch's terms. lengths: (sequences,) when its rows are complete causal sequences end to end, else
+    None. is_chain: whether they are a single one."""
 
     def __init__(self, plan: RowPlan):
         self.plan = plan
@@ -230,23 +230,23 @@ class PlanShape:
         self.lengths = lengths if plain else None
         self.is_chain = plain and len(lengths) == 1
 
-    def check_behind(self) -> None:
-        """Raises ValueError unless the rows lie behind each other, and behind one sequence."""
+    def check_appends(self) -> None:
+        """Raises ValueError unless the rows follow each other and continue one sequence."""
         _, slot, start, _ = self.plan.meta_array.T
         if start.any() or (slot != np.arange(len(slot))).any():
             raise ValueError("several texts in one cache (--batch-size) need --backbone-engine jittor; torch takes one")
 
     @functools.cached_property
     def among(self):
-        """The mask of the rows among each other, (rows, rows) float32, on the host."""
+        """The mask of the pass's rows against each other, (rows, rows) float32, on the host."""
         seen = torch.from_numpy(self.plan.mask(0, self.plan.num_rows))
         return torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float16).min)
 
     def mask(self, base: int, dtype, device):
-        """What is added to the scores, (1, 1, rows, base + rows): 0 where a row looks, which is at the whole cache, at
-        its ancestors in this pass and at itself; elsewhere so little that nothing is left of it.
+        """What is added to the scores, (1, 1, rows, base + rows): 0 for what a row sees, which is the cache, its
+        ancestors in this pass and itself; elsewhere a number so low that the weight is 0.
 
-        A root with two children behind one row in the cache, # for 0: [# #], [# # #], [# #   #].
+        A root with two children after one row in the cache, # for 0: [# #], [# # #], [# #   #].
         """
         rows = self.plan.num_rows
         return torch.cat([torch.zeros(rows, base), self.among], 1).to(device, dtype)[None, None]
@@ -258,10 +258,10 @@ def plan_shape(plan: RowPlan) -> PlanShape:
     return PlanShape(plan)
 
 
-def alike(lengths: np.ndarray) -> list[np.ndarray]:
-    """Which sequences share a padded batch: indices, the longest first, each batch at most MOST_PADDING of its tokens.
+def similar(lengths: np.ndarray) -> list[np.ndarray]:
+    """Sequences that share a padded batch: indices, the longest first, each batch at most MOST_PADDING of its tokens.
 
-    Worked example: lengths 10, 3, 9, 10 give [0, 3, 2] and [1]: 30 places for 29 tokens, and 3 for 3.
+    Worked example: lengths 10, 3, 9, 10 give [0, 3, 2] and [1]: 30 rows for 29 tokens, and 3 for 3.
     """
     groups: list[list[int]] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
@@ -288,7 +288,7 @@ def choose_device():
 
 
 def check_quantizers() -> None:
-    """Raises ValueError where bitsandbytes, or what it takes, is not installed."""
+    """Raises ValueError where bitsandbytes or accelerate is not installed."""
     missing = [name for name in QUANTIZERS if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -297,15 +297,15 @@ def check_quantizers() -> None:
         )
 
 
-def load_model(directory: Path, config: BackboneConfig, dtype: str, kept: str, device):
-    """The transformers model, frozen. kept: how its layers' matrices are, ``dtype`` or a name in QUANTIZED.
+def load_model(directory: Path, config: BackboneConfig, dtype: str, storage: str, device):
+    """The transformers model, frozen. storage: of its layers' matrices, ``dtype`` or a name in QUANTIZED.
 
     Raises ValueError naming weights that are missing, or not finite in ``dtype``.
     """
     disable_progress_bar()
     settings = {"dtype": getattr(torch, dtype), "local_files_only": True, "output_loading_info": True}
-    if kept in QUANTIZED:
-        settings["quantization_config"] = BitsAndBytesConfig(**QUANTIZED[kept])
+    if storage in QUANTIZED:
+        settings["quantization_config"] = BitsAndBytesConfig(**QUANTIZED[storage])
         settings["device_map"] = {"": device}
     model, found = MODELS[config.model_type].from_pretrained(directory, **settings)
     if found["missing_keys"] or found["mismatched_keys"]:
@@ -314,7 +314,7 @@ def load_model(directory: Path, config: BackboneConfig, dtype: str, kept: str, d
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{name} is not finite in {dtype}; load it with dtype float32, or check the file")
-    if kept not in QUANTIZED:
+    if storage not in QUANTIZED:
         model = model.to(device)
         if device.type == "cpu":
             model = model.float()

@@ -1,7 +1,7 @@
-"""Reads backbone weights from disk, one tensor at a time, and says exactly what is wrong with them.
+"""Reads backbone weights from disk, one tensor at a time, and reports exactly what is wrong with them.
 
-Files from outside are data, never code. ``*.safetensors`` is data by design; what is pickled is read by unpicklers that
-know tensors alone. Names are Hugging Face's, whatever the layout: a Meta directory arrives renamed and put together.
+Files from outside are data, never code. ``*.safetensors`` is data by design; pickles are read by unpicklers that know
+only tensors. Names are Hugging Face's in every layout: a Meta directory is renamed and assembled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from backbone.files.torch_file import open_torch_file
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
-# Old conversions save the rotary frequencies as buffers; they follow from the config.
+# Old conversions store the rotary frequencies as buffers; they follow from the config.
 ROTARY_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
 NAMES_LISTED = 10
@@ -74,10 +74,10 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
-    """Tensors of one ``*.safetensors`` file, in the order they lie in. ValueError naming the file when it is damaged.
+    """Tensors of one ``*.safetensors`` file, in file order. Raises ValueError naming the file when it is damaged.
 
-    The library judges the file; the header is read again here because the library keeps the numbers it maps in memory
-    for as long as the file is open, and drops a name that comes twice.
+    The library checks the file; the header is read again here because the library keeps mapped numbers in memory as
+    long as the file is open, and drops a repeated name.
     """
     path = Path(path)
     try:
@@ -97,7 +97,7 @@ def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def open_file(path: str | Path) -> dict[str, LazyTensor]:
-    """Tensors of one file: safetensors, ``torch.save``'s or a pickled dict of arrays, told apart by how it begins.
+    """Tensors of one file: safetensors, ``torch.save``'s or a pickled dict of arrays, told apart by its first bytes.
 
     Only headers are read. Raises ValueError naming the file when it is none of these, damaged or hostile.
     """
@@ -110,16 +110,16 @@ def open_file(path: str | Path) -> dict[str, LazyTensor]:
         return open_torch_file(path)
     if found == PICKLE_FILE:
         return open_pickle_file(path)[0]
-    if found == SAFETENSORS_FILE or path.suffix == ".safetensors":  # a damaged one is judged by the library
+    if found == SAFETENSORS_FILE or path.suffix == ".safetensors":  # the library explains what is damaged
         return open_safetensors_file(path)
-    raise damaged(path, ValueError("it begins as neither safetensors nor torch.save nor a pickle does"))
+    raise damaged(path, ValueError("it is neither safetensors nor torch.save's format nor a pickle"))
 
 
 # Directories ---------------------------------------------------------------------------------------------------------
 
 
 def _check_inside(index: Path, name: str, shard: object) -> None:
-    """Raises ValueError when an index names a file outside its folder, in words or through a link."""
+    """Raises ValueError when an index names a file outside its folder, by path or through a link."""
     outside = f"{index} places {name} in {shard!r}, outside its own folder; expected "
     if not isinstance(shard, str) or "\\" in shard or PurePosixPath(shard).name != shard or shard in ("", ".."):
         raise ValueError(f"{outside}a bare file name")
@@ -127,7 +127,7 @@ def _check_inside(index: Path, name: str, shard: object) -> None:
     # Hugging Face's download cache: snapshots/<revision>/ links to blobs/ of the same model.
     cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if target.parent not in (folder, cache):
-        raise ValueError(f"{outside}a file, not a link to {target}; copy it here or pass the folder that it lies in")
+        raise ValueError(f"{outside}a file, not a link to {target}; copy it here or pass its folder")
 
 
 def _files_of_index(index: Path) -> dict[Path, set[str]]:
@@ -147,7 +147,7 @@ def _files_of_index(index: Path) -> dict[Path, set[str]]:
 
 
 def _check_all_shards(files: list[Path]) -> None:
-    """Files named ``...-00001-of-00003...`` come in full sets."""
+    """Raises ValueError when files named ``...-00001-of-00003...`` are not a complete set."""
     missing = []
     for path in files:
         match = SHARD.search(path.name)
@@ -156,14 +156,14 @@ def _check_all_shards(files: list[Path]) -> None:
             if path.with_name(sibling) not in files and sibling not in missing:
                 missing.append(sibling)
     if missing:
-        raise ValueError(f"{files[0].parent} lacks {_listed(missing)} beside {files[0].name}; fetch the missing shards")
+        raise ValueError(f"{files[0].parent} is missing {_listed(missing)}; fetch the missing shards")
 
 
 def weight_files(directory: str | Path, layout: str | None = None) -> dict[Path, set[str] | None]:
     """Weight files of a Hugging Face directory, and the tensors its index places in each (None without an index).
 
-    safetensors win over ``.bin`` unless ``layout`` says which; the single file wins over an index, an index over the
-    files found beside it. Raises ValueError when there are none, or when one that is named or numbered is missing.
+    safetensors take precedence over ``.bin`` unless ``layout`` names one; the single file over an index, an index over
+    other files. Raises ValueError when there are none, or when one that is named or numbered is missing.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -179,20 +179,20 @@ def weight_files(directory: str | Path, layout: str | None = None) -> dict[Path,
         if found:
             _check_all_shards(found)
             return dict.fromkeys(found)
-    raise ValueError(f"{directory} holds no weights; expected *.safetensors or *.bin, with an index if sharded")
+    raise ValueError(f"{directory} has no weights; expected *.safetensors or *.bin, with an index if sharded")
 
 
-def _check_index(path: Path, promised: set[str] | None, found: Iterable[str]) -> None:
-    absent = sorted((promised or set()) - set(found))
+def _check_index(path: Path, listed: set[str] | None, found: Iterable[str]) -> None:
+    absent = sorted((listed or set()) - set(found))
     if absent:
-        raise ValueError(f"{path} lacks {_listed(absent)}, which the index places there; fetch it again")
+        raise ValueError(f"{path} is missing {_listed(absent)}, which the index places there; fetch it again")
 
 
 def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[str, LazyTensor]]:
-    """Every tensor of a backbone on disk, by Hugging Face name, in file order; a file is opened when its turn comes.
+    """Every tensor of a backbone on disk, by Hugging Face name, in file order; files are opened one by one.
 
-    path: a Hugging Face or Meta directory, a ``.pkl`` of ours or the directory it lies in. layout: which of them
-    (``backbone.files.layout``); None: the first of those it has. Raises ValueError naming what is damaged or missing.
+    path: a Hugging Face or Meta directory, a ``.pkl`` of ours or its directory. layout: one of
+    ``backbone.files.layout``; None: the first that is found. Raises ValueError naming what is damaged or missing.
     """
     path = Path(path)
     layout = layout or next(iter(layouts(path)), None)
@@ -203,12 +203,12 @@ def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[
         yield from open_file(path / PICKLE_NAME if path.is_dir() else path).items()
         return
     seen: set[str] = set()
-    for file, promised in weight_files(path, layout).items():
+    for file, listed in weight_files(path, layout).items():
         found = open_file(file)
-        _check_index(file, promised, found)
+        _check_index(file, listed, found)
         for name, tensor in found.items():
             if name in seen:
-                raise ValueError(f"{file}: {name} is in another file too; expected every tensor once")
+                raise ValueError(f"{file}: {name} is in another file as well; expected every tensor once")
             seen.add(name)
             yield name, tensor
 
@@ -222,7 +222,7 @@ def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> Iterat
     """Every tensor of ``open_tensors`` (or those in ``names``), one in memory at a time; types as stored.
 
     bfloat16 arrives as ``ml_dtypes.bfloat16``. Raises ValueError naming the file for damaged, missing or hostile
-    files, and naming the tensors for ``names`` that are nowhere.
+    files, and naming the tensors for ``names`` that are missing.
     """
     wanted = None if names is None else set(names)
     seen: set[str] = set()
@@ -232,10 +232,10 @@ def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> Iterat
             yield name, tensor.whole()
     absent = sorted((wanted or set()) - seen)
     if absent:
-        raise ValueError(f"{path} lacks {_listed(absent)}")
+        raise ValueError(f"{path} is missing {_listed(absent)}")
 
 
-# What a backbone must hold -------------------------------------------------------------------------------------------
+# The weights of a backbone --------------------------------------------------------------------------------------------
 
 
 def expected_shapes(config: BackboneConfig) -> dict[str, Shape]:
@@ -269,8 +269,8 @@ def _listed(names: list[str]) -> str:
 def check_names(found: Mapping[str, Shape], expected_shapes: Mapping[str, Shape]) -> None:
     """Raises one ValueError that names every missing, extra and misshapen tensor, ten of each kind at most.
 
-    ``*.rotary_emb.inv_freq`` buffers are ignored. For a tied checkpoint that carries its own lm_head.weight pass the
-    tensors through ``drop_tied_head`` (or the shapes through ``read_backbone``) first: here it counts as extra.
+    ``*.rotary_emb.inv_freq`` buffers are ignored. A tied checkpoint's own lm_head.weight counts as extra here;
+    ``drop_tied_head`` removes it first.
     """
     names = {name for name in found if not ROTARY_BUFFER.search(name)}
     problems = []
@@ -288,16 +288,16 @@ def check_names(found: Mapping[str, Shape], expected_shapes: Mapping[str, Shape]
     if misshapen:
         problems.append(f"{len(misshapen)} misshapen: {_listed(misshapen)}")
     if problems:
-        raise ValueError("weights do not match the config: " + "; ".join(problems) + ". Do both belong together?")
+        raise ValueError("weights do not match the config: " + "; ".join(problems) + ". Do they belong together?")
 
 
 def drop_tied_head(
     tensors: Iterable[tuple[str, np.ndarray]], config: BackboneConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Passes tensors on; with tied embeddings it leaves out an lm_head.weight equal to the embedding.
+    """Passes tensors on; with tied embeddings without an lm_head.weight that equals the embedding.
 
-    Raises ValueError when the two differ: then the config is wrong about them being tied, and either choice would
-    give a different model. Untied configs pass through untouched.
+    Raises ValueError when the two differ: then the config is wrong about tying, and either choice would give a
+    different model. Untied configs pass through unchanged.
     """
     held: dict[str, np.ndarray] = {}
     for name, tensor in tensors:
@@ -316,7 +316,7 @@ def drop_tied_head(
 
 
 def read_backbone(path: str | Path, config: BackboneConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The weights that ``config`` calls for, each once, streamed; names and shapes are all checked before the first.
+    """The weights that ``config`` requires, each once, streamed; all names and shapes are checked before the first.
 
     Raises ValueError as ``check_names``, ``drop_tied_head`` and ``read_tensors`` do, naming the path.
     """
@@ -334,10 +334,10 @@ def read_backbone(path: str | Path, config: BackboneConfig) -> Iterator[tuple[st
 
 
 class Fingerprint:
-    """Names a backbone by its config and every weight, whatever order the weights arrive in.
+    """Names a backbone by its config and every weight, in whatever order the weights arrive.
 
-    Each tensor is hashed (name, dtype, shape, bytes) as it streams by; the digest hashes the canonical config JSON and
-    those hashes in the order of the names. Two loaders agree when they add the same arrays in the same dtype.
+    Each tensor is hashed (name, dtype, shape, bytes) as it arrives; the digest hashes the canonical config JSON and
+    those hashes in the order of names. Two loaders agree when they add the same arrays in the same dtype.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -345,7 +345,7 @@ class Fingerprint:
         self._tensors: dict[str, bytes] = {}
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        """Count one tensor in. Each name once."""
+        """Add one tensor; each name once."""
         assert name not in self._tensors, f"{name} was added twice"
         header = json.dumps([name, tensor.dtype.name, list(tensor.shape)])
         digest = hashlib.sha256(header.encode())

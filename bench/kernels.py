@@ -1,4 +1,4 @@
-"""What the kernels and a backbone pass cost on this machine, beside what Jittor's own operations cost.
+"""What the kernels and a backbone pass cost on this machine.
 
     python bench/kernels.py --out kernels.json
 

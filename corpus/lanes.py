@@ -13,7 +13,7 @@ from runtime.interrupt import check_interrupt
 # Jittor is loaded where it is used: a mistyped option is answered at once.
 if TYPE_CHECKING:
     from backbone.model import Backbone
-    from ops.decoder_layer import RowPlan
+    from ops.row_plan import RowPlan
 
 # Sampling looks at this many candidates: enough for top-p 0.95 at temperature 0.8 in nearly every row, and cheap.
 NUM_CANDIDATES = 64
@@ -25,7 +25,7 @@ def lane_plan(lanes: np.ndarray, fed: np.ndarray, counts: np.ndarray, capacity: 
     Worked example with capacity 10: lanes [0, 2], fed [3, 0], counts [1, 2] give slots [3, 20, 21], positions
     [3, 0, 1], starts [0, 20, 20] and contiguous [4, 1, 2].
     """
-    from ops.decoder_layer import RowPlan
+    from ops.row_plan import RowPlan
 
     rows = np.arange(counts.sum())
     positions = rows - np.repeat(np.cumsum(counts) - counts - fed, counts)

@@ -18,7 +18,7 @@ from decoding.generate import Clock, Generation, count_depths, evaluating
 from decoding.rules import Greedy, Rule
 from decoding.text import Text
 from decoding.tree import DynamicTree, Tree
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 from runtime.interrupt import check_interrupt
 

@@ -140,8 +140,8 @@ class Tree:
 
     @functools.cached_property
     def plan(self):
-        """What the backbone needs to know of the tree: an ``ops.decoder_layer.RowPlan``, made on first use."""
-        from ops.decoder_layer import RowPlan  # here, so that shapes can be computed without a device
+        """What the backbone needs to know of the tree: an ``ops.row_plan.RowPlan``, made on first use."""
+        from ops.row_plan import RowPlan  # here, so that shapes can be computed without a device
 
         return RowPlan(self.parents)
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from heads.base import Head, HeadOutput
 from heads.layers import Linear, RMSNorm
-from ops.attention import attention, rotary, write_rows
+from ops.attention import attention, rotary
+from ops.cache_rows import write_rows
 from runtime import jt
 
 

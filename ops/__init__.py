@@ -1,1 +1,1 @@
-"""Operations of the decoding path: a kernel each, beside a plain-Jittor reference that reads like the equation."""
+"""Kernels of decoding and training, one Python file per operation. Door: `decoder_pass.py`; C++ in `kernels/`."""

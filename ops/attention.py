@@ -1,10 +1,10 @@
-"""Attention that trains: rows over a stretch of shared keys and over a few keys of their own, with gradients.
+"""Trainable attention: rows over a range of shared keys and over a few keys of their own, with gradients.
 
     y = softmax(q [K, K_own]^T / sqrt(d)) [V, V_own]
 
-A row of a packed batch sees its conversation up to itself, a stretch of the keys; while a head drafts, it also sees
-the tokens drafted before, which no other row may see. The plain-Jittor reference takes twenty to thirty times as
-long (``bench/kernels.py``). Beside it what such a layer needs: the rotary embedding and a key cache written in place.
+A row of a packed batch sees its conversation up to itself, a range of the keys; while a head drafts, it also sees the
+tokens drafted before, which no other row may see. Written in plain Jittor it takes twenty to thirty times as long.
+The rotary embedding of such a layer is here as well.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 from ops.kernel import launch, on_cpu
 from runtime import jt
 
-CPU_FILE = "cpu_attention.h"
 LANES = 16  # floats in a vector: the kernels take head widths that are a multiple of it
 WIDEST_CUDA = 256  # of a head: what the registers of a thread hold
 GRAD_QUERIES = 32  # of ops/kernels/cuda/train_attention_grad.h
 
-# The sizes that the kernels read, and a check of the ranges: they may be Vars, which nothing has looked at before.
+# The sizes that the kernels read, and a check of the ranges: they may be Vars that nothing has checked before.
 SIZES = """
 gorgon::Attention a{in0_shape0, in0_shape1, in1_shape1, in0_shape2, in1_shape0, %s, (float)data["scale"]};
 CHECK(gorgon::ranges_fit(a, in3_p, in4_p)) << "attention: first and count must name keys that there are";
@@ -31,28 +30,6 @@ int heads = in0_shape1, kv_heads = in1_shape1;
 gorgon::AttentionShape a{(int)in0_shape0, heads, kv_heads, heads / kv_heads, (int)in0_shape2, (int)in1_shape0, (int)%s,
                          (float)data["scale"]};
 """
-
-
-def reference_attention(q, k, v, first, count, own_k=None, own_v=None):
-    """Plain Jittor: the result of ``attention``. first, count: (rows,) int32, NumPy arrays or Vars."""
-    (rows, heads, d), (tokens, kv_heads, _) = q.shape, k.shape
-    first, count = (jt.array(x).reshape(rows, 1) for x in (first, count))
-    index = jt.arange(tokens).reshape(1, tokens)
-    seen = jt.logical_and(index >= first, index < first + count).float32()
-    outputs = []
-    for h in range(heads):
-        kv = h // (heads // kv_heads)
-        scores = jt.nn.matmul_transpose(q[:, h], k[:, kv]) / math.sqrt(d)
-        scores = scores * seen - 1e9 * (1 - seen)
-        if own_k is not None:
-            own = (q[:, h].unsqueeze(1) * own_k[:, :, kv]).sum(-1) / math.sqrt(d)
-            scores = jt.concat([scores, own], 1)
-        weights = jt.nn.softmax(scores, 1)
-        y = jt.matmul(weights[:, :tokens], v[:, kv])
-        if own_v is not None:
-            y = y + (weights[:, tokens:].unsqueeze(-1) * own_v[:, :, kv]).sum(1)
-        outputs.append(y)
-    return jt.stack(outputs, 1)
 
 
 def _cuda_width(q) -> int:
@@ -76,7 +53,7 @@ class _Attention(jt.Function):
             [q, k, v, first, count, *own],
             cpu=SIZES % num_own + f"gorgon::attention_forward(a, {call}",
             cuda=CUDA_SIZES % num_own + f"gorgon::attention_forward<{_cuda_width(q)}>(a, {call}",
-            cpu_files=CPU_FILE,
+            cpu_files=["cpu_attention.h"],
             cuda_files=["train_attention.h"],
             data={"scale": self.scale},
         )
@@ -99,7 +76,7 @@ class _Attention(jt.Function):
             cpu=SIZES % num_own + f"gorgon::attention_backward(a, {call});",
             cuda=CUDA_SIZES % num_own
             + f"gorgon::attention_backward<{_cuda_width(q)}>(a, {call}, out{num}_p, out{num + 1}_p);",
-            cpu_files=CPU_FILE,
+            cpu_files=["cpu_attention.h", "cpu_attention_grad.h"],
             cuda_files=["train_attention.h", "train_attention_grad.h"],
             data={"scale": self.scale},
         )
@@ -107,7 +84,7 @@ class _Attention(jt.Function):
 
 
 def _check_ranges(first, count, rows: int, tokens: int, own: int) -> None:
-    """The host's part: shapes and types always, values where they are NumPy arrays."""
+    """Shapes and types always, values where they are NumPy arrays."""
     assert tuple(first.shape) == tuple(count.shape) == (rows,), (first.shape, count.shape, rows)
     assert str(first.dtype) == str(count.dtype) == "int32", (first.dtype, count.dtype)
     if isinstance(first, np.ndarray) and isinstance(count, np.ndarray):
@@ -117,21 +94,21 @@ def _check_ranges(first, count, rows: int, tokens: int, own: int) -> None:
 
 
 def attention(q, k, v, first, count, own_k=None, own_v=None):
-    """Softmax attention of rows over a stretch of shared keys, and over keys of the row's own.
+    """Softmax attention of rows over a range of shared keys and over keys of the row's own.
 
-    q: (rows, heads, d) float32; k, v: (tokens, kv_heads, d) float32, of which a cache need not use all; first, count:
+    q: (rows, heads, d) float32; k, v: (tokens, kv_heads, d) float32, a cache may have unused rows; first, count:
     (rows,) int32, NumPy arrays or Vars: row r sees the keys first[r] .. first[r] + count[r] - 1, at least one where it
     has none of its own; own_k, own_v: (rows, own, kv_heads, d) float32: further keys that only this row sees, or None.
     Query head h reads key-value head h // (heads // kv_heads) (arXiv 2305.13245). Scores are scaled by 1 / sqrt(d).
     Returns (rows, heads, d) float32, with gradients to q, k, v, own_k and own_v; a key that no row sees gets zero.
 
-    Stretches may overlap and come in any order. It is fast where rows that share ``first`` follow each other, and d is
-    a multiple of 16 (otherwise everything is copied into wider heads first). Four tokens, causal in conversations
-    of three and one: first [0, 0, 0, 3], count [1, 2, 3, 1].
+    Ranges may overlap and come in any order. It is fast where rows that share ``first`` are adjacent and d is a
+    multiple of 16 (otherwise everything is copied into wider heads first). Four tokens, causal in conversations of
+    three and one: first [0, 0, 0, 3], count [1, 2, 3, 1].
 
     A range outside the keys raises AssertionError where it can be read at once, RuntimeError from the kernel otherwise.
-    On a GPU the kernel traps then: what waits for its results next raises, and the process cannot use the GPU any more.
-    There d is at most 256.
+    On a GPU the kernel traps: the next wait for results raises, and the process cannot use the GPU any more. There d is
+    at most 256.
     """
     (rows, heads, d), (tokens, kv_heads, _) = q.shape, k.shape
     own = 0 if own_k is None else own_k.shape[1]
@@ -171,44 +148,17 @@ class _Rotary(jt.Function):
             [x, *self.saved],
             cpu=call,
             cuda=call,
-            cpu_files=CPU_FILE,
+            cpu_files=["cpu_rotary.h"],
             cuda_files=["rotary.h"],
             data={"direction": direction},
         )
 
 
 def rotary(x, cosine, sine):
-    """Rotary embedding, half-split layout (see ``reference_rope``), with the gradient to x: the turn back.
+    """Rotary embedding, half-split layout (arXiv 2104.09864), with the gradient to x: the turn back.
 
     x: (rows, heads, d) float32, d even; cosine, sine: (rows, d / 2) float32, which get no gradient.
     """
     rows, _, d = x.shape
     assert d % 2 == 0 and tuple(cosine.shape) == tuple(sine.shape) == (rows, d // 2), (x.shape, cosine.shape)
     return _Rotary()(x, cosine.stop_grad(), sine.stop_grad())
-
-
-def write_rows(cache, rows, base: int) -> None:
-    """Write ``rows`` into cache[base : base + n], in place, at once.
-
-    cache: (capacity, ...) float32, already computed; rows: (n, ...) float32. Whatever reads the cache must be computed
-    before, or asked for after: nothing orders a pending reader and this. Raises ValueError when the rows do not fit.
-    """
-    count = rows.shape[0]
-    if tuple(rows.shape[1:]) != tuple(cache.shape[1:]) or base < 0 or base + count > cache.shape[0]:
-        raise ValueError(f"rows {tuple(rows.shape)} do not fit into a cache {tuple(cache.shape)} at row {base}")
-    if count == 0:
-        return
-    launch(
-        (1,),
-        "int32",
-        [cache, rows],
-        cpu="""
-        memcpy(in0_p + (int64_t)data["base"] * in0_stride0, in1_p, in1->num * sizeof(float));
-        out0_p[0] = 0;
-        """,
-        cuda="""
-        gorgon::write_rows(in0_p + (int64_t)data["base"] * in0_stride0, in1_p, in1->num, out0_p);
-        """,
-        cuda_files=["rotary.h"],
-        data={"base": base},
-    ).sync()

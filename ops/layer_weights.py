@@ -8,11 +8,11 @@ import numpy as np
 
 from ops.kernel import launch, on_cpu
 from ops.linear import pack, pack_gated, random_matrices
-from ops.quantize import QUANTIZERS
-from ops.tiles import pack_matrices
+from ops.packing.quantize import QUANTIZERS
+from ops.packing.tiles import pack_matrices
 from runtime import jt
 
-HEADER = "pass.h"
+CPU_FILES = ("plan.h", "pass.h")
 # C++ text shared by the kernels over layers.
 LAYER = "gorgon::Layer<std::remove_const_t<std::remove_reference_t<decltype(*gorgon::raw(in{packed}_p))>>>"
 
@@ -29,16 +29,16 @@ class LayerShape:
     eps: float
 
     def data(self) -> dict:
-        """What the kernels are told of it beyond the shapes of their inputs."""
+        """What the kernels need besides the shapes of their inputs."""
         return {"heads": self.num_heads, "head_dim": self.head_dim, "inner": self.intermediate_size, "eps": self.eps}
 
 
 class LayerWeights:
     """The frozen weights of one layer. Matrices are (out, in), float16 or float32; norms are float32.
 
-    storage: a name of ``ops.quantize.QUANTIZERS``, else the matrices are kept as they come. The packed matrices lie
-    behind each other in one Var, ``packed``, their scales in ``scales`` (None without) and both norms in ``norms``
-    (2, dim). How they are packed is for the bodies that run when they are made (``ops.linear``, ``ops.tiles``).
+    storage: a name of ``ops.packing.quantize.QUANTIZERS``, else the matrices keep their dtype. The packed matrices are
+    concatenated in one Var, ``packed``, their scales in ``scales`` (None without) and both norms in ``norms`` (2, dim).
+    They are packed for the bodies that run at the time (``ops.linear``, ``ops.packing.tiles``).
     """
 
     def __init__(self, shape: LayerShape, norm1, q, k, v, o, norm2, gate, up, down, storage: str | None = None):
@@ -50,8 +50,8 @@ class LayerWeights:
         if storage in QUANTIZERS:
             for name, weight in parts.items():
                 parts[name], scales[name] = QUANTIZERS[storage](weight)
-        self.packed = _behind_each_other(parts)
-        self.scales = _behind_each_other(scales) if scales else None
+        self.packed = _concatenated(parts)
+        self.scales = _concatenated(scales) if scales else None
 
     def _hold_norms(self, shape: LayerShape, norm1, norm2) -> None:
         self.shape = shape
@@ -100,15 +100,15 @@ class LayerWeights:
         return {name: matrix.float32().numpy() for name, matrix in self.frozen().items()}
 
 
-def _behind_each_other(parts: dict[str, np.ndarray]):
-    """One flat Var of the packed parts, in the order in which ``gorgon::Layer`` finds them."""
+def _concatenated(parts: dict[str, np.ndarray]):
+    """One flat Var of the packed parts, in the order that ``gorgon::Layer`` expects."""
     gate_up = pack_gated(parts["gate"], parts["up"])
     packed = [pack(parts["qkv"]), pack(parts["o"]), gate_up, pack(parts["down"])]
     return jt.array(np.concatenate([each.reshape(-1) for each in packed])).stop_grad()
 
 
 class _Product(jt.Function):
-    """The saved state is the packed weights: the matrix is unpacked for each of the two products and let go."""
+    """The saved state is the packed weights: each of the two products unpacks the matrix and drops it again."""
 
     def __init__(self, matrix: FrozenMatrix):
         super().__init__()
@@ -118,13 +118,13 @@ class _Product(jt.Function):
         return jt.nn.matmul_transpose(x, self.matrix.float32(x))
 
     def grad(self, upstream):
-        with jt.no_grad():  # else the matrix is kept, in case the gradient's own gradient is asked for
+        with jt.no_grad():  # else the matrix is kept for a second derivative
             return jt.matmul(upstream, self.matrix.float32(upstream))
 
 
 @dataclass(frozen=True)
 class FrozenMatrix:
-    """One matrix of a layer's packed weights. shape: (out, in); its outputs are those of ``part`` from ``first`` on."""
+    """One matrix of a layer's packed weights. shape: (out, in); its outputs are those of ``part`` from ``first``."""
 
     layer: LayerWeights
     shape: tuple[int, int]
@@ -138,7 +138,7 @@ class FrozenMatrix:
     def float32(self, after=None):
         """(out, in) float32, bit for bit the weights that a pass computes with.
 
-        after: a matrix that is to be there first, so that a lazy graph does not unpack its matrices all at once.
+        after: a Var to compute first, so that a lazy graph does not unpack all its matrices at once.
         """
         s, alternating = self.layer.shape, self.part == "gate_up"  # on the CPU its blocks are gate, up, gate, up, ...
         return launch(
@@ -160,7 +160,7 @@ class FrozenMatrix:
             decltype(layer.o(s)) parts[] = {{layer.qkv(s), layer.o(s), layer.gate_up(s), layer.down(s)}};
             gorgon::unpack(parts[(int)data["part"]], (int64_t)data["output"], out0_shape0, out0_p);
             """,
-            cpu_files=HEADER,
+            cpu_files=CPU_FILES,
             cuda_files=["linear.h"],
             data={
                 **s.data(),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from ops.kernel import launch, on_cpu
-from ops.quantize import GROUP, NF4
-from ops.tiles import Room, input_bytes, num_slices, pack_on_device, packed_sizes, random_values, stretches
+from ops.packing.quantize import GROUP, NF4
+from ops.packing.tiles import Room, input_bytes, num_slices, pack_on_device, packed_sizes, random_values, row_blocks
 from runtime import jt
 
 LANES = 16
 
 
 def pack(weight: np.ndarray) -> np.ndarray:
-    """Reorder (out, in) to (blocks of 16 outputs, in, 16); the last block is filled up with zeros.
+    """Reorder (out, in) to (blocks of 16 outputs, in, 16); the last block is padded with zeros.
 
     Worked example with 2 lanes instead of 16: [[a, b], [c, d], [e, f]] -> [[[a, c], [b, d]], [[e, 0], [f, 0]]].
 
@@ -42,17 +42,13 @@ def pack_gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.stack([packed_gate, packed_up], 1).reshape(-1, *packed_gate.shape[1:]))
 
 
-def reference_linear(x, weight):
-    """y = x W^T. x: (rows, in) float32; weight: (out, in); y: (rows, out) float32."""
-    return jt.matmul(x, weight.float32().transpose(1, 0))
-
-
 class PackedLinear:
-    """A frozen linear map without bias: weight (out, in) in float16, float32, or what ``ops.quantize`` makes of one,
-    int8 or NF4 codes with their scales. On the CPU all arithmetic is in float32. On CUDA weights other than float32 are
-    multiplied with x rounded to float16 (+-65504 at most), NF4's values are rounded to it too, and sums are float32.
+    """A frozen linear map without bias: weight (out, in) in float16, float32, or quantized by ``ops.packing.quantize``
+    to int8 or NF4 codes with their scales. On the CPU all arithmetic is in float32. On CUDA weights other than
+    float32 are multiplied with x rounded to float16 (+-65504 at most), NF4's values are rounded to it too, and sums are
+    float32.
 
-    A row's result is bitwise the same whatever rows run beside it.
+    A row's result is bitwise the same whatever other rows the call has.
     """
 
     def __init__(self, weight: np.ndarray, scale: np.ndarray | None = None):
@@ -60,20 +56,20 @@ class PackedLinear:
         assert quantized == (scale is not None), "quantized weights come with scales, others without"
         self.num_out, self.num_in = weight.shape
         if on_cpu():
-            weight = pack(weight)  # the one that came is let go
+            weight = pack(weight)  # the unpacked one is dropped
             self.packed = jt.array(weight).stop_grad()
             self.scale = None if scale is None else jt.array(pack(scale)).stop_grad()
             return
         room = Room(weight.dtype.name, [weight.shape])
-        for part in zip(*(stretches([each]) for each in (weight, scale) if each is not None), strict=True):
+        for part in zip(*(row_blocks([each]) for each in (weight, scale) if each is not None), strict=True):
             room.append(*part)
-        del weight, part  # only the packed copy is left while it is handed over
+        del weight, part  # only the packed copy is left when it is copied to the device
         self.packed, self.scale = room.variables()
 
     @classmethod
     def of(cls, weight) -> PackedLinear:
-        """The map of a weight that is a Var, (out, in) float32, as it is now: what becomes of the Var later does not
-        matter. On a GPU the weight stays there."""
+        """The map of a Var (out, in) float32 with its present values; later changes do not matter. On a GPU the weight
+        stays there."""
         assert weight.ndim == 2 and weight.dtype == "float32", (weight.shape, weight.dtype)
         if on_cpu():
             return cls(weight.numpy())
@@ -85,7 +81,7 @@ class PackedLinear:
 
     @classmethod
     def random(cls, num_out: int, num_in: int, storage: str = "float16", seed: int = 0, std: float = 0.02):
-        """A map to measure with: random weights of a standard deviation. storage: float16, float32, int8 or nf4. On a
+        """A map for measurements: random weights of a standard deviation. storage: float16, float32, int8 or nf4. On a
         GPU the host never holds them."""
         self = cls.__new__(cls)
         self.num_out, self.num_in = num_out, num_in
@@ -94,7 +90,7 @@ class PackedLinear:
 
     @property
     def inputs(self) -> list:
-        """What a kernel is given of it."""
+        """The inputs of a kernel that multiplies with it."""
         return [self.packed, *([] if self.scale is None else [self.scale])]
 
     def __call__(self, x):
@@ -126,7 +122,7 @@ class PackedLinear:
         return found[0]
 
     def float32(self):
-        """(out, in) float32: the weights it computes with, bit for bit."""
+        """(out, in) float32: exactly the weights that products use."""
         scale = "nullptr" if self.scale is None else "gorgon::raw(in1_p)"
         return launch(
             (self.num_out, self.num_in),
@@ -148,7 +144,7 @@ class PackedLinear:
 
 
 def random_matrices(shapes: list[tuple[int, int]], storage: str, seed: int, std: float):
-    """(packed, scales or None) of random matrices behind each other, as ``PackedLinear`` and a layer hold them.
+    """(packed, scales or None) of concatenated random matrices, as ``PackedLinear`` and a layer hold them.
 
     shapes: [(out, in), ...]. storage: float16, float32, int8 or nf4. Weights are uniform, those of NF4 in their codes.
     """

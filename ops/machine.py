@@ -14,13 +14,13 @@ from ops.kernel import launch, on_cpu
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 HEADER = "machine.h"
-MOST_BLOCKS = 4096  # as ops/kernels/cuda/machine.h says
+MOST_BLOCKS = 4096  # as in ops/kernels/cuda/machine.h
 FACTOR, ADDEND = 0.9995, 0.001  # of the multiply-adds, whose results then stay between 0 and some tens
 
 
 def _launch(shapes, dtypes, inputs: list, cpu: str, cuda: str, data: dict | None = None):
     """A kernel call with a text for each body."""
-    options = dict(cpu=cpu, cuda=cuda, cpu_files=HEADER, cuda_files=[HEADER], data=data)
+    options = dict(cpu=cpu, cuda=cuda, cpu_files=[HEADER], cuda_files=[HEADER], data=data)
     return launch(shapes, dtypes, inputs, **options)
 
 
@@ -35,9 +35,9 @@ def _cuda_numbers(call: str, num: int = 1, data: dict | None = None) -> list[flo
 
 def last_level_cache_bytes(caches: Path = CACHES) -> int | None:
     """Bytes of the largest cache of the first core, which its neighbours may share, or of a GPU's second-level cache;
-    None where nothing tells it.
+    None where the system does not report it.
 
-    Linux says it in files: ``index3/size`` holds "32768K".
+    Linux reports it in files: ``index3/size`` holds "32768K".
     """
     if not on_cpu():
         return int(_cuda_numbers("gorgon::keep(gorgon::cache_bytes(), out0_p);")[0])

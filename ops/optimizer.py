@@ -1,8 +1,8 @@
-"""The elementwise work of the optimizers, in place, each beside the plain Jittor that it equals.
+"""The updates of the optimizers, in place.
 
-A kernel writes into Vars that already exist, so no update builds a graph. Jittor does not know of such a write: what
-still waits to read the old values must be synced before (``jt.sync_all``). On CUDA nothing here waits for the device
-but ``squared_norm``, once for all gradients.
+A kernel writes into existing Vars, so no update builds a graph. Jittor does not know of such a write: pending readers
+of the old values must be synced before (``jt.sync_all``). On CUDA only ``squared_norm`` waits for the device, once for
+all gradients.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ HEADER = "optimizer.h"  # of both bodies, whose functions have the same names
 # al., "Muon: an optimizer for hidden layers in neural networks", 2024; arXiv 2502.16982, section 2.1).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-SQUARE_BLOCKS = 1024  # as ops/kernels/cuda/optimizer.h says
+SQUARE_BLOCKS = 1024  # as in ops/kernels/cuda/optimizer.h
 
 
 def _in_place(inputs: list, call: str, data: dict) -> None:
-    """Run a kernel body that writes into its inputs. The one output is there because a call needs one."""
+    """Run a kernel body that writes into its inputs. Its one output exists because a call needs one."""
     _launch((1,), "int32", inputs, call, data, also_on_cpu="\nout0_p[0] = 0;").sync()
 
 
 def _launch(shapes, dtypes, inputs: list, call: str, data: dict, also_on_cpu: str = ""):
     """A kernel call that reads the same for both bodies."""
-    options = dict(cpu=call + also_on_cpu, cuda=call, cpu_files=HEADER, cuda_files=[HEADER], data=data)
+    options = dict(cpu=call + also_on_cpu, cuda=call, cpu_files=[HEADER], cuda_files=[HEADER], data=data)
     return launch(shapes, dtypes, inputs, **options)
 
 
@@ -39,21 +39,12 @@ def squared_norm(grads: list) -> float:
         return math.fsum(float(p.reshape(-1)[0]) for p in jt.fetch_sync(partial))
     if not grads:
         return 0.0
-    # One array for all of them, so that one copy brings them to the host.
+    # One array for all of them: a single copy to the host.
     sums, partial = (jt.zeros((size,), "float64") for size in (len(grads), SQUARE_BLOCKS))
     for place, grad in enumerate(grads):
         call = 'gorgon::sum_of_squares(in0_p, in0->num, in1_p, in2_p + (int64_t)data["place"]);'
         cuda_in_place([grad, partial, sums], call, [HEADER], {"place": place})
     return math.fsum(sums.numpy().tolist())
-
-
-def reference_adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step):
-    """One update by the equations of AdamW (arXiv 1711.05101); returns the new (weight, mean, square)."""
-    grad = grad * scale
-    mean = beta1 * mean + (1 - beta1) * grad
-    square = beta2 * square + (1 - beta2) * grad * grad
-    update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
-    return weight - rate * update - rate * weight_decay * weight, mean, square
 
 
 def adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, scale, step) -> None:
@@ -72,14 +63,6 @@ def adamw(weight, grad, mean, square, *, rate, beta1, beta2, eps, weight_decay, 
     )
 
 
-def reference_lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale):
-    """One update by Lion (arXiv 2302.06675, algorithm 2); returns the new (weight, momentum)."""
-    grad = grad * scale
-    mixed = beta1 * momentum + (1 - beta1) * grad
-    sign = (mixed > 0).float32() - (mixed < 0).float32()
-    return weight - rate * sign - rate * weight_decay * weight, beta2 * momentum + (1 - beta2) * grad
-
-
 def lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale) -> None:
     """One Lion update in place. All Vars have one shape and are float32; ``scale`` multiplies the gradient first."""
     options = dict(rate=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, scale=scale)
@@ -94,16 +77,6 @@ def lion(weight, grad, momentum, *, rate, beta1, beta2, weight_decay, scale) -> 
     )
 
 
-def reference_orthogonalize(matrix):
-    """Plain Jittor: what ``orthogonalize`` computes, after its equations."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrix / (matrix.sqr().sum().sqrt() + 1e-7)
-    for _ in range(ITERATIONS):
-        gram = jt.matmul(x, x.transpose(1, 0))
-        x = a * x + jt.matmul(b * gram + c * jt.matmul(gram, gram), x)
-    return x
-
-
 def _weighted_sum(a: float, x, b: float, y):
     """a x + b y, a Var of its own."""
     call = 'gorgon::weighted_sum((float)data["a"], in0_p, (float)data["b"], in1_p, out0_p, in0->num);'
@@ -111,7 +84,7 @@ def _weighted_sum(a: float, x, b: float, y):
 
 
 def _unit_on_device(matrix):
-    """The matrix over its Frobenius norm, for which nobody waits; for CUDA alone."""
+    """The matrix divided by its Frobenius norm, without waiting for the device; CUDA only."""
     return launch(
         [tuple(matrix.shape), (SQUARE_BLOCKS,), (1,)],
         ["float32", "float64", "float32"],
@@ -123,8 +96,8 @@ def _unit_on_device(matrix):
 
 
 def orthogonalize(matrix):
-    """The orthogonal factor U V^T of a matrix U S V^T, roughly: five Newton-Schulz iterations bring singular values
-    between 0.7 and 1.2, but for those below some 1e-3 of the Frobenius norm, which stay smaller.
+    """The orthogonal factor U V^T of a matrix U S V^T, approximately: five Newton-Schulz iterations move singular
+    values between 0.7 and 1.2, but for those below some 1e-3 of the Frobenius norm, which stay smaller.
 
     matrix: (out, in) float32 -> the same shape; zero stays zero. The side that is multiplied with itself is the
     shorter one.
@@ -140,15 +113,6 @@ def orthogonalize(matrix):
             polynomial = _weighted_sum(b, gram, c, jt.nn.matmul_transpose(gram, gram))  # gram is symmetric
             x = _weighted_sum(a, x, 1.0, jt.matmul(polynomial, x))
         return x.transpose(1, 0) if tall else x
-
-
-def reference_muon(weight, grad, momentum, *, rate, beta, weight_decay, scale):
-    """One update by Muon as in arXiv 2502.16982, equation 4, with Nesterov's momentum; returns the new (weight,
-    momentum)."""
-    grad = grad * scale
-    momentum = beta * momentum + grad
-    update = 0.2 * math.sqrt(max(weight.shape)) * reference_orthogonalize(grad + beta * momentum)
-    return weight - rate * (update + weight_decay * weight), momentum
 
 
 def muon(weight, grad, momentum, *, rate, beta, weight_decay, scale) -> None:

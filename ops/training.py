@@ -1,7 +1,7 @@
-"""What a training step spends its time on: products with their gradients, cross-entropy, KL divergence.
+"""The expensive operations of a training step: products with their gradients, cross-entropy, KL divergence.
 
 On the CPU, Jittor's own gradient of a product's weight and its cross-entropy take most of a step (docs/LOG.md has
-the figures); these compute the same. On CUDA the products are cuBLAS's, through Jittor.
+the figures); these kernels compute the same. On CUDA the products are cuBLAS's, through Jittor.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ HEADER = "cpu_train.h"
 CUDA_FILES = ["loss.h"]
 
 
-def reference_outer_product(a, b):
-    """a^T b. a: (rows, m), b: (rows, n) -> (m, n)."""
-    return jt.matmul(a.transpose(1, 0), b)
-
-
 def _library_outer_product(a, b):
-    """The same as the sum over rows that Jittor makes one call of cuBLAS of, or of oneDNN where CUDA is emulated: ``a``
-    is not copied to be transposed."""
+    """The same as a sum over rows that Jittor turns into one call of cuBLAS (of oneDNN where CUDA is emulated), without
+    a transposed copy of ``a``."""
     if a.shape[0] == 0:
         return jt.zeros((a.shape[1], b.shape[1]))
     shape = [a.shape[0], a.shape[1], b.shape[1]]
@@ -55,23 +50,9 @@ def trainable_linear(x, weight):
     return _Linear()(x, weight)
 
 
-def reference_cross_entropy(logits, targets):
-    """Plain Jittor: the losses and ranks of ``cross_entropy``."""
-    kept = targets >= 0
-    index = jt.maximum(targets, 0).unsqueeze(1)
-    wanted = logits.gather(1, index)
-    highest = logits.max(1, keepdims=True)
-    log_sum = (logits - highest).exp().sum(1, keepdims=True).log() + highest
-    loss = (log_sum - wanted).squeeze(1) * kept.float32()
-    earlier = jt.arange(logits.shape[1]).unsqueeze(0) < index
-    above = jt.logical_or(logits > wanted, jt.logical_and(logits == wanted, earlier))
-    rank = jt.where(kept, above.int32().sum(1), jt.full_like(targets, -1))
-    return loss, rank
-
-
 def _launch(shapes, dtypes, inputs, call: str):
-    """A kernel call that reads the same for both bodies."""
-    return launch(shapes, dtypes, inputs, cpu=call, cuda=call, cpu_files=HEADER, cuda_files=CUDA_FILES)
+    """A kernel call with the same text for both bodies."""
+    return launch(shapes, dtypes, inputs, cpu=call, cuda=call, cpu_files=[HEADER], cuda_files=CUDA_FILES)
 
 
 class _CrossEntropy(jt.Function):
@@ -110,12 +91,6 @@ def cross_entropy(logits, targets):
     function = _CrossEntropy()
     losses = function(logits, targets)
     return losses, function.rank
-
-
-def reference_kl_divergence(logits, teacher):
-    """Plain Jittor: the losses of ``kl_divergence``."""
-    log_p, log_q = (jt.nn.log_softmax(x, 1) for x in (teacher.detach(), logits))
-    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 class _KLDivergence(jt.Function):

@@ -2,9 +2,9 @@
 
     python -m runtime.compile_check 80 90        # compute capabilities; `python -m runtime.doctor --compile` calls this
 
-That proves that the toolkit which ``runtime.start.toolkit`` found and the sources which
-``runtime.start.jittor_source`` mended compile, link and load, and that a core with CUDA in it lives on a machine without a driver. It says nothing about what
-a GPU would compute. The build is kept apart from the one that a GPU uses; it takes minutes once, seconds afterwards.
+It shows that the toolkit found by ``runtime.start.toolkit`` and the sources patched by ``runtime.start.jittor_source``
+compile, link and load, and that a core with CUDA runs on a machine without a driver. It says nothing about what a GPU
+would compute. The build has a cache of its own; it takes minutes the first time and seconds afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TIMEOUT_S = 1800
 
 
 def usable_toolkit() -> Toolkit:
-    """The first toolkit that has all that Jittor wants. Raises ValueError that says what is missing."""
+    """The first complete toolkit. Raises ValueError naming what is missing."""
     toolkits = find_toolkits()
     for toolkit in toolkits:
         if not toolkit.problems:
@@ -53,7 +53,7 @@ def begin(capabilities: Sequence[int] = CAPABILITIES):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The child's part: print one line of JSON."""
+    """What the child process does: print one line of JSON."""
     parser = Parser(prog="runtime.compile_check", description=__doc__.splitlines()[0])
     parser.add_argument("capabilities", nargs="*", type=int, default=list(CAPABILITIES), help="80 90 for 8.0 and 9.0")
     options = parser.parse_args(arguments)
@@ -75,9 +75,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def compile_core(capabilities: Sequence[int] = CAPABILITIES) -> dict:
-    """Run the check in a process of its own; returns what it found, as ``main`` prints it.
+    """Run the check in a child process; returns what ``main`` prints.
 
-    Raises ValueError where something is missing, and where the compilation fails, with the last lines of its output.
+    Raises ValueError when something is missing, and when the compilation fails, with the last lines of its output.
     """
     usable_toolkit()
     words = [sys.executable, "-m", "runtime.compile_check", *map(str, capabilities)]

@@ -39,6 +39,6 @@ def synchronize() -> None:
 def warm() -> None:
     """Call once every kernel has been compiled: turns Jittor's parallel compiler off.
 
-    It costs about 2 microseconds an op and is needed only while kernels are being built.
+    The compiler costs about 2 microseconds an op and is needed only while kernels are being built.
     """
     door.jt.flags.use_parallel_op_compiler = 0

@@ -1,11 +1,11 @@
-"""What this machine has for Jittor, which device a run would take and why, and the command that mends what is missing.
+"""What this machine has for Jittor, which device a run would take and why, and how to install what is missing.
 
-    python -m runtime.doctor                         # looks, and imports nothing heavy
+    python -m runtime.doctor                         # inspects only, imports nothing heavy
     python -m runtime.doctor --start                 # also starts Jittor and checks a small product
     python -m runtime.doctor --compile --archs 80 90 # also compiles Jittor's CUDA build; needs nvcc and no GPU
     python -m runtime.doctor --json
 
-Ends with status 0 when the device that a run would take can serve, and with 1 when something that it needs is missing.
+Exits with status 0 when the chosen device is usable and with 1 when something it needs is missing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INSTALL = "pip install -r requirements.txt"
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that is not there, the command that brings it, and whether the chosen device cannot serve without."""
+    """Something that is missing, the command that installs it, and whether the chosen device needs it."""
 
     what: str
     command: str
@@ -46,7 +46,7 @@ class Missing:
 
 @dataclass
 class Findings:
-    """Everything that was looked at. found: lines by name. checks: what --start and --compile gave."""
+    """The result of an inspection. found: lines by name. checks: results of --start and --compile."""
 
     device: str | None
     reason: str
@@ -57,8 +57,8 @@ class Findings:
     checks: dict[str, dict] = field(default_factory=dict)
 
     @property
-    def serves(self) -> bool:
-        """Whether a run can begin."""
+    def usable(self) -> bool:
+        """Whether a run can start."""
         return not any(missing.needed for missing in self.missing)
 
 
@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
 
 
 def _first_line(program: str) -> str | None:
-    """A program's path and what it says of its version; None where it is not on the PATH."""
+    """A program's path and version line; None where it is not on the PATH."""
     path = shutil.which(program)
     if path is None:
         return None
@@ -79,7 +79,7 @@ def _first_line(program: str) -> str | None:
 
 
 def look_around() -> dict[str, str | None]:
-    """What every start needs, by name; None for what is not there."""
+    """What every start needs, by name; None for what is missing."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     config = next((place for place in places() if place.is_file()), None)
     prefix = onednn_prefix()
@@ -95,15 +95,15 @@ def look_around() -> dict[str, str | None]:
 
 
 def what_is_missing(found: dict[str, str | None]) -> list[Missing]:
-    """What a start needs or misses, of all but CUDA."""
+    """What is missing for a start, CUDA aside."""
     header = f"apt-get install python3.{sys.version_info.minor}-dev"
     needs = {"Python.h": header, "jittor": INSTALL, "numpy": INSTALL, "g++": "apt-get install g++"}
     missing = [Missing(name, command, True) for name, command in needs.items() if found[name] is None]
     if found["jittor"] not in (None, WRITTEN_FOR):
-        what = f"Jittor {WRITTEN_FOR}, which this is written for (found {found['jittor']})"
+        what = f"Jittor {WRITTEN_FOR}, the supported version (found {found['jittor']})"
         missing.append(Missing(what, f"pip install jittor=={WRITTEN_FOR}", False))
     if found["numpy"] and int(found["numpy"].split(".")[0]) >= 2:
-        missing.append(Missing(f"numpy below 2, for Jittor's sake (found {found['numpy']})", INSTALL, True))
+        missing.append(Missing(f"numpy below 2, which Jittor needs (found {found['numpy']})", INSTALL, True))
     if found["oneDNN"] is None:
         missing.append(Missing("oneDNN: training on the CPU runs at a tenth of its speed", INSTALL, False))
     if found["mpicc"] is None:
@@ -112,7 +112,7 @@ def what_is_missing(found: dict[str, str | None]) -> list[Missing]:
 
 
 def examine_machine() -> Findings:
-    """Look at everything; imports no Jittor. Raises ValueError for a GORGON_DEVICE that is no device."""
+    """Inspect everything without importing Jittor. Raises ValueError for an unknown GORGON_DEVICE."""
     wanted = os.environ.get("GORGON_DEVICE", "auto")
     found, driver, toolkits = look_around(), find_driver(), find_toolkits()
     missing = what_is_missing(found)
@@ -135,15 +135,15 @@ def _toolkit_lines(toolkit: Toolkit) -> list[str]:
             lines.append(f"  {wanted.name:9} {part.library}, headers {part.header}")
     if toolkit.cccl:
         lines.append(f"  {'cub':9} {toolkit.cccl / CUB_HEADER}")
-    return [*lines, *(f"  lacks     {problem}" for problem in toolkit.problems)]
+    return [*lines, *(f"  missing   {problem}" for problem in toolkit.problems)]
 
 
 def report(findings: Findings) -> str:
     """The findings as text."""
     lines = [f"{name:9} {value or 'not found'}" for name, value in findings.found.items()]
     driver = findings.driver
-    serves = f"serves CUDA up to {driver.version[0]}.{driver.version[1]}" if driver.version else None
-    lines.append(f"driver    {', '.join(filter(None, [serves, driver.trouble]))}")
+    supports = f"supports CUDA up to {driver.version[0]}.{driver.version[1]}" if driver.version else None
+    lines.append(f"driver    {', '.join(filter(None, [supports, driver.trouble]))}")
     for index, device in enumerate(driver.devices):
         memory, capability = device.memory_bytes / 2**30, f"{device.capability // 10}.{device.capability % 10}"
         lines.append(f"  GPU {index}     {device.name}, {memory:.1f} GiB, compute capability {capability}")
@@ -154,13 +154,13 @@ def report(findings: Findings) -> str:
     lines.append(f"device    {findings.device or 'none'} ({findings.reason})")
     for missing in findings.missing:
         lines.append(f"{'missing' if missing.needed else 'optional'}: {missing.what}")
-        lines.append(f"  mend with: {missing.command}")
+        lines.append(f"  install with: {missing.command}")
     lines += [f"{name}: {json.dumps(answer)}" for name, answer in findings.checks.items()]
     return "\n".join(lines)
 
 
 def try_start() -> dict:
-    """Start Jittor on the chosen device and check a product against NumPy's. Raises ValueError where they differ."""
+    """Start Jittor on the chosen device and check a product against NumPy. Raises ValueError when they differ."""
     import numpy as np
 
     import runtime
@@ -173,7 +173,7 @@ def try_start() -> dict:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Look, print, and return the status."""
+    """Inspect, print and return the exit status."""
     parser = Parser(prog="runtime.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--start", action="store_true", help="start Jittor and check a small product")
     parser.add_argument("--compile", action="store_true", help="compile Jittor's CUDA build; needs nvcc and no GPU")
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     findings = examine_machine()
     checks = {"compile": lambda: compile_core(options.archs)} if options.compile else {}
-    if options.start and findings.serves:
+    if options.start and findings.usable:
         checks["start"] = try_start
     for name, check in checks.items():
         try:
@@ -192,11 +192,11 @@ def main(arguments: Sequence[str]) -> int:
         except ValueError as error:
             findings.checks[name] = {"failed": str(error)}
     if options.json:
-        print(json.dumps(asdict(findings) | {"serves": findings.serves}, default=str))
+        print(json.dumps(asdict(findings) | {"usable": findings.usable}, default=str))
     else:
         print(report(findings))
     failed = any("failed" in answer for answer in findings.checks.values())
-    return 1 if failed or not findings.serves else 0
+    return 1 if failed or not findings.usable else 0
 
 
 if __name__ == "__main__":

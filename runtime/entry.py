@@ -1,4 +1,4 @@
-"""What all command lines share: how a mistake is answered, and how an unknown name is."""
+"""What all command lines share: the answers to mistakes and to unknown names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def suggest(kind: str, name: str, available: Iterable[str]) -> ValueError:
 
 
 def unknown_option(parser: argparse.ArgumentParser, unknown: list[str]) -> ValueError:
-    """The error for what ``parse_known_args`` left over: the option nearest to the first of it, and all of them."""
+    """The error for words that ``parse_known_args`` did not recognize; suggests the option nearest to the first."""
     flag = unknown[0].split("=")[0]
     if not flag.startswith("-"):
         return ValueError(f"unexpected argument {flag!r}; options start with --")
@@ -32,7 +32,8 @@ def unknown_option(parser: argparse.ArgumentParser, unknown: list[str]) -> Value
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes raise ValueError, so that every entry answers them alike; an unknown option gets a suggestion."""
+    """A parser whose mistakes raise ValueError, so that ``run_entry`` answers them; unknown options get a
+    suggestion."""
 
     def error(self, message: str):
         raise ValueError(message)
@@ -47,9 +48,9 @@ class Parser(argparse.ArgumentParser):
 def run_entry(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status.
 
-    A user's mistake (ValueError), a file that cannot be read or written (OSError) and a run whose numbers ceased to be
-    finite (FloatingPointError) become one line on stderr and
-    status 2; Ctrl-C becomes status 130. Under ``mpirun`` a process that fails ends at once (``runtime.ranks.leave``).
+    A user's mistake (ValueError), a file that cannot be read or written (OSError) and a run whose numbers are no longer
+    finite (FloatingPointError) become one line on stderr and status 2; Ctrl-C becomes status 130. Under ``mpirun`` a
+    process that fails ends at once (``runtime.ranks.leave``).
     """
     try:
         status = main(sys.argv[1:] if arguments is None else arguments) or 0
@@ -61,7 +62,7 @@ def run_entry(main: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED
     except Exception:
-        if under_mpi():  # the others wait for this rank: a tidy end would never come
+        if under_mpi():  # the other ranks wait for this one: an orderly exit would hang
             traceback.print_exc()
             leave(1)
         raise

@@ -1,7 +1,7 @@
 """Ctrl-C, or a scheduler's SIGTERM, between two steps instead of inside one.
 
-Python raises KeyboardInterrupt wherever it happens to be, inside Jittor also in a callback in the middle of a gradient.
-Long work therefore notes the wish and stops at a place of its own choosing.
+Python raises KeyboardInterrupt wherever it happens to be; inside Jittor that may be a callback in the middle of a
+gradient. Long work therefore records the signal and stops at a safe place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Interrupts:
 
     def _note(self, number: int, frame: object) -> None:
         if self.requested:
-            raise KeyboardInterrupt  # pressed twice: the user will not wait
+            raise KeyboardInterrupt  # the second one: the user will not wait
         self.requested = True
 
 
@@ -44,15 +44,15 @@ def interrupt_requested() -> bool:
 
 
 def acknowledge_interrupt() -> None:
-    """The wish was seen, perhaps on another rank: nothing raises for it any more."""
+    """The request was handled, perhaps on another rank: it no longer raises."""
     _interrupts.requested = False
 
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """While the body runs, Ctrl-C and SIGTERM take effect at the next ``check_interrupt``, and a second one at once.
+    """Inside, Ctrl-C and SIGTERM take effect at the next ``check_interrupt``, and a second one at once.
 
-    One that no check has seen by the end of the body is raised then. Nesting is allowed; off the main thread, where
+    A signal that no check has seen is raised at the end of the body. Nesting is allowed; off the main thread, where
     Python delivers no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -61,7 +61,8 @@ def deferred_interrupts() -> Iterator[None]:
     before = {number: signal.signal(number, _interrupts._note) for number in (signal.SIGINT, signal.SIGTERM)}
     outermost = before[signal.SIGINT] != _interrupts._note
     for number in before:
-        # Jittor waits for the lock of its kernel cache in a system call that it takes for failed when a signal ends it.
+        # Jittor waits for the lock of its kernel cache in a system call, and takes an interrupted call for a failed
+        # one.
         signal.siginterrupt(number, False)
     try:
         yield

@@ -15,19 +15,19 @@ from runtime.context import world_size
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jittor", "numpy", "transformers", "tokenizers", "safetensors")
-OPTIONAL = {"torch"}  # named where it is loaded
+OPTIONAL = {"torch"}  # listed only when it is loaded
 
 
 def _git(*words: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None  # a copy without git history has no commit to name
+        return None  # a copy without git history has no commit
     return done.stdout.strip()
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's name as the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -37,7 +37,7 @@ def cpu_name() -> str:
 
 
 def gpu_name() -> str | None:
-    """The first GPU's own name as nvidia-smi tells it; None where that is not installed."""
+    """The first GPU's name as nvidia-smi reports it; None where that is not installed."""
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
@@ -47,7 +47,7 @@ def gpu_name() -> str | None:
 
 
 def _command() -> list[str]:
-    """The command line, its first word relative to the project where it lies inside."""
+    """The command line, with a program inside the project relative to its root."""
     words = list(sys.argv)
     path = Path(words[0]).resolve() if words and words[0] else None
     if path and path.is_relative_to(ROOT):
@@ -58,8 +58,8 @@ def _command() -> list[str]:
 def provenance(seed: int | None = None) -> dict:
     """A JSON-ready record of this process: commit, command, UTC time, versions, device, ranks, seed.
 
-    ``git_sha`` and ``git_dirty`` are None in a copy without history. ``threads`` counts the cores this process
-    may use; ``memory_bytes`` is the machine's.
+    ``git_sha`` and ``git_dirty`` are None in a copy without history. ``threads``: cores this process may use;
+    ``memory_bytes``: of the machine.
     """
     import psutil  # here, so that the doctor runs where nothing is installed
 

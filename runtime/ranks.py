@@ -1,7 +1,7 @@
-"""What the processes of an ``mpirun`` say to each other: sums, equal starting values, a common end.
+"""Communication between the processes of an ``mpirun``: sums, broadcasts, a common end.
 
-All ranks call what is here in the same order; with one process it costs nothing. Jittor's MPI operations
-carry float32, float64 and int32 alone, on a GPU through NCCL (which nobody has run with this project yet).
+All ranks call these functions in the same order; with one process they cost nothing. Jittor's MPI operations
+carry float32, float64 and int32 only, on a GPU through NCCL (which nobody has run with this project yet).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import runtime
 from runtime.start.bootstrap import under_mpi
 
-if TYPE_CHECKING:  # the functions import it, so that the doctor runs where nothing is installed
+if TYPE_CHECKING:  # imported in the functions: the doctor runs without it
     import numpy as np
 
 
@@ -34,14 +34,14 @@ def sum_arrays(array: np.ndarray) -> np.ndarray:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has reached this call."""
     import numpy as np
 
     sum_arrays(np.ones(1, np.int32))
 
 
 def share_from_main(parameters: list) -> None:
-    """Give every rank the values that rank 0 has. parameters: float32 or int32 Vars, changed in place."""
+    """Broadcast the values of rank 0. parameters: float32 or int32 Vars, changed in place."""
     if runtime.world_size() > 1:
         for parameter in parameters:
             parameter.update(parameter.mpi_broadcast(0))
@@ -49,7 +49,7 @@ def share_from_main(parameters: list) -> None:
 
 
 def text_from_main(text: str) -> str:
-    """The text that rank 0 has."""
+    """The text of rank 0, on every rank."""
     if runtime.world_size() == 1:
         return text
     import numpy as np
@@ -61,8 +61,8 @@ def text_from_main(text: str) -> str:
 
 
 def leave(status: int) -> None:
-    """End this rank at once when something went wrong: the others may be waiting for it, and a tidy end would wait for
-    them. ``mpirun`` sees the status and ends the others with a message. Does nothing outside ``mpirun`` or for 0."""
+    """End this rank at once after an error: the others may be waiting for it, and an orderly exit would wait for them.
+    ``mpirun`` sees the status and ends the others with a message. Does nothing outside ``mpirun`` or for status 0."""
     if status and under_mpi():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from heads.base import Features, Projection
-from ops.linear_loss import linear_cross_entropy, reference_soft_cross_entropy
+from ops.linear_loss import linear_cross_entropy, soft_cross_entropy
 from ops.training import cross_entropy
 from runtime import jt
 from trainer.data.tokens import IGNORE, TokenizedData, targets, useful_positions
@@ -174,7 +174,7 @@ def _rows_loss(entries: list, labels, row_weights, soft, soft_share: float):
     if soft is None:
         losses, ranks = cross_entropy(logits, labels)
         return (losses * row_weights).sum(), losses, ranks
-    losses, hard, ranks = reference_soft_cross_entropy(logits, labels, soft, soft_share)
+    losses, hard, ranks = soft_cross_entropy(logits, labels, soft, soft_share)
     return (losses * row_weights).sum(), hard, ranks
 
 

@@ -1,4 +1,4 @@
-"""Which layouts of a backbone a path has, by the names of its files, and what a file is, by its bytes."""
+"""The layouts of a backbone's files, told by their names, and the type of a file, told by its first bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 SAFETENSORS, BIN, META, PICKLE = "safetensors", "hf-bin", "meta", "jittor-pkl"
 # Hugging Face's: the name of a single file, and what shards of it look like.
 SINGLE = {SAFETENSORS: "model.safetensors", BIN: "pytorch_model.bin"}
-# What trainers leave beside the weights under the same suffix.
+# Other files of trainers with the same suffix.
 NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|random_states.*|consolidated.*)\.(bin|safetensors)$")
 META_PARAMS = "params.json"
 META_SHARD = re.compile(r"^consolidated\.(\d{2})\.pth$")
@@ -20,13 +20,13 @@ SAFETENSORS_FILE, TORCH_FILE, PICKLE_FILE = "safetensors", "torch", "pickle"
 
 
 def loose_files(directory: Path, layout: str) -> list[Path]:
-    """Weight files of one of Hugging Face's layouts, whatever they are called."""
+    """Weight files of one of Hugging Face's layouts, under any name."""
     found = directory.glob(f"*{Path(SINGLE[layout]).suffix}")
     return sorted(path for path in found if not NOT_WEIGHTS.match(path.name))
 
 
 def layouts(path: str | Path) -> list[str]:
-    """The layouts that a path has, the one that is read first; none for a path that holds no weights."""
+    """The layouts found at a path, the one to read first; empty for a path without weights."""
     path = Path(path)
     if path.is_file():
         return [PICKLE]
@@ -43,9 +43,9 @@ def layouts(path: str | Path) -> list[str]:
 
 
 def container(path: str | Path) -> str | None:
-    """What a file is by how it begins: safetensors, torch.save's zip or a pickle; None for anything else.
+    """The type of a file by its first bytes: safetensors, torch.save's zip or a pickle; None for anything else.
 
-    The length of a safetensors header may begin as a pickle does, but a pickle never reads as a length that fits.
+    The header length of a safetensors file may start like a pickle, but a pickle never reads as a length that fits.
     Raises OSError when the file cannot be read.
     """
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Tensors that lie in files: known by type and shape, read when asked for, whole or some rows at a time.
+"""Tensors in files: type and shape are known, the numbers are read on demand, all of them or some rows at a time.
 
 Whatever loads or converts weights passes these along, so that a stretch of one tensor is all that is ever in memory.
 """
@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 Shape = tuple[int, ...]
-BLOCK_BYTES = 1 << 24  # 16 MiB: converting one takes several times that, still nothing beside the interpreter
+BLOCK_BYTES = 1 << 24  # 16 MiB: converting a block takes several times that, still little next to the interpreter
 
 
 class Refused(ValueError):
-    """The file is readable and holds something that a weights file must not hold."""
+    """The file is readable and holds something that does not belong in a weights file."""
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
-    """The error that names a file which could not be read, or was refused, and says why."""
+    """The error for a file that could not be read or was refused, with the reason."""
     if isinstance(error, Refused):
         return ValueError(f"{path} is not loaded: {error}")
     reason = str(error) or type(error).__name__
@@ -51,11 +51,11 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def whole(self) -> np.ndarray:
-        """All of it."""
+        """All rows."""
         return self.read_rows(0, self.num_rows)
 
     def stretches(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of stretches of rows of at most BLOCK_BYTES (one row at least) that together are all rows."""
+        """(start, stop) of consecutive blocks of rows that cover all rows, each of at most BLOCK_BYTES or one row."""
         row_bytes = max(1, self.nbytes // max(1, self.num_rows))
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, self.num_rows, step):
@@ -86,10 +86,10 @@ def stored(
     stride: Shape | None = None,
     check: Callable[[], None] | None = None,
 ) -> LazyTensor:
-    """Numbers in a file: element (i, j, ...) lies ``offset`` bytes and ``i * stride[0] + j * stride[1] + ...`` numbers
-    behind its start; the default stride is contiguous. ``check`` runs before every read and may raise ValueError.
+    """Numbers in a file: element (i, j, ...) is ``offset`` bytes and ``i * stride[0] + j * stride[1] + ...`` numbers
+    from its start; the default stride is contiguous. ``check`` runs before every read and may raise ValueError.
 
-    Only the stretch that is read is mapped into memory, and only while it is copied.
+    Only the part that is read is mapped into memory, and only while it is copied.
     """
     stride = contiguous_stride(shape) if stride is None else stride
 
@@ -113,7 +113,7 @@ def stored(
 
 
 def join_rows(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The parts below each other. Their other axes and types agree, or ValueError is raised."""
+    """The parts joined along the first axis. Raises ValueError where other axes or types differ."""
     _check_alike(parts, [part.shape[1:] for part in parts])
     ends = np.cumsum([part.num_rows for part in parts])
 
@@ -129,7 +129,7 @@ def join_rows(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Matrices beside each other. Their numbers of rows and types agree, or ValueError is raised."""
+    """Matrices joined along the second axis. Raises ValueError where numbers of rows or types differ."""
     _check_alike(parts, [part.shape[:1] for part in parts])
 
     def read_rows(start: int, stop: int) -> np.ndarray:
@@ -139,14 +139,14 @@ def join_columns(parts: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(parts[0].dtype, (parts[0].shape[0], sum(part.shape[1] for part in parts)), read_rows)
 
 
-def _check_alike(parts: Sequence[LazyTensor], kept: Sequence[Shape]) -> None:
-    if len({part.dtype for part in parts}) > 1 or len(set(kept)) > 1:
+def _check_alike(parts: Sequence[LazyTensor], shapes: Sequence[Shape]) -> None:
+    if len({part.dtype for part in parts}) > 1 or len(set(shapes)) > 1:
         found = ", ".join(f"{part.dtype} {part.shape}" for part in parts)
         raise ValueError(f"its shards do not fit together: {found}")
 
 
 def map_rows(tensor: LazyTensor, group: int, change: Callable[[np.ndarray], np.ndarray]) -> LazyTensor:
-    """Rows rearranged inside groups of ``group``: change (groups * group, ...) -> the same shape, group by group."""
+    """Rows rearranged within groups of ``group``: change (groups * group, ...) -> the same shape, group by group."""
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         first, last = start // group * group, min(-(-stop // group) * group, tensor.num_rows)

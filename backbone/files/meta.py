@@ -1,14 +1,15 @@
 """Reads Meta's own checkpoints: params.json with consolidated.00.pth, consolidated.01.pth, ...
 
 Each .pth is one rank's share of a model-parallel Llama. Column-parallel matrices (wq wk wv w1 w3 output) hold some of
-the outputs, so their rows are put below each other; row-parallel ones (wo w2) hold some of the inputs, so their columns
-are put beside each other; norms are whole in every shard. The embedding is split over dim in Llama 1 and 2 and over the
-vocabulary in Llama 3: with n shards, a share as wide as dim holds vocabulary, one of width dim / n holds dim.
+the outputs, so their rows are concatenated; row-parallel ones (wo w2) hold some of the inputs, so their columns are
+concatenated; norms are replicated in every shard. The embedding is split over dim in Llama 1 and 2 and over the
+vocabulary in Llama 3: with n shards, a shard as wide as dim is split over the vocabulary, one of width dim / n over
+dim.
 
-Meta turns neighbouring coordinates (2i, 2i + 1) of a query or key by the i-th angle, Hugging Face's models coordinates
-(i, i + head_dim / 2): the rows of wq and wk are reordered inside every head, which leaves all products of queries and
-keys as they were. With head_dim 4, Meta's rows 0 1 2 3 become rows 0 2 1 3, because its pairs (0 1) (2 3) become (0 2)
-(1 3).
+Meta rotates neighboring coordinates (2i, 2i + 1) of a query or key by the i-th angle, Hugging Face's models rotate
+coordinates (i, i + head_dim / 2): the rows of wq and wk are reordered within each head, which leaves all products of
+queries and keys unchanged. With head_dim 4, Meta's rows 0 1 2 3 become rows 0 2 1 3, because its pairs (0 1) (2 3)
+become (0 2) (1 3).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from backbone.files.torch_file import open_torch_file
 # The rotary frequencies follow from params.json.
 IGNORED = re.compile(r"(^|\.)rope\.freqs$")
 EMBEDDING, NORM, OUTPUT = "tok_embeddings.weight", "norm.weight", "output.weight"
-# Meta's name -> ours, inside a layer. Split over outputs (rows), over inputs (columns), or whole in every shard.
+# Meta's name -> ours, within a layer. Split over outputs (rows), over inputs (columns), or replicated.
 ROWS = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -60,7 +61,7 @@ NAMES_LISTED = 10
 @dataclass(frozen=True)
 class MetaCheckpoint:
     """``config``: the contents that a config.json would have. ``tensors`` by Hugging Face name, in its row order.
-    ``notes``: what the tensors told. ``assumed``: what params.json leaves open, and how it was read."""
+    ``notes``: what was derived from the tensors. ``assumed``: what params.json leaves open, and the value taken."""
 
     config: dict[str, Any]
     tensors: dict[str, LazyTensor]
@@ -99,7 +100,7 @@ def shard_files(directory: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, ...; ValueError when there are none or one between them is missing."""
     found = {int(match[1]): path for path in directory.iterdir() if (match := SHARD.match(path.name))}
     if not found:
-        raise ValueError(f"{directory} holds no consolidated.00.pth; expected Meta's weights beside {PARAMS}")
+        raise ValueError(f"{directory} has no consolidated.00.pth; expected Meta's weights with {PARAMS}")
     _check_count(directory, found, max(found) + 1)
     return [found[number] for number in sorted(found)]
 
@@ -108,7 +109,7 @@ def _check_count(directory: Path, found: Iterable[int], count: int) -> None:
     missing = sorted(set(range(count)) - set(found))
     if missing:
         named = _listed([f"consolidated.{number:02d}.pth" for number in missing])
-        raise ValueError(f"{directory} lacks {named}: the model has {count} shards; fetch the missing ones")
+        raise ValueError(f"{directory} is missing {named}: the model has {count} shards; fetch the missing ones")
 
 
 def _listed(names: list[str]) -> str:
@@ -152,7 +153,7 @@ class _Params:
 
 
 def _replicated(parts: list[LazyTensor]) -> LazyTensor:
-    """The tensor that every shard holds whole. Reading raises ValueError where they differ."""
+    """A tensor replicated in every shard. Reading raises ValueError where the shards differ."""
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         first, *others = (part.read_rows(start, stop) for part in parts)
@@ -164,7 +165,7 @@ def _replicated(parts: list[LazyTensor]) -> LazyTensor:
 
 
 def _named(tensor: LazyTensor, where: str) -> LazyTensor:
-    """The tensor, with the place it was read from in its errors."""
+    """The tensor, with its origin in its errors."""
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         try:
@@ -176,14 +177,14 @@ def _named(tensor: LazyTensor, where: str) -> LazyTensor:
 
 
 class _Shards:
-    """The shards of one model, and each tensor put together once."""
+    """The shards of one model, and its assembled tensors."""
 
     def __init__(self, directory: Path, params: _Params) -> None:
         self.directory, self.params = directory, params
         self.files = shard_files(directory)
         self.shards = [open_torch_file(path) for path in self.files]
         self._check_names()
-        # A last shard that is missing shows in how many rows a share of wq has.
+        # The number of rows of wq in a shard reveals a missing last shard.
         share = self.shards[0][layer_name(0, "attention.wq")].shape
         if len(share) == 2 and share[0] and params.dim % share[0] == 0:
             _check_count(directory, range(len(self.files)), params.dim // share[0])
@@ -223,7 +224,7 @@ class _Shards:
         return _named(joined, where)
 
     def embedding(self) -> LazyTensor:
-        """The embedding, and its vocabulary if params.json leaves that open."""
+        """The embedding; its rows are the vocabulary if params.json leaves that open."""
         share, count, dim = self.shards[0][EMBEDDING].shape, len(self.shards), self.params.dim
         over_dim = count > 1 and len(share) == 2 and share[1] * count == dim
         if count > 1:
@@ -236,7 +237,7 @@ class _Shards:
 
 
 def _feed_forward_size(shards: _Shards) -> int:
-    """From the tensors; params.json must agree where it says enough."""
+    """From the tensors; params.json must agree where it has the fields."""
     params, name = shards.params, layer_name(0, "feed_forward.w1")
     size = sum(shard[name].num_rows for shard in shards.shards)
     if params.multiple_of is not None:
@@ -250,11 +251,11 @@ def _feed_forward_size(shards: _Shards) -> int:
 
 
 def _config(params: _Params, vocab: int, wide: int, tied: bool, dtype: np.dtype, assumed: list[str]) -> dict[str, Any]:
-    """What a config.json says, from params.json and the tensors; ``assumed`` gets what neither says."""
+    """The content of a config.json, from params.json and the tensors; what neither has goes into ``assumed``."""
     if params.scaled:
         longest, family = 131072, "Llama 3.1"
         assumed.append(
-            f"use_scaled_rope does not say its factor: {SCALED_ROPE['factor']:g} is taken, as in Llama 3.1; "
+            f"use_scaled_rope comes without its factor: {SCALED_ROPE['factor']:g} is assumed, as in Llama 3.1; "
             "Llama 3.2 has 32"
         )
     elif params.theta == LLAMA_3_THETA:
@@ -262,8 +263,8 @@ def _config(params: _Params, vocab: int, wide: int, tied: bool, dtype: np.dtype,
     else:
         longest, family = 2048, "Llama 1 (Llama 2 has 4096)"
     assumed.append(
-        f"{PARAMS} does not say how many positions were trained: {longest} are taken, as in {family}; nor which tokens "
-        "begin and end a text: none is taken. A config.json beside it settles all of this"
+        f"{PARAMS} has no number of trained positions: {longest} is assumed, as in {family}; nor the tokens that begin "
+        "and end a text: none is assumed. A config.json in the same folder provides them"
     )
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -293,7 +294,7 @@ def open_meta(directory: str | Path, params: dict[str, Any]) -> MetaCheckpoint:
     """A Meta directory. params: the contents of its params.json. Only headers are read.
 
     A checkpoint without output.weight has tied embeddings. Raises ValueError naming the file, field or tensor for
-    missing shards, fields that no Llama has, and missing, extra or misshapen tensors.
+    missing shards, unknown fields, and missing, extra or misshapen tensors.
     """
     directory = Path(directory)
     checked = _Params(params, str(directory / PARAMS))

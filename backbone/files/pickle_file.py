@@ -1,7 +1,7 @@
 """Reads a ``.pkl`` of NumPy arrays, as ``jittor.save`` writes it, without trusting it and without loading it.
 
-The unpickler knows arrays and containers and nothing else. Long runs of bytes stay in the file: it notes where they
-lie, and they are mapped into memory when an array's rows are asked for.
+The unpickler knows arrays and containers and nothing else. Long runs of bytes stay in the file: only their places are
+recorded, and they are mapped into memory when an array's rows are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = frozenset(
     f"{kind}{size}" for kind, sizes in {"f": "248", "i": "1248", "u": "1248", "b": "1"}.items() for size in sizes
 )
 CHECKED_AT_ONCE = 1 << 22  # bytes
-READ_AT_ONCE = 1 << 16  # shorter runs of bytes are kept; CPython leaves longer ones outside its frames
+READ_AT_ONCE = 1 << 16  # shorter runs of bytes are read at once; CPython writes longer ones outside its frames
 
 
 class _Bytes(NamedTuple):
@@ -52,13 +52,13 @@ class _Dtype(Described):
 
 
 class _Ndarray(Described):
-    """Stands for the class numpy.ndarray, which pickles of arrays name."""
+    """Placeholder for the class numpy.ndarray, which pickles of arrays name."""
 
     __slots__ = ()
 
 
 class _Array(Described):
-    """An array: shape, type, whether the first axis is the fastest one, and its bytes or where they lie."""
+    """An array: shape, type, whether the first axis is the fastest one, and its bytes or their place in the file."""
 
     __slots__ = ("state",)
 
@@ -84,7 +84,7 @@ class _ArrayUnpickler(RestrictedUnpickler):
         ("numpy", "ndarray"): _Ndarray,
         ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "_reconstruct"): _Array,  # as NumPy 2 spells it
-        ("jittor", "jittor_core.Var"): lambda array: array,  # a Var is pickled as the array that it holds
+        ("jittor", "jittor_core.Var"): lambda array: array,  # a Var is pickled as its array
     }
     dispatch = type(RestrictedUnpickler.dispatch)(RestrictedUnpickler.dispatch)
 
@@ -132,7 +132,7 @@ class _Checksum:
                     digest.update(data)
                     left -= len(data)
                 if digest.digest() != end[: -len(MAGIC)]:
-                    raise ValueError("its checksum does not fit what it holds")
+                    raise ValueError("its checksum does not match its content")
         self._checked = True
 
 
@@ -173,8 +173,8 @@ PICKLE_ERRORS = (
 def open_pickle_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """The arrays of a pickled dict by name, and its other entries (numbers, text, containers of them).
 
-    Raises ValueError naming the file when it is damaged or when its pickle asks for anything but arrays of numbers and
-    containers, naming that too. Where jittor.save left a checksum, a wrong one raises when numbers are read.
+    Raises ValueError naming the file when it is damaged, or when its pickle names anything but arrays of numbers and
+    containers. A wrong checksum of jittor.save raises when numbers are read.
     """
     path = Path(path)
     check = _Checksum(path)

@@ -1,8 +1,8 @@
-"""Reads what ``torch.save`` wrote, without torch and without trusting it.
+"""Reads files of ``torch.save`` without torch and without trusting them.
 
 Such a file is a zip with a pickle inside and one record of plain numbers per storage. The pickle is read by an
-unpickler that knows how to describe tensors and nothing else; the numbers are mapped into memory where they lie,
-because torch does not compress them.
+unpickler that can describe tensors and nothing else; the numbers are mapped into memory from the file, since torch
+does not compress them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -56,7 +55,7 @@ class _View(NamedTuple):
 
 
 class _Tensor(Described):
-    """A tensor in a pickle. Its view is checked once the whole pickle is read."""
+    """A tensor in a pickle. Its view is checked when the pickle has been read."""
 
     __slots__ = ("view",)
 
@@ -81,7 +80,7 @@ def _checked_view(storage: Any, offset: Any, shape: Any, stride: Any) -> _View:
     """Raises Refused for a view that leaves its storage, or has more elements than it (a trick to fill memory)."""
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
-        raise Refused("a tensor is described with other things than whole numbers")
+        raise Refused("a tensor's offset, shape or stride is not made of whole numbers")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     numel = math.prod(shape)
     if numel and (last >= storage.numel or numel > storage.numel):
@@ -90,7 +89,7 @@ def _checked_view(storage: Any, offset: Any, shape: Any, stride: Any) -> _View:
 
 
 class _Record:
-    """Where a record of the archive lies in the file: ``offset`` and ``size`` in bytes."""
+    """The place of a record of the archive in the file: ``offset`` and ``size`` in bytes."""
 
     def __init__(self, path: Path, info: zipfile.ZipInfo) -> None:
         with open(path, "rb") as file:
@@ -100,11 +99,11 @@ class _Record:
         self.path, self.name, self.size, self.crc = path, info.filename, info.file_size, info.CRC
         self.offset = info.header_offset + LOCAL_HEADER.size + name + extra
         if signature != b"PK\x03\x04" or self.offset + self.size > end:
-            raise Refused(f"record {self.name} does not lie inside the file")
+            raise Refused(f"record {self.name} is not inside the file")
         self._checked = False
 
     def check(self) -> None:
-        """Raises ValueError unless the bytes are those that were written. The file is read once."""
+        """Raises ValueError when the checksum does not match. The file is read once."""
         if self._checked:
             return
         crc, left = 0, self.size
@@ -118,7 +117,7 @@ class _Record:
 
 
 def _state_dict(archive: zipfile.ZipFile) -> tuple[str, dict[str, _View]]:
-    """The folder that the records lie in, and the tensors by name."""
+    """The folder of the records, and the tensors by name."""
     names = archive.namelist()
     repeated = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
     if repeated:
@@ -166,7 +165,7 @@ def open_torch_file(path: str | Path) -> dict[str, LazyTensor]:
     """Tensors of a state dict saved by ``torch.save`` (``*.bin``, ``*.pth``), in its order; numbers are read later.
 
     Raises ValueError naming the file when it is damaged, not in torch's zip format (torch before 1.6; save it again),
-    or when its pickle asks for anything but tensors. A record whose checksum is wrong raises when it is read.
+    or when its pickle names anything but tensors. A record whose checksum is wrong raises when it is read.
     """
     path = Path(path)
     try:
@@ -178,8 +177,3 @@ def open_torch_file(path: str | Path) -> dict[str, LazyTensor]:
     except ARCHIVE_ERRORS as error:
         raise damaged(path, error) from error
 
-
-def read_torch_file(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of ``open_torch_file``, read one after the other; contiguous."""
-    for name, tensor in open_torch_file(path).items():
-        yield name, tensor.whole()

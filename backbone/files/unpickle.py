@@ -1,7 +1,7 @@
 """Reads pickles as data. A pickle is a program for a small machine; this machine knows containers, numbers and text.
 
-It is the standard library's unpickler in Python with most of its operations taken away. What remains may call nothing
-but what ``known`` holds, so that a hostile file ends in an error instead of running.
+It is the standard library's Python unpickler with most of its operations removed. The others may call only what
+``known`` holds, so that a hostile file ends in an error instead of running.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from backbone.files.lazy import Refused
 
-# Everything that pickles of tensors and containers are made of. Absent on purpose: whatever makes instances of classes
+# The operations in pickles of tensors and containers. Left out on purpose: those that create instances of classes
 # (INST, OBJ, NEWOBJ), extensions, and the text opcodes of protocol 0.
 OPERATIONS = (
     pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT,
@@ -27,12 +27,12 @@ OPERATIONS = (
 
 
 class Described:
-    """What an unpickler builds instead of an object from outside: a description that ``build`` may complete."""
+    """What the unpickler builds instead of a foreign object: a description that ``build`` may complete."""
 
     __slots__ = ()
 
     def build(self, state: Any) -> None:
-        """Take the state that the pickle gives the object."""
+        """Set the state that the pickle gives the object."""
         raise Refused(f"its pickle gives a state to a {type(self).__name__.strip('_')}, which has none")
 
 
@@ -43,17 +43,17 @@ class _Operations(dict):
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """``known``: the globals a pickle may name, (module, name) -> what stands for them."""
+    """``known``: the globals a pickle may name, (module, name) -> their replacement."""
 
     known: dict[tuple[str, str], Any] = {("collections", "OrderedDict"): collections.OrderedDict}  # noqa: RUF012
     dispatch = _Operations({operation[0]: pickle._Unpickler.dispatch[operation[0]] for operation in OPERATIONS})
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a global; Refused, naming it, for every other."""
+        """The replacement of a global; raises Refused for an unknown one."""
         if (module, name) not in self.known:
             raise Refused(
-                f"its pickle asks for {module}.{name}, which is not part of a tensor; "
-                "a weights file needs none of that: do not trust it, ask for safetensors"
+                f"its pickle names {module}.{name}, which is not part of a tensor; "
+                "no weights file needs that: do not trust it, use safetensors"
             )
         return self.known[module, name]
 
@@ -78,7 +78,7 @@ class RestrictedUnpickler(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, Described):
             target.build(state)
-        elif type(target) is not collections.OrderedDict:  # torch hangs versions of modules on a state dict: dropped
+        elif type(target) is not collections.OrderedDict:  # torch attaches versions of modules to a state dict: dropped
             raise Refused(f"its pickle gives a state to a {type(target).__name__}")
 
     dispatch[pickle.SETITEM[0]] = load_setitem

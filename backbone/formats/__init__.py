@@ -1,4 +1,4 @@
-"""Backbones in and out of the formats that others keep them in. ``weight_convert.py`` is the command line."""
+"""Conversion of backbones between formats. ``weight_convert.py`` is the command line. Door: `convert.py`."""
 
 from backbone.files.layout import BIN, META, PICKLE, SAFETENSORS
 from backbone.formats.convert import ConvertOptions, convert
@@ -8,7 +8,7 @@ from backbone.formats.verify import verify
 FORMATS = {
     SAFETENSORS: "a Hugging Face folder: config.json, model.safetensors or shards with an index, the tokenizer's files",
     BIN: "a Hugging Face folder: config.json, pytorch_model.bin or shards with an index, the tokenizer's files",
-    META: "Meta's folder: params.json, consolidated.00.pth and on; written as one shard, config.json beside it",
+    META: "Meta's folder: params.json, consolidated.00.pth ...; written as one shard, with a config.json",
     PICKLE: "one .pkl that jittor.load reads: a dict of NumPy arrays by Hugging Face name, and config; float16",
 }
 

@@ -1,4 +1,4 @@
-"""Conversion of floating-point types on the way, which says what it cost."""
+"""Conversion of floating-point types while tensors stream, with the rounding it causes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL_FLOATS = (*FLOATS.values(), np.dtype(np.float64))
 
 @dataclass
 class Rounding:
-    """The largest difference between a number before and after, and the tensor that it is in."""
+    """The largest difference between a number before and after, and its tensor."""
 
     largest: float = 0.0
     name: str | None = None
@@ -37,7 +37,7 @@ def widened(numbers: np.ndarray) -> np.ndarray:
 
 
 def cast(name: str, tensor: LazyTensor, dtype: np.dtype, rounding: Rounding) -> LazyTensor:
-    """The tensor in another floating-point type, rounded to nearest; whole numbers and truth values pass untouched.
+    """The tensor in another floating-point type, rounded to nearest; integers and booleans pass unchanged.
 
     Reading raises ValueError naming the tensor when a finite number becomes infinite.
     """

@@ -1,7 +1,7 @@
-"""Writes tensors into files a stretch at a time: safetensors, torch's zip, and a pickle that jittor.load reads.
+"""Streams tensors into files: safetensors, torch's zip, and a pickle that jittor.load reads.
 
-Each file is begun with what is known before any number is read (names, types, shapes, places), then the numbers stream
-through. What is written does not depend on the time, the machine or the size of the stretches.
+Each file starts with what is known before any number is read (names, types, shapes, places), then the numbers follow.
+The content does not depend on the time, the machine or the size of the blocks.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _type_names(tensors: Tensors, known: Mapping[np.dtype, str], container: str)
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:
-    """One ``*.safetensors`` file. Wide types come first, so that each tensor lies at a multiple of its type's size."""
+    """One ``*.safetensors`` file. Wide types come first, so that each tensor is aligned to its type's size."""
     names = _type_names(tensors, _names_of(SAFETENSORS_DTYPES), "safetensors")
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for name in order:
         tensor, start = tensors[name], end
@@ -85,7 +85,8 @@ def _global(module: str, name: str) -> bytes:
 
 
 def _torch_pickle(tensors: Tensors, keys: Mapping[str, str], names: Mapping[str, str]) -> bytes:
-    """data.pkl: an ordered dict of tensors, each a whole storage. Only what torch.load(weights_only=True) allows."""
+    """data.pkl: an ordered dict of tensors, each a storage of its own. Only what torch.load(weights_only=True)
+    allows."""
     empty = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
     parts = [pickle.PROTO + b"\x02", empty, pickle.MARK]
     for name, tensor in tensors.items():
@@ -103,7 +104,7 @@ def _torch_pickle(tensors: Tensors, keys: Mapping[str, str], names: Mapping[str,
 
 
 def _aligned(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
-    """A record whose data will begin at a multiple of ALIGNMENT."""
+    """A record whose data starts at a multiple of ALIGNMENT."""
     info = zipfile.ZipInfo(name)
     info.file_size = size
     long = size * 1.05 > zipfile.ZIP64_LIMIT  # as zipfile decides

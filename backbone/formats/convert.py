@@ -1,13 +1,12 @@
-"""Converts a backbone from one format to another, tensor by tensor, whole or not at all."""
+"""Converts a backbone from one format to another, tensor by tensor; the target appears complete or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import FLOATS, KEEP, Rounding, cast
 from backbone.formats.source import Source, open_source, recognise
 from backbone.formats.targets import FOLDERS, Job, write_pickle_file
-from runtime.atomic import atomic_directory
+from runtime.atomic import atomic_directory, atomic_file
 from runtime.entry import suggest
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # bytes, as transformers splits
@@ -28,10 +27,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert. ``source_format``: what the source is read as, None to recognise it. ``dtype``: float16,
-    bfloat16, float32 or keep; None: the format's own default. ``tolerance``: as ``formats.verify`` takes it.
-    ``shard_size``: bytes. For heads alone: ``backbone`` is the one that it belongs to, None the embedded one; ``merge``
-    writes whole language-model heads for a head that has others."""
+    """How to convert. ``source_format``: how to read the source, None to recognise it. ``dtype``: float16, bfloat16,
+    float32 or keep; None: the format's own default. ``tolerance``: as in ``formats.verify``. ``shard_size``: bytes. For
+    heads only: ``backbone`` is the one the head belongs to, None the embedded one; ``merge`` writes a full
+    language-model head per depth for a head that has a shared or low-rank one."""
 
     source_format: str | None = None
     dtype: str | None = None
@@ -63,28 +62,8 @@ class Conversion:
         return asdict(self)
 
 
-@contextlib.contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of ``path`` once the body is done; on an error nothing changes.
-
-    What a killed process left behind on the same way is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        if not Path(f"/proc/{leftover.suffixes[-2][1:]}").exists():
-            leftover.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _check_target(source: Path, out: Path, to: str, overwrite: bool) -> None:
-    """Raises ValueError where writing would harm something that nobody offered."""
+    """Raises ValueError where writing would destroy something the user did not offer."""
     if out.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json") or (out.suffix == ".pkl" and to != PICKLE):
         raise ValueError(f"--out {out} looks like a file; format {to} is a folder: name one")
     here, there = source.resolve(), out.resolve()
@@ -100,7 +79,7 @@ def _check_target(source: Path, out: Path, to: str, overwrite: bool) -> None:
 
 
 def _check_space(out: Path, needed: int) -> None:
-    """Raises ValueError when the disk is sure to be full before the end."""
+    """Raises ValueError when the disk would fill up."""
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -123,7 +102,7 @@ def _dtypes(tensors: dict[str, LazyTensor]) -> set[np.dtype]:
 
 
 def _config_for(source: Source, dtype: str) -> dict[str, Any]:
-    """The contents of config.json, with the new type where one was asked for."""
+    """The content of config.json, with the new type if there is one."""
     config = dict(source.raw.config)
     if dtype != KEEP:
         # transformers calls it dtype since version 5, torch_dtype before.
@@ -139,13 +118,13 @@ def convert(
     options: ConvertOptions = ConvertOptions(),
     note: Callable[[str], None] = lambda text: None,
 ) -> Conversion:
-    """Write the backbone at ``path`` to ``out`` in format ``to``. note: gets a line about what happens, now and then.
+    """Write the backbone at ``path`` to ``out`` in format ``to``. note: called with a line about progress.
 
-    Everything that can be known beforehand is checked first. Raises ValueError for sources that are damaged or
+    Everything that can be checked beforehand is checked first. Raises ValueError for sources that are damaged or
     incomplete, for what the format cannot hold, for numbers that the dtype cannot hold and for a full disk; then
-    nothing is left at ``out`` but what stood there before.
+    ``out`` is unchanged.
     """
-    path, out, begin = Path(path), Path(out), time.monotonic()
+    path, out, started = Path(path), Path(out), time.monotonic()
     if to not in FOLDERS:
         raise suggest("format", to, FOLDERS)
     _check_target(path, out, to, options.overwrite)
@@ -161,7 +140,7 @@ def convert(
     job = Job(source, tensors, _config_for(source, dtype), options.shard_size, note)
     try:
         if out.suffix == ".pkl":
-            with _atomic_file(out) as partial:
+            with atomic_file(out) as partial:
                 write_pickle_file(job, partial)
         else:
             with atomic_directory(out) as folder:
@@ -170,12 +149,12 @@ def convert(
         if error.errno not in FULL:
             raise
         raise ValueError(
-            f"{out}: {error.strerror} while writing {size / 1e9:.3g} GB; nothing of it is kept: free some space"
+            f"{out}: {error.strerror} while writing {size / 1e9:.3g} GB; nothing was written: free some space"
         ) from error
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + 1
     return Conversion(
         str(path), source.layout, str(out), to, len(tensors), size, counts, rounding.largest, rounding.name,
-        round(time.monotonic() - begin, 3),
+        round(time.monotonic() - started, 3),
     )  # fmt: skip

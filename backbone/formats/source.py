@@ -1,4 +1,4 @@
-"""A backbone on disk, whatever its format: config, tensors by name, and the files that belong to it."""
+"""A backbone on disk in any format: config, tensors by name, and the files that belong to it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from backbone.weights import (
     weight_files,
 )
 
-# What is carried along beside config.json and generation_config.json: the tokenizer and the chat template.
-CARRIED = re.compile(
+# Files copied besides config.json and generation_config.json: the tokenizer and the chat template.
+COPIED = re.compile(
     r"^(tokenizer\.json|tokenizer\.model|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json"
     r"|chat_template.*)$"
 )
-FILES_ENTRY = "files"  # of a .pkl: the carried files, name -> bytes
+FILES_ENTRY = "files"  # of a .pkl: the copied files, name -> bytes
 
 
 @dataclass(frozen=True)
 class Source:
     """``tensors``: exactly those that ``config`` calls for, by Hugging Face name, not yet read. ``files``: name -> path
-    or contents. ``notes``: what was settled without the files saying it, and what was left out because it follows."""
+    or contents. ``notes``: values that were assumed, and tensors that were left out because they follow from others."""
 
     path: Path
     layout: str
@@ -47,15 +47,15 @@ class Source:
 
 
 def _names(path: Path, layout: str) -> set[str]:
-    """Names of the tensors as the files spell them; an index is believed."""
+    """Names of the tensors as the files spell them; an index is taken at its word."""
     if layout == META:
         shards = sorted(entry for entry in path.iterdir() if META_SHARD.match(entry.name))
         return set(open_file(shards[0]))
     if layout == PICKLE:
         return set(open_file(path / PICKLE_NAME if path.is_dir() else path))
     names: set[str] = set()
-    for file, promised in weight_files(path, layout).items():
-        names |= set(open_file(file)) if promised is None else promised
+    for file, listed in weight_files(path, layout).items():
+        names |= set(open_file(file)) if listed is None else listed
     return names
 
 
@@ -64,7 +64,7 @@ def _is_loose_shard(path: Path) -> bool:
     try:
         names = open_file(path)
     except ValueError:
-        return False  # a head's file, perhaps in a container of its own: the heads' side judges it
+        return False  # a head's file, perhaps in a container of its own: heads.formats decides
     return EMBEDDING in names or META_EMBEDDING in names
 
 
@@ -78,7 +78,7 @@ def recognise(path: str | Path) -> str | None:
         raise ValueError(f"{path} does not exist; expected a backbone or a head")
     if path.is_file() and container(path) != PICKLE_FILE:
         if _is_loose_shard(path):
-            raise ValueError(f"{path} is one file of a backbone; pass the folder that it lies in")
+            raise ValueError(f"{path} is one file of a backbone; pass its folder")
         return None
     for layout in layouts(path):
         if (META_EMBEDDING if layout == META else EMBEDDING) in _names(path, layout):
@@ -86,13 +86,13 @@ def recognise(path: str | Path) -> str | None:
     return None
 
 
-def _carried_files(path: Path) -> dict[str, Path | bytes]:
+def _copied_files(path: Path) -> dict[str, Path | bytes]:
     if path.is_dir():
-        return {entry.name: entry for entry in sorted(path.iterdir()) if CARRIED.match(entry.name) and entry.is_file()}
+        return {entry.name: entry for entry in sorted(path.iterdir()) if COPIED.match(entry.name) and entry.is_file()}
     files = open_pickle_file(path)[1].get(FILES_ENTRY, {})
     if not isinstance(files, dict) or not all(isinstance(data, bytes) for data in files.values()):
         raise ValueError(f"{path}: entry {FILES_ENTRY!r} is not a dict of file names and their bytes")
-    if strange := [name for name in files if not isinstance(name, str) or not CARRIED.match(name) or "/" in name]:
+    if strange := [name for name in files if not isinstance(name, str) or not COPIED.match(name) or "/" in name]:
         raise ValueError(f"{path}: entry {FILES_ENTRY!r} has {strange[0]!r:.80}, which is no tokenizer's file")
     return dict(files)
 
@@ -105,30 +105,30 @@ def _equal(first: LazyTensor, second: LazyTensor) -> bool:
 
 
 def _without_copies(tensors: dict[str, LazyTensor], config: BackboneConfig, notes: list[str]) -> dict[str, LazyTensor]:
-    """The tensors but for rotary buffers, and but for a language-model head that is the embedding once more."""
-    kept = {name: tensor for name, tensor in tensors.items() if not ROTARY_BUFFER.search(name)}
-    if len(kept) < len(tensors):
-        notes.append(f"{len(tensors) - len(kept)} rotary buffers are left out: they follow from the config")
-    if config.tie_embeddings and EMBEDDING in kept and LM_HEAD in kept:
-        if not _equal(kept[EMBEDDING], kept[LM_HEAD]):
+    """The tensors without rotary buffers, and without a language-model head that repeats the embedding."""
+    found = {name: tensor for name, tensor in tensors.items() if not ROTARY_BUFFER.search(name)}
+    if len(found) < len(tensors):
+        notes.append(f"{len(tensors) - len(found)} rotary buffers are left out: they follow from the config")
+    if config.tie_embeddings and EMBEDDING in found and LM_HEAD in found:
+        if not _equal(found[EMBEDDING], found[LM_HEAD]):
             raise ValueError(
                 f"{LM_HEAD} differs from {EMBEDDING} though the config ties them; "
                 "set tie_word_embeddings to false in config.json"
             )
-        del kept[LM_HEAD]
+        del found[LM_HEAD]
         notes.append(f"{LM_HEAD} is left out: the config ties it to the embedding, which it equals")
-    return kept
+    return found
 
 
 def open_source(path: str | Path, layout: str | None = None) -> Source:
-    """A backbone, its names and shapes checked and its numbers unread. layout: its format; None: as recognised.
+    """A backbone, its names and shapes checked and its numbers unread. layout: its format; None: as recognized.
 
     Raises ValueError naming the file, field or tensor when it holds none, or not what its config calls for.
     """
     path = Path(path)
     layout = layout or recognise(path)
     if layout is None:
-        raise ValueError(f"{path} holds no backbone; expected one of the formats that --list prints")
+        raise ValueError(f"{path} has no backbone; expected one of the formats that --list prints")
     raw = read_raw_config(path, meta=layout == META)
     notes = [*raw.notes, *raw.assumed]
     try:
@@ -139,4 +139,4 @@ def open_source(path: str | Path, layout: str | None = None) -> Source:
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
     ordered = {name: tensors[name] for name in expected}
-    return Source(path, layout, raw, config, ordered, _carried_files(path), tuple(notes))
+    return Source(path, layout, raw, config, ordered, _copied_files(path), tuple(notes))

@@ -21,7 +21,7 @@ from backbone.formats.source import FILES_ENTRY, Source
 
 @dataclass(frozen=True)
 class Job:
-    """What is written: the backbone, its tensors in the type they are wanted in, the contents of its config.json."""
+    """What to write: the backbone, its tensors in the target type, the content of its config.json."""
 
     source: Source
     tensors: dict[str, LazyTensor]
@@ -61,12 +61,12 @@ def _write_hugging_face(
 
 
 def write_safetensors_folder(job: Job, folder: Path) -> None:
-    """model.safetensors, or shards with an index, beside config.json."""
+    """config.json with model.safetensors, or with shards and an index."""
     _write_hugging_face(job, folder, SAFETENSORS, write_safetensors)
 
 
 def write_bin_folder(job: Job, folder: Path) -> None:
-    """pytorch_model.bin, or shards with an index, beside config.json."""
+    """config.json with pytorch_model.bin, or with shards and an index."""
     _write_hugging_face(job, folder, BIN, write_torch)
 
 
@@ -76,7 +76,7 @@ def write_bin_folder(job: Job, folder: Path) -> None:
 def params_of(config: BackboneConfig) -> dict[str, Any]:
     """params.json for a backbone. Raises ValueError for what it has no field for.
 
-    Every llama3 scaling is written as use_scaled_rope, which is all that Meta's own checkpoints say of it.
+    Every llama3 scaling is written as use_scaled_rope, the only field that Meta's own checkpoints have for it.
     """
     if config.num_heads * config.head_dim != config.hidden_size:
         raise ValueError(
@@ -100,7 +100,7 @@ def params_of(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _feed_forward_fields(dim: int, wide: int) -> dict[str, Any]:
-    """multiple_of and ffn_dim_multiplier that give ``wide``: the published ones first, then some that always do."""
+    """multiple_of and ffn_dim_multiplier that give ``wide``: the published ones first, then a pair that always does."""
     for multiple_of, multiplier in ((256, None), (1024, 1.3), (256, 1.5), (4096, 1.3)):
         if meta.feed_forward_size(dim, multiple_of, multiplier) == wide:
             return {"multiple_of": multiple_of} | ({"ffn_dim_multiplier": multiplier} if multiplier else {})
@@ -123,9 +123,9 @@ def _meta_tensors(job: Job) -> dict[str, LazyTensor]:
 
 
 def write_meta_folder(job: Job, folder: Path) -> None:
-    """params.json and one consolidated.00.pth. config.json lies beside them, for what params.json cannot say.
+    """params.json and one consolidated.00.pth. config.json is added for what params.json has no field for.
 
-    Tied embeddings are written once and named twice, because Meta's own code asks for output.weight.
+    Tied embeddings are written once under two names, because Meta's own code reads output.weight.
     """
     config = job.source.config
     params = params_of(config)
@@ -135,7 +135,7 @@ def write_meta_folder(job: Job, folder: Path) -> None:
         if key != "rope_type"
     ):
         job.note(
-            f"{META_PARAMS} cannot say that rope scaling is {json.dumps(config.rope_scaling)}; {CONFIG} beside it does"
+            f"{META_PARAMS} has no field for rope scaling {json.dumps(config.rope_scaling)}; {CONFIG} has it"
         )
     tensors, shared = _meta_tensors(job), {}
     if config.tie_embeddings:
@@ -163,7 +163,7 @@ def write_pickle_file(job: Job, path: Path, files: bool = True) -> None:
 
 
 def write_pickle_folder(job: Job, folder: Path) -> None:
-    """backbone.pkl with the tokenizer's files and config.json beside it."""
+    """backbone.pkl, with the tokenizer's files and config.json."""
     write_pickle_file(job, folder / PICKLE_NAME, files=False)
     _write_config_and_files(job, folder)
 

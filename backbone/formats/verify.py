@@ -1,4 +1,4 @@
-"""Compares a backbone before and after a conversion: every number, and the logits of the model that runs on them."""
+"""Compares a backbone before and after a conversion: every number, and the model's logits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import widened
 from backbone.formats.source import Source, open_source, recognise
 
-SEED, ROWS = 0, 32  # of the token ids that the logits are computed for
+SEED, ROWS = 0, 32  # of the token ids whose logits are compared
 LOGITS = "logits"
-# Half the distance from 1 to the next number, and the smallest number above 0. Written out, because finfo measures, and
-# kernels compiled with -Ofast make the processor take tiny float32 numbers for 0.
+# Half the distance from 1 to the next number, and the smallest number above 0. Constants, because finfo measures them,
+# and kernels compiled with -Ofast make the processor flush tiny float32 numbers to 0.
 PRECISION = {
     "float16": (2.0**-11, 2.0**-24),
     "bfloat16": (2.0**-8, 2.0**-133),
@@ -48,15 +48,15 @@ class Comparison:
 
 
 def unit_roundoff(dtype: np.dtype) -> float:
-    """The largest relative error of rounding to nearest; 0 for whole numbers."""
+    """The largest relative error of rounding to nearest; 0 for integers."""
     return PRECISION.get(dtype.name, (0.0, 0.0))[0]
 
 
 def compare(name: str, before: LazyTensor, after: LazyTensor, tolerance: float | None) -> Comparison:
     """The largest difference between two tensors of one shape.
 
-    tolerance: the largest that passes, as a part of the largest magnitude in the tensor; None: none where both have one
-    type, else what rounding to the narrower type explains.
+    tolerance: the largest that passes, as a share of the largest magnitude in the tensor; None: 0 where the types are
+    equal, else the rounding of the narrower type.
     """
     largest, magnitude = 0.0, 0.0
     for start, stop in before.stretches():
@@ -70,7 +70,7 @@ def compare(name: str, before: LazyTensor, after: LazyTensor, tolerance: float |
     if tolerance is None:
         narrow = max((before.dtype, after.dtype), key=unit_roundoff)
         tolerance = 0.0 if before.dtype == after.dtype else unit_roundoff(narrow)
-        # Near zero numbers lie a fixed step apart: rounding costs half of that.
+        # Near zero, numbers are a fixed step apart: rounding costs half of that.
         floor = PRECISION[narrow.name][1] / 2 if tolerance else 0.0
     dtypes = (before.dtype.name, after.dtype.name)
     return Comparison(name, before.shape, dtypes, largest, tolerance * magnitude + floor)
@@ -78,11 +78,11 @@ def compare(name: str, before: LazyTensor, after: LazyTensor, tolerance: float |
 
 def _logits(source: Source, dtype: str) -> np.ndarray:
     """(rows, vocab) float32 of token ids drawn with a fixed seed."""
-    from backbone.model import Backbone, load_backbone  # late: it needs Jittor, and comparing numbers does not
+    from backbone.model import Backbone, load_backbone  # late: it loads Jittor, which comparing numbers does not need
 
     if recognise(source.path) == source.layout:
         backbone = load_backbone(source.path, dtype)
-    else:  # read as what it would not be taken for
+    else:  # read in a format that was named, not recognized
         backbone = Backbone(source.config, {name: tensor.whole() for name, tensor in source.tensors.items()}, dtype)
     rows = min(ROWS, source.config.max_positions)
     token_ids = np.random.default_rng(SEED).integers(0, source.config.vocab_size, (1, rows)).astype(np.int32)
@@ -90,7 +90,7 @@ def _logits(source: Source, dtype: str) -> np.ndarray:
 
 
 def compare_logits(before: Source, after: Source, tolerance: float | None) -> Comparison:
-    """The logits of both sides, computed one after the other in float16 where all weights are, else in float32.
+    """The logits of both sides, computed in float16 where all weights are, else in float32.
 
     tolerance: as in ``compare``, of the largest logit. Where types differ, every residual branch (two a layer), the
     embedding and the language-model head may add the rounding of one matrix.
@@ -120,7 +120,7 @@ def verify(
 ) -> bool:
     """Print a table of every tensor on both sides, then of the logits. True when all differences are allowed.
 
-    tolerance: the largest difference, as a part of the largest magnitude of the tensor or of the logits; None: 0 where
+    tolerance: the largest difference, as a share of the largest magnitude of the tensor or of the logits; None: 0 where
     types are equal, else the rounding of the narrower one. Raises ValueError where a side cannot be read.
     """
     before, after = open_source(source, source_format), open_source(out, out_format)
@@ -134,7 +134,7 @@ def verify(
     show(results[-1].line(width))
     failed = [result.name for result in results if not result.passes]
     if failed:
-        show(f"{len(failed)} of {len(results)} differ by more than is allowed: {', '.join(failed[:10])}")
+        show(f"{len(failed)} of {len(results)} differ by more than the tolerance: {', '.join(failed[:10])}")
     else:
-        show(f"all {len(results)} within what is allowed")
+        show(f"all {len(results)} within the tolerance")
     return not failed

@@ -16,7 +16,7 @@ from backbone.model import Backbone
 from bench.clock.memory import peak_rss, reset_peak, rss, run_apart
 from bench.clock.shapes import build_backbone, cache_bytes, config_from, weight_bytes
 from bench.record.engine import Memory
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 
 

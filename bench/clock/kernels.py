@@ -1,4 +1,4 @@
-"""The figures of ``bench/kernels.py``: kernels and a backbone pass beside Jittor's own operations.
+"""The figures of ``bench/kernels.py``: kernels and a backbone pass.
 
 Every figure is a median over repeats in milliseconds, after a warm-up of the same shape.
 """
@@ -12,16 +12,10 @@ import numpy as np
 import runtime
 from backbone.model import load_backbone
 from bench.clock.timing import medians_ms
-from ops.attention import attention, reference_attention
-from ops.decoder_layer import RowPlan
+from ops.attention import attention
 from ops.linear import PackedLinear
-from ops.training import (
-    cross_entropy,
-    outer_product,
-    reference_cross_entropy,
-    reference_outer_product,
-    trainable_linear,
-)
+from ops.row_plan import RowPlan
+from ops.training import cross_entropy, outer_product, trainable_linear
 from runtime import jt
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -66,29 +60,24 @@ def product_times(repeats: int, num_out: int, num_in: int) -> dict[str, float]:
 
 
 def training_times(repeats: int, rows: int, dim: int, vocab: int) -> dict[str, float]:
-    """One depth of a head's loss, forward and back, with our operations and with Jittor's own."""
+    """One depth of a head's loss, forward and backward."""
     rng = np.random.default_rng(0)
     x = jt.array(rng.standard_normal((rows, dim)).astype(np.float32))
     weight = jt.array(rng.standard_normal((vocab, dim)).astype(np.float32) * 0.05)
     upstream = jt.array(rng.standard_normal((rows, vocab)).astype(np.float32))
     targets = jt.array(rng.integers(0, vocab, rows).astype(np.int32))
 
-    def step(product, loss):
-        losses, _ = loss(product(x, weight), targets)
+    def step():
+        losses, _ = cross_entropy(trainable_linear(x, weight), targets)
         for gradient in jt.grad(losses.sum(), [x, weight]):
             gradient.sync(True)
 
-    calls = {
-        "loss_and_gradients": lambda: step(trainable_linear, cross_entropy),
-        "loss_and_gradients_reference": lambda: step(jt.nn.matmul_transpose, reference_cross_entropy),
-        "weight_gradient": lambda: outer_product(upstream, x).sync(True),
-        "weight_gradient_reference": lambda: reference_outer_product(upstream, x).sync(True),
-    }
+    calls = {"loss_and_gradients": step, "weight_gradient": lambda: outer_product(upstream, x).sync(True)}
     return medians_ms(calls, repeats)
 
 
 def attention_times(repeats: int, heads: int, dim: int, own: int) -> dict[str, float]:
-    """Attention of every second token of ten packed conversations, forward and back, and with Jittor's own operations.
+    """Attention of every second token of ten packed conversations, forward and backward.
 
     own: further keys of each row, as after this many drafted tokens.
     """
@@ -102,13 +91,9 @@ def attention_times(repeats: int, heads: int, dim: int, own: int) -> dict[str, f
     upstream = jt.array(rng.standard_normal(shapes[0]).astype(np.float32))
     jt.sync_all()
 
-    def step(function):
+    def step():
         q, k, v, own_k, own_v = inputs
-        y = function(q, k, v, first, count, own_k, own_v)
+        y = attention(q, k, v, first, count, own_k, own_v)
         jt.sync(jt.grad((y * upstream).sum(), inputs))
 
-    calls = {
-        "attention_and_gradients": lambda: step(attention),
-        "attention_and_gradients_reference": lambda: step(reference_attention),
-    }
-    return medians_ms(calls, repeats)
+    return medians_ms({"attention_and_gradients": step}, repeats)

@@ -39,8 +39,8 @@ from bench.clock.timing import interleave, spread_ms
 from bench.measure.warmup import kernels_since, loaded_kernels
 from bench.record.engine import Bounded, Host, Matrix, Memory, Pass, Peer, Shape, Time
 from decoding.generate import generate_autoregressive
-from ops.decoder_layer import RowPlan
 from ops.linear import PackedLinear
+from ops.row_plan import RowPlan
 from runtime import jt, synchronize, warm
 
 DOUBTFUL = 1.5  # transformers' time in turns with ours over its trial's

@@ -12,7 +12,7 @@ from backbone.config import BackboneConfig, read_config
 from backbone.tokenizer import EMBEDDED
 from backbone.weights import expected_shapes
 from runtime.entry import suggest
-from runtime.memory import given_back_at_once
+from runtime.memory import freed_at_once
 
 TINY = "tiny-vicuna"
 ITEM_BYTES = {"float16": 2, "float32": 4}
@@ -169,5 +169,5 @@ def build_backbone(name: str, config: BackboneConfig, dtype: str):
         return load_backbone(dtype=dtype)
     if not on_cpu():
         return RandomBackbone(config, dtype)
-    with given_back_at_once():
+    with freed_at_once():
         return Backbone(config, random_weights(config, dtype), dtype, f"random {name}")

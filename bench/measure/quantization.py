@@ -14,8 +14,8 @@ from bench.record.prompts import Prompt
 from bench.record.schema import Quantization
 from decoding.generate import first_difference
 from decoding.tree import Tree
-from ops.decoder_layer import RowPlan
-from ops.quantize import BITS
+from ops.packing.quantize import BITS
+from ops.row_plan import RowPlan
 from ops.training import cross_entropy
 from runtime import jt
 from runtime.interrupt import check_interrupt

@@ -12,8 +12,8 @@ from backbone.differentiable import DifferentiableBackbone
 from heads.base import Features, HeadOutput, Stage, option
 from heads.layers import LowRank
 from heads.medusa import MedusaConfig, MedusaHead
-from ops.decoder_layer import RowPlan
 from ops.linear_loss import linear_cross_entropy
+from ops.row_plan import RowPlan
 from ops.training import kl_divergence
 from runtime import jt
 

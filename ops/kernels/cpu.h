@@ -1,10 +1,10 @@
-// Products, norms and selection on the CPU: weights in float16, float32, int8 with a scale per output or NF4 with a scale
-// per 64 inputs of an output, arithmetic in float32.
+// Products, norms and selection on the CPU: weights in float16, float32, int8 with a scale per output or NF4 with a
+// scale per 64 inputs of an output, arithmetic in float32.
 //
 // Row invariance is by construction. Every output of a product is one chain of fused multiply-adds over k in
 // ascending order, in its own vector lane. No sum is ever split by the number of rows, by the thread count or by the
 // tile a row falls into.
-// vector.h comes first: Jittor looks for included files itself and does not find those beside this one.
+// vector.h comes first: Jittor resolves includes itself and does not find files in this folder.
 #pragma once
 
 namespace gorgon {
@@ -39,8 +39,8 @@ template <class W> struct Matrix {
     const W* w;
     const typename Packing<W>::scale* scale;
 
-    // What lies behind its first blocks.
-    Matrix behind(int64_t blocks, int64_t K) const {
+    // The matrix without its first blocks.
+    Matrix after(int64_t blocks, int64_t K) const {
         return {w + blocks * K * Packing<W>::items, scale + blocks * Packing<W>::scales(K) * LANES};
     }
 };
@@ -56,7 +56,7 @@ static inline void tile(const float* x, int64_t ldx, Matrix<W> m, int64_t K, int
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) acc[r][v] = (vec){};
-    m = m.behind(block, K);
+    m = m.after(block, K);
     for (int64_t k = 0; k < K; k++) {
         if constexpr (is_nf4<W>)
             if (k % GROUP == 0)
@@ -152,14 +152,14 @@ static inline void linear_share(const float* x, int64_t rows, int64_t K, Matrix<
     }
 }
 
-// Outputs first to first + count of a packed matrix as (count, K). Of two whose blocks alternate, step is 2 and begin
-// says which; else 1 and 0.
+// Outputs first to first + count of a packed matrix as (count, K). Of two matrices with alternating blocks, step is 2
+// and begin selects one; else 1 and 0.
 template <class W>
 static inline void unpack(Matrix<W> m, int64_t K, int64_t first, int64_t count, int64_t begin, int64_t step,
                           float* out) {
 #pragma omp parallel for
     for (int64_t block = first / LANES; block <= (first + count - 1) / LANES; block++) {
-        Matrix<W> part = m.behind(begin + block * step, K);
+        Matrix<W> part = m.after(begin + block * step, K);
         int64_t from = block * LANES < first ? first % LANES : 0, left = first + count - block * LANES;
         int64_t to = left < LANES ? left : LANES;
         for (int64_t k = 0; k < K; k++) {
@@ -234,7 +234,7 @@ static inline void top_k(const float* x, int64_t rows, int64_t width, int64_t k,
     top_k_share(x, rows, width, k, values, indices, omp_get_thread_num(), omp_get_num_threads());
 }
 
-// The same, with log softmax in place of the values; at most 0, whatever rounding says.
+// The same, with log softmax in place of the values; at most 0, whatever the rounding.
 static inline void top_k_log(const float* x, int64_t rows, int64_t width, int64_t k, float* values, int32_t* indices) {
     top_k(x, rows, width, k, values, indices);
     for (int64_t r = 0; r < rows; r++) {

@@ -1,28 +1,24 @@
 // CPU kernels of trainable attention: rows over a stretch of shared keys and a few keys of their own, with gradients.
 //
 // A query is one head of one row. Queries of one key-value head that share their first key go through in tiles, so that
-// a key is loaded once for all of them. Keys lie in blocks of 16, counted from token 0. A query's result is the
+// a key is loaded once for all of them. Keys are in blocks of 16, counted from token 0. A query's result is the
 // same whatever else is in its tile: each score is one chain over the head's width, each output one over the keys in
 // ascending order, and a key that the query does not see weighs exactly 0. The gradient of a key is one chain over
 // the tiles in ascending order. No sum depends on the number of threads.
-// vector.h and cpu.h come first: Jittor looks for included files itself and does not find those beside this one.
+// vector.h and cpu.h come first: Jittor resolves includes itself and does not find files in this folder.
 #pragma once
 
 namespace gorgon {
 
 // Queries in a tile: from 12 to 32 the time is the same within the noise, 6 took a fifth more.
 constexpr int64_t QUERIES = 16;
-// Weights that the backward pass holds at a time before the keys collect their gradients: 1 MB, and 1 MB of slopes.
-// A quarter and four times as much took the same time.
-constexpr int64_t HELD_WEIGHTS = 1 << 18;
-
 struct Attention {
     int64_t rows, heads, kv_heads, dim, tokens, own;  // dim: of a head, a multiple of 16; own: further keys of a row
     float scale;
     int64_t group() const { return heads / kv_heads; }
     int64_t blocks() const { return (tokens + LANES - 1) / LANES; }
     int64_t own_width() const { return (own + LANES - 1) / LANES * LANES; }
-    int64_t query(int64_t row, int64_t kv, int64_t i) const {  // where the i-th query of a tile lies among all
+    int64_t query(int64_t row, int64_t kv, int64_t i) const {  // index of the i-th query of a tile among all
         return (row + i / group()) * heads + kv * group() + i % group();
     }
     int64_t own_key(int64_t row, int64_t o, int64_t kv) const { return ((row * own + o) * kv_heads + kv) * dim; }
@@ -75,7 +71,7 @@ static inline void transpose(vec x[LANES]) {
 }
 
 // x: (tokens, kv_heads, dim) -> (kv_heads, blocks, dim, 16), as linear_share reads its weights. Only blocks that are
-// seen; tokens behind the last are zero. To be called by all threads.
+// seen; tokens after the last are zero. To be called by all threads.
 static inline void pack_keys(const Attention& a, const std::vector<char>& seen, const float* x, float* packed) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t b = 0; b < a.blocks(); b++)
@@ -158,8 +154,8 @@ static inline void add_scaled(float w, const float* x, int64_t dim, float* y) {
 
 constexpr float UNSEEN = -1e30f;  // exp of it is 0
 
-// Scores of a tile's queries, which lie behind each other: (queries, width) for the shared keys, of which
-// not every query sees all, and (queries, own_width) for the rows' own keys, UNSEEN behind the last.
+// Scores of a tile's queries, concatenated: (queries, width) for the shared keys, of which not every query sees all,
+// and (queries, own_width) for the rows' own keys, UNSEEN after the last.
 static inline void tile_scores(const Attention& a, const Tile& tile, int64_t kv, const float* queries,
                                const float* packed, const float* own_x, float* scores, float* own_scores) {
     int64_t num = tile.rows * a.group();
@@ -171,7 +167,7 @@ static inline void tile_scores(const Attention& a, const Tile& tile, int64_t kv,
                 o < a.own ? dot(queries + i * a.dim, own_x + a.own_key(tile.row + i / a.group(), o, kv), a.dim) : UNSEEN;
 }
 
-// Where a query's keys lie in its row of scores; the vectors up to `padded` hold them, what is behind is unseen.
+// The place of a query's keys in its row of scores; the vectors up to `padded` hold them, what follows is unseen.
 struct Span {
     int64_t begin, end, padded;
     Span(const Tile& tile, int32_t count)
@@ -274,151 +270,6 @@ static inline void attention_forward(const Attention& a, const float* q, const f
                 }
             }
     }
-}
-
-struct AttentionGrads {
-    float *q, *k, *v, *own_k, *own_v;
-};
-
-// With p the weights and s the scores: dv = p^T dy, dp = dy v^T, ds = p (dp - dy . y), dq = ds k, dk = ds^T q. Tiles
-// go through in batches: first each tile computes p, ds and dq, then each block of keys collects what the tiles hold.
-static inline void attention_backward(const Attention& a, const float* q, const float* k, const float* v,
-                                      const int32_t* first, const int32_t* count, const float* y,
-                                      const float* log_sum, const float* upstream, const float* own_k,
-                                      const float* own_v, const AttentionGrads& grads) {
-    std::vector<Tile> tiles = cut_tiles(a, first, count);
-    std::vector<char> seen = seen_blocks(a, tiles);
-    static std::vector<float> key_store, value_store, weight_store, slope_store, query_store, upstream_store;
-    key_store.resize(a.kv_heads * a.blocks() * a.dim * LANES);
-    value_store.resize(key_store.size());
-    std::vector<size_t> batches = {0};  // the tiles of batch b: batches[b] .. batches[b + 1] - 1
-    int64_t held = 0, most_held = 0, batch_rows = 0, most_rows = 0, most = 0;
-    for (size_t t = 0; t < tiles.size(); t++) {
-        int64_t num = tiles[t].rows * a.group(), size = num * tiles[t].width();
-        if (t && (held + size) * a.kv_heads > HELD_WEIGHTS) {
-            batches.push_back(t);
-            held = batch_rows = 0;
-        }
-        tiles[t].held = held;
-        held += size;
-        batch_rows += tiles[t].rows;
-        most_held = held > most_held ? held : most_held;
-        most_rows = batch_rows > most_rows ? batch_rows : most_rows;
-        most = num > most ? num : most;
-    }
-    batches.push_back(tiles.size());
-    weight_store.resize(a.kv_heads * most_held);
-    slope_store.resize(a.kv_heads * most_held);
-    query_store.resize(most_rows * a.heads * a.dim);
-    upstream_store.resize(most_rows * a.heads * a.dim);
-    float *packed_k = key_store.data(), *packed_v = value_store.data();
-#pragma omp parallel
-    {
-        pack_keys(a, seen, k, packed_k);
-        pack_keys(a, seen, v, packed_v);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < a.tokens; t++) {
-            memset(grads.k + t * a.kv_heads * a.dim, 0, a.kv_heads * a.dim * sizeof(float));
-            memset(grads.v + t * a.kv_heads * a.dim, 0, a.kv_heads * a.dim * sizeof(float));
-        }
-        static thread_local std::vector<float> scratch;
-        scratch.resize(most * (a.dim + 2 * a.own_width()));
-        float* sums = scratch.data();
-        float* own_p = sums + most * a.dim;
-        float* own_s = own_p + most * a.own_width();
-        for (size_t batch = 0; batch + 1 < batches.size(); batch++) {
-            size_t begin = batches[batch], end = batches[batch + 1];
-            // Where a tile holds its queries and what comes down to them, (queries, dim) behind each other.
-            auto place = [&](int64_t kv, const Tile& tile) {
-                return (kv * most_rows + tile.row - tiles[begin].row) * a.group() * a.dim;
-            };
-#pragma omp for collapse(2) schedule(dynamic)
-            for (int64_t kv = 0; kv < a.kv_heads; kv++)
-                for (size_t t = begin; t < end; t++) {
-                    const Tile& tile = tiles[t];
-                    int64_t num = tile.rows * a.group(), width = tile.width();
-                    float* p = weight_store.data() + kv * most_held + tile.held;
-                    float* s = slope_store.data() + kv * most_held + tile.held;
-                    float* queries = query_store.data() + place(kv, tile);
-                    float* down = upstream_store.data() + place(kv, tile);
-                    copy_queries(a, tile, kv, q, a.scale, queries);
-                    copy_queries(a, tile, kv, upstream, 1.0f, down);
-                    tile_scores(a, tile, kv, queries, packed_k, own_k, p, own_p);
-                    tile_scores(a, tile, kv, down, packed_v, own_v, s, own_s);
-                    for (int64_t i = 0; i < num; i++) {
-                        int64_t query = a.query(tile.row, kv, i), row = tile.row + i / a.group();
-                        Span span(tile, count[row]);
-                        float *pi = p + i * width, *si = s + i * width;
-                        float *own_pi = own_p + i * a.own_width(), *own_si = own_s + i * a.own_width();
-                        hide(pi, span, UNSEEN);
-                        hide(si, span, 0.0f);
-                        vec mean = splat(dot(down + i * a.dim, y + query * a.dim, a.dim));
-                        for (int64_t j = 0; j < span.padded; j += LANES) {
-                            vec weight = exp_vec(load(pi + j) - splat(log_sum[query]));
-                            store(pi + j, weight);
-                            store(si + j, weight * (load(si + j) - mean));
-                        }
-                        memset(pi + span.padded, 0, (width - span.padded) * sizeof(float));
-                        memset(si + span.padded, 0, (width - span.padded) * sizeof(float));
-                        exponentiate(own_pi, a.own_width(), log_sum[query], (vec){});
-                        for (int64_t o = 0; o < a.own; o++) own_si[o] = own_pi[o] * (own_si[o] - mean[0]);
-                    }
-                    memset(sums, 0, num * a.dim * sizeof(float));
-                    add_weighted_all(s + tile.first % LANES, width, 1, k + (tile.first * a.kv_heads + kv) * a.dim,
-                                     a.kv_heads * a.dim, tile.end - tile.first, sums, a.dim, num, a.dim);
-                    for (int64_t i = 0; i < num; i++) {
-                        for (int64_t o = 0; o < a.own; o++) {
-                            int64_t key = a.own_key(tile.row + i / a.group(), o, kv);
-                            float slope = own_s[i * a.own_width() + o];
-                            if (i % a.group() == 0) {
-                                memset(grads.own_k + key, 0, a.dim * sizeof(float));
-                                memset(grads.own_v + key, 0, a.dim * sizeof(float));
-                            }
-                            add_scaled(slope, own_k + key, a.dim, sums + i * a.dim);
-                            add_scaled(slope, queries + i * a.dim, a.dim, grads.own_k + key);
-                            add_scaled(own_p[i * a.own_width() + o], down + i * a.dim, a.dim, grads.own_v + key);
-                        }
-                        multiply(sums + i * a.dim, a.dim, a.scale);
-                        memcpy(grads.q + a.query(tile.row, kv, i) * a.dim, sums + i * a.dim, a.dim * sizeof(float));
-                    }
-                }
-#pragma omp for collapse(2) schedule(dynamic, 4)
-            for (int64_t kv = 0; kv < a.kv_heads; kv++)
-                for (int64_t b = 0; b < a.blocks(); b++) {
-                    if (!seen[b]) continue;
-                    int64_t keys = a.tokens - b * LANES < LANES ? a.tokens - b * LANES : LANES;
-                    int64_t key = (b * LANES * a.kv_heads + kv) * a.dim, stride = a.kv_heads * a.dim;
-                    for (size_t t = begin; t < end; t++) {
-                        const Tile& tile = tiles[t];
-                        if (b < tile.block() || b >= tile.block() + tile.blocks()) continue;
-                        int64_t num = tile.rows * a.group(), width = tile.width();
-                        int64_t from = kv * most_held + tile.held + (b - tile.block()) * LANES;
-                        add_weighted_all(weight_store.data() + from, 1, width, upstream_store.data() + place(kv, tile),
-                                         a.dim, num, grads.v + key, stride, keys, a.dim);
-                        add_weighted_all(slope_store.data() + from, 1, width, query_store.data() + place(kv, tile),
-                                         a.dim, num, grads.k + key, stride, keys, a.dim);
-                    }
-                }
-        }
-    }
-}
-
-// Rotate (x_i, x_{i + d/2}) by an angle per row and i; back for direction -1. x, out: (rows, heads, d).
-static inline void rotary(const float* x, int64_t rows, int64_t heads, int64_t d, const float* cosine,
-                          const float* sine, float direction, float* out) {
-    int64_t half = d / 2;
-#pragma omp parallel for if (rows * heads * d > 1 << 14)
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t h = 0; h < heads; h++) {
-            const float *low = x + (r * heads + h) * d, *high = low + half;
-            float *out_low = out + (r * heads + h) * d, *out_high = out_low + half;
-#pragma omp simd
-            for (int64_t i = 0; i < half; i++) {
-                float c = cosine[r * half + i], s = direction * sine[r * half + i];
-                out_low[i] = low[i] * c - high[i] * s;
-                out_high[i] = high[i] * c + low[i] * s;
-            }
-        }
 }
 
 }  // namespace gorgon

@@ -1,32 +1,32 @@
 // Linear cross-entropy in one sweep: chunks of rows whose logits are made, turned into their gradient in place and
 // multiplied into the gradients of what they came from, before the next chunk takes their memory.
-// vector.h and cpu.h come first: Jittor looks for included files itself and does not find those beside this one.
+// vector.h and cpu.h come first: Jittor resolves includes itself and does not find files in this folder.
 //
-// A chunk's logits lie vocabulary first, as (vocab, rows). Rows then share a vector, so that no sum over the vocabulary
-// crosses lanes, and all three products read the weight and the logits as they lie. Every logit is one chain of fused
-// multiply-adds in ascending order, as in cpu.h: bitwise the same in any chunk, and what a packed product gives.
+// A chunk's logits are stored vocabulary first, as (vocab, rows). Rows then share a vector, so that no sum over the
+// vocabulary crosses lanes, and all three products read the weight and the logits in place. Every logit is one chain of
+// fused multiply-adds in ascending order, as in cpu.h: bitwise the same in any chunk, and what a packed product gives.
 #pragma once
 #include <stdlib.h>
 #include <algorithm>
 
 namespace gorgon {
 
-// The logits are the sum over the terms of hidden weight^T. hidden: parts that lie on top of each other, equally many
-// rows of (rows, width) each, weight: (vocab, width). Gradients of the same shapes; empty, nullptr: not wanted.
+// The logits are the sum over the terms of hidden weight^T. hidden: parts to be stacked, equally many
+// rows of (rows, width) each, weight: (vocab, width). Gradients of the same shapes; empty, nullptr: not computed.
 struct LinearTerm {
     std::vector<const float*> hidden;
     const float* weight;
     int64_t width;
     std::vector<float*> hidden_grad;
     float* weight_grad;
-    // The sweep's own: where the rows begin that have a loss, and packed rows, see pack_across and pack_along.
+    // The sweep's own: the first rows with a loss, and packed rows, see pack_across and pack_along.
     std::vector<const float*> rows = {};
     std::vector<float*> grad_rows = {};
     float *across = nullptr, *along = nullptr;
 };
 
 // row_weights (rows,): what each row's loss counts in the total. targets (rows,): negative where ignored. soft_ids,
-// soft: (rows, num_soft), a distribution beside the target, of share soft_share; a negative id stands for nothing.
+// soft: (rows, num_soft), a distribution in addition to the target, of share soft_share; a negative id is padding.
 struct LinearLoss {
     int64_t rows, vocab, num_soft;
     const int32_t *targets, *soft_ids;
@@ -44,7 +44,7 @@ struct Scratch {
     ~Scratch() { free(data); }
 };
 
-// What a chunk is made of. lanes: its rows, filled up to whole vectors. logits (vocab, lanes); highest, wanted, scale
+// The buffers of a chunk. lanes: its rows, padded to full vectors. logits (vocab, lanes); highest, wanted, scale
 // (lanes,): of a row the largest logit, the target's, and what its exponentials are multiplied with in the end;
 // block_max, block_sum, block_rank (blocks of the vocabulary, lanes): partial results.
 struct LossChunk {
@@ -60,7 +60,7 @@ constexpr int64_t TILE_ROWS = 6, TILE_VECS = 4, TILE_COLUMNS = TILE_VECS * LANES
 
 static inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// acc[m][v] += sum_t a[m][t * stride] panel[t][v], a: where six sums' first numbers lie.
+// acc[m][v] += sum_t a[m][t * stride] panel[t][v], a: the first factors of six sums.
 template <int NV>
 static inline void multiply(const float* const* a, int64_t stride, const float* panel, int64_t depth,
                             vec acc[TILE_ROWS][NV]) {
@@ -114,7 +114,7 @@ static inline void logits_tiles(const LinearLoss& l, const LinearTerm& t, bool f
         }
         vec acc[TILE_ROWS][NV] = {};
         float* out = c.logits + v * c.lanes + r0;
-        // The chain goes on where it stopped; that of a further term is one of its own, added.
+        // The chain continues where it stopped; a further term has a chain of its own, which is added.
         for (int64_t m = 0; first_term && k0 && m < real; m++)
             load_part<NV>(acc[m], out + m * c.lanes, NV * LANES);
         multiply<NV>(a, 1, panel, depth, acc);
@@ -254,7 +254,7 @@ static inline void find_targets(const LinearLoss& l, const LossChunk& c, float* 
     }
 }
 
-// Counts what goes before the target, and turns logits x into exp(x - highest) where a gradient is wanted.
+// Counts what ranks before the target, and turns logits x into exp(x - highest) where a gradient is needed.
 static inline void exponentiate(const LinearLoss& l, const LossChunk& c, bool wants_grad) {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < parts(l.vocab, VOCAB_BLOCK); b++)

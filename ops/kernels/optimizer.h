@@ -1,5 +1,5 @@
 // CPU kernels of the optimizers: one pass over a parameter each, in place, in parallel over elements.
-// vector.h and cpu.h come first: Jittor looks for included files itself and does not find those beside this one.
+// vector.h and cpu.h come first: Jittor resolves includes itself and does not find files in this folder.
 #pragma once
 
 namespace gorgon {

@@ -1,31 +1,12 @@
 // A pass of a decoder over a key-value cache, in one parallel region: embedding, layers, final norm, logits, choices.
 //
 // Row invariance continues here: attention takes its keys in logical order (prefix, then ancestors from the root down,
-// then the row itself), whatever slot of the cache they lie in, and however many rows look at a key together, each
+// then the row itself), whatever slots of the cache they are in, and however many rows look at a key together, each
 // score is one chain over the head's width and each output one chain over the keys.
-// vector.h and cpu.h come first: Jittor looks for included files itself and does not find those beside this one.
+// vector.h and cpu.h come first: Jittor resolves includes itself and does not find files in this folder.
 #pragma once
 
 namespace gorgon {
-
-// One row of a pass. The keys it sees, in logical order: `contiguous` slots from `start`, then the row's extras.
-struct Plan {
-    const int32_t* meta;    // (rows, 4): position, slot, start, contiguous; all but start count from `base`
-    const int32_t* extras;  // (rows, width): slots behind base, -1 where there are no more
-    int64_t width, base;
-    int64_t position(int64_t r) const { return base + meta[r * 4]; }
-    int64_t slot(int64_t r) const { return base + meta[r * 4 + 1]; }
-    int64_t start(int64_t r) const { return meta[r * 4 + 2]; }
-    int64_t contiguous(int64_t r) const { return base + meta[r * 4 + 3]; }
-    int64_t keys(int64_t r) const {
-        int64_t more = 0;
-        while (more < width && extras[r * width + more] >= 0) more++;
-        return contiguous(r) + more;
-    }
-    int64_t key(int64_t r, int64_t j) const {  // the slot of the j-th key of a row
-        return j < contiguous(r) ? start(r) + j : base + extras[r * width + j - contiguous(r)];
-    }
-};
 
 struct Shape {
     int64_t rows, hidden, heads, kv_heads, head_dim, inner, max_length;
@@ -89,7 +70,7 @@ static inline void keep_rows(C* cache, int64_t planes, int64_t max_length, int64
 
 constexpr int TOGETHER = 4;  // queries that share a loaded key
 
-// Q queries of one key-value head whose stretches of keys begin at the same slot.
+// Q queries of one key-value head whose ranges of keys start at the same slot.
 struct Queries {
     const float* q[TOGETHER];
     float* out[TOGETHER];
@@ -231,7 +212,7 @@ static inline void attend_head(const Shape& s, const Plan& plan, int64_t kv, con
 
 // ---- a decoder layer and a pass ----
 
-// The weights of a layer behind each other: queries, keys and values; output; gate and up; down. scales likewise.
+// The weights of a layer, concatenated: queries, keys and values; output; gate and up; down. scales likewise.
 template <class W> struct Layer {
     const float* norms;  // (2, hidden)
     const W* w;
@@ -239,12 +220,12 @@ template <class W> struct Layer {
 
     static int64_t blocks(int64_t outputs) { return (outputs + LANES - 1) / LANES; }
     Matrix<W> qkv(const Shape&) const { return {w, scales}; }
-    Matrix<W> o(const Shape& s) const { return qkv(s).behind(blocks(s.qkv()), s.hidden); }
-    Matrix<W> gate_up(const Shape& s) const { return o(s).behind(blocks(s.hidden), s.q_width()); }
-    Matrix<W> down(const Shape& s) const { return gate_up(s).behind(2 * blocks(s.inner), s.hidden); }
+    Matrix<W> o(const Shape& s) const { return qkv(s).after(blocks(s.qkv()), s.hidden); }
+    Matrix<W> gate_up(const Shape& s) const { return o(s).after(blocks(s.hidden), s.q_width()); }
+    Matrix<W> down(const Shape& s) const { return gate_up(s).after(2 * blocks(s.inner), s.hidden); }
 };
 
-// What the threads of a pass work in. normed is each thread's own where rows are few: a norm is then cheaper done
+// What the threads of a pass work in. normed is each thread's own where rows are few: a norm is then cheaper computed
 // twice than waited for.
 struct Scratch {
     std::vector<float> attended, big, normed;
@@ -280,7 +261,7 @@ static inline void layer_share(const Shape& s, const Plan& plan, const float* x,
     float* normed = norm_rows(x, s, layer.norms, eps, scratch, t, n);
     linear_share<PLAIN>(normed, s.rows, s.hidden, layer.qkv(s), Layer<W>::blocks(s.qkv()), s.qkv(), big, (const float*)nullptr, t, n);
 #pragma omp barrier
-    if (s.kv_heads % n == 0) {  // each thread has heads of its own, and nobody waits in between
+    if (s.kv_heads % n == 0) {  // each thread has heads of its own and needs no barrier in between
         for (int64_t kv = t; kv < s.kv_heads; kv += n) {
             rope_and_write(s, plan, kv, 0, s.rows, big, cosine, sine, cache);
             attend_head(s, plan, kv, big, cache, attended, 0, 1);
@@ -299,25 +280,6 @@ static inline void layer_share(const Shape& s, const Plan& plan, const float* x,
 #pragma omp barrier
     linear_share<ADD>(big, s.rows, s.inner, layer.down(s), Layer<W>::blocks(s.hidden), s.hidden, out, (const float*)out, t, n);
 }
-
-template <class W, class C>
-static inline void decoder_layer(const Shape& s, const Plan& plan, const float* x, const Layer<W>& layer,
-                                 const float* cosine, const float* sine, float eps, C* cache, float* out) {
-    static Scratch scratch;
-    scratch.resize(s);
-#pragma omp parallel
-    layer_share(s, plan, x, layer, cosine, sine, eps, cache, out, scratch, omp_get_thread_num(), omp_get_num_threads());
-}
-
-// What goes around the layers. E: the type of the embedding and of the language-model head.
-template <class E> struct Ends {
-    const int32_t* token_ids;  // (rows,)
-    const E* embedding;        // (vocab, hidden)
-    const float* norm;         // (hidden,)
-    const E* lm_head;          // packed
-    int64_t vocab, logit_rows; // logits of the last `logit_rows` rows
-    const int32_t* wanted;     // (layers + 1,): where the state before layer i goes in `taken`, -1 for nowhere
-};
 
 // hidden: (rows, hidden), taken: (wanted, rows, hidden), logits: (logit_rows, vocab), chosen: their largest's index.
 template <class W, class E, class C>

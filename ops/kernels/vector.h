@@ -1,5 +1,6 @@
-// A vector of 16 floats in GCC's vector extension: one AVX-512 register, or what the compiler makes of it elsewhere.
-// Loads and stores in float32 and float16, loads of int8 and NF4, fused multiply-add, sums over lanes in one fixed order, exp and SiLU.
+// A vector of 16 floats in GCC's vector extension: one AVX-512 register, or several smaller ones elsewhere.
+// Loads and stores in float32 and float16, loads of int8 and NF4, fused multiply-add, sums over lanes in one fixed
+// order, exp and SiLU.
 #pragma once
 #include <omp.h>
 #include <cstdint>
@@ -16,12 +17,6 @@ typedef float vec __attribute__((vector_size(64)));
 typedef float vec_u __attribute__((vector_size(64), aligned(4)));
 typedef int32_t veci __attribute__((vector_size(64)));
 constexpr int LANES = 16;
-
-template <class T> struct storage { typedef uint16_t type; };
-template <> struct storage<float> { typedef float type; };
-template <> struct storage<int8_t> { typedef int8_t type; };
-template <> struct storage<uint8_t> { typedef uint8_t type; };
-template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
 
 static inline vec splat(float x) { return x - (vec){}; }
 static inline vec load(const float* p) { return *(const vec_u*)p; }
@@ -95,8 +90,8 @@ static inline vec fma(vec a, vec b, vec c) {
 #endif
 
 // NF4 (arXiv 2305.14314): 16 codes in eight bytes, two 32-bit words of eight codes each, the lowest bits first; that of
-// lane i is number i / 2 of word i % 2, so that one broadcast and one shift bring every code to the low bits of its lane.
-// The table is NF4 of ops/quantize.py.
+// lane i is number i / 2 of word i % 2, so that one broadcast and one shift move every code to the low bits of its
+// lane. The table is NF4 of ops/packing/quantize.py.
 static inline vec load(const uint8_t* p) {
     typedef int64_t words __attribute__((vector_size(64)));
     const vec table = {-1.0f,         -0.696192801f, -0.525072932f, -0.394917428f, -0.284441322f, -0.1847734f,
@@ -133,7 +128,8 @@ static inline vec sums_of_lanes(vec* v) {
            __builtin_shuffle(v[0], v[1], (index){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
 }
 
-// exp(x) for x <= 88: 2^n times a degree-6 Taylor polynomial on |r| <= ln(2)/2, within 3e-7 relative; below -87 it is 0.
+// exp(x) for x <= 88: 2^n times a degree-6 Taylor polynomial on |r| <= ln(2)/2, within 3e-7 relative; below -87 it is
+// 0.
 static inline vec exp_vec(vec x) {
     veci small = x < splat(-87.0f);
     x = small ? splat(-87.0f) : x;

@@ -1,1 +1,1 @@
-"""How Jittor starts: what the machine has, which device a run takes, the sources it is built from. Door: `bootstrap.py`."""
+"""How Jittor starts: the machine, the device a run takes, the sources that are compiled. Door: `bootstrap.py`."""

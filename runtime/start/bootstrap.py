@@ -1,9 +1,9 @@
-"""Decides how Jittor 1.3.11 starts, before it is imported.
+"""Prepares the start of Jittor 1.3.11, before it is imported.
 
-Jittor reads its settings from the environment while it is being imported, downloads what it misses, and
-compiles its own core on the first import. This module settles all of that up front, so that importing works
-with no network, with or without a GPU, and with or without ``nvcc`` on the PATH. With a GPU, Jittor gets a toolkit that
-is put together for it (``runtime.start.toolkit``) and sources that CUDA 13 compiles (``runtime.start.jittor_source``).
+While it is imported, Jittor reads its settings from the environment, downloads missing parts and, the first time,
+compiles its core. This module prepares all of that, so that the import works without a network, with or without a GPU
+and with or without ``nvcc`` on the PATH. With a GPU, Jittor gets a toolkit folder (``runtime.start.toolkit_folder``)
+and sources that CUDA 13 compiles (``runtime.start.jittor_source``).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 
 from runtime.start.choice import Choice, choose_device
 from runtime.start.devices import Driver, find_driver
-from runtime.start.jittor_source import mended_sources
+from runtime.start.jittor_source import patched_sources
 from runtime.start.onednn import jittor_home, link_onednn, onednn_prefix
 from runtime.start.python_config import python_config
 from runtime.start.quiet import quiet_file_descriptors
 from runtime.start.toolkit import NAMED, find_toolkits
-from runtime.start.toolkit_folder import plan, put_together
+from runtime.start.toolkit_folder import assemble, plan
 
-# Turns an OpenMP thread waits at a barrier before it sleeps. The library's own choice, about 4 ms, makes two processes
-# that share the cores spin against each other: a pass of 0.2 ms then took 338 ms. 2000 cost nothing when alone.
+# How long an OpenMP thread spins at a barrier before it sleeps. With the library's default, about 4 ms, two processes
+# that share the cores spin against each other: a pass of 0.2 ms took 338 ms. A single process loses nothing at 2000.
 SPIN_COUNT = "2000"
 # A CPU-only core would shadow a CUDA one.
 CACHE_NAMES = {"cpu": "gorgon-cpu", "cuda": "gorgon-cuda"}
@@ -41,7 +41,7 @@ def under_mpi() -> bool:
 
 
 def threads_per_rank(num_cores: int, allowed: int, num_ranks: int) -> int:
-    """OpenMP threads of one of ``num_ranks`` processes on a machine, of whose ``num_cores`` it may use ``allowed``.
+    """OpenMP threads of one of ``num_ranks`` processes that may use ``allowed`` of a machine's ``num_cores``.
 
     ``mpirun`` binds two ranks to a core each and lets three or more run anywhere: 3 ranks on 2 cores get one each.
     """
@@ -49,12 +49,12 @@ def threads_per_rank(num_cores: int, allowed: int, num_ranks: int) -> int:
 
 
 def cache_folder() -> Path:
-    """Where toolkits and mended sources are kept."""
+    """Where toolkit folders and patched sources are cached."""
     return jittor_home() / ".cache" / "gorgon"
 
 
 def core_is_compiled() -> bool:
-    """True when Jittor's core for this cache name already lies in the cache. With CUDA it lies one folder deeper."""
+    """True when the cache holds Jittor's core for this cache name; a core with CUDA is one folder deeper."""
     cache = jittor_home() / ".cache" / "jittor"
     name = os.environ.get("cache_name", "default")
     cores = cache.glob("jt*/**/jittor_core*.so")
@@ -63,7 +63,7 @@ def core_is_compiled() -> bool:
 
 @contextlib.contextmanager
 def _default_sigterm():
-    """Processes that are forked within end by SIGTERM, also where this one puts it off (``runtime.interrupt``)."""
+    """Processes forked inside end at SIGTERM, even while this one defers it (``runtime.interrupt``)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -79,15 +79,15 @@ def _default_sigterm():
 def import_jittor():
     """Import Jittor quietly.
 
-    When it finds its own compiler helper outdated it rebuilds it and leaves with status 0, as if the command had been
-    done. This runs the command again instead, once; a second time raises RuntimeError.
+    When Jittor finds its compiler helper outdated, it rebuilds it and exits with status 0, as if the command were done.
+    Then this restarts the command, once; a second time raises RuntimeError.
     """
     try:
         with quiet_file_descriptors(), _default_sigterm():
             import jittor
     except SystemExit as error:
         if os.environ.get("GORGON_RESTARTED"):
-            raise RuntimeError("Jittor rebuilt itself twice and left; remove its cache and try again") from error
+            raise RuntimeError("Jittor rebuilt itself twice and exited; remove its cache and try again") from error
         os.environ["GORGON_RESTARTED"] = "1"
         os.execv(sys.executable, sys.orig_argv)
     _end_compilers()
@@ -95,8 +95,8 @@ def import_jittor():
 
 
 def _end_compilers() -> None:
-    """End the processes that the import compiled with: Ctrl-C reaches them too, and their pool, which looks for them
-    when Python exits, would then wait for ever. The next compilation makes new ones."""
+    """End the compiler processes of the import. Ctrl-C would end them, and their pool would then wait for them for ever
+    when Python exits. The next compilation starts new ones."""
     import jittor_utils
 
     if jittor_utils.pool_size:
@@ -106,8 +106,8 @@ def _end_compilers() -> None:
 
 
 def settle_threads() -> None:
-    """How OpenMP's threads wait and, under ``mpirun``, how many there are: read when the first library that brings
-    OpenMP is loaded, Jittor's kernels or torch, which then share it."""
+    """Set how OpenMP threads wait and, under ``mpirun``, how many there are. The first library with OpenMP that is
+    loaded reads this, be it Jittor's kernels or torch; the others then share it."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if under_mpi():
         ranks_here = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
@@ -116,10 +116,10 @@ def settle_threads() -> None:
 
 
 def import_torch():
-    """Import torch into a process that runs Jittor too; returns the module. Called before Jittor starts, where there is
-    the choice: both orders work on a CPU, and in this one torch gets the OpenMP library that it brings along.
+    """Import torch into a process that also runs Jittor; returns the module. Both orders work on a CPU; before Jittor
+    is better, since torch then gets the OpenMP library it ships.
 
-    Untried: both on one GPU, each with a CUDA runtime of its own. Raises ValueError where torch is not installed.
+    Untried: both on one GPU, each with its own CUDA runtime. Raises ValueError when torch is not installed.
     """
     if importlib.util.find_spec("torch") is None:
         raise ValueError("--backbone-engine torch needs PyTorch: pip install -r requirements-torch.txt")
@@ -128,37 +128,37 @@ def import_torch():
 
 
 def settle_cuda(choice: Choice) -> None:
-    """Give Jittor the chosen toolkit in one folder, and the sources that compile with it.
+    """Give Jittor the chosen toolkit in one folder, and sources that compile with it.
 
-    Of CUDA's libraries cuBLAS and cuRAND are used; without these settings Jittor wants cuDNN 8 and downloads others.
+    Only cuBLAS and cuRAND are used; without these settings Jittor wants cuDNN 8 and downloads other libraries.
     """
-    os.environ[NAMED] = str(choice.toolkit.nvcc)  # for child processes: nvcc_path is now a script of ours
-    toolkit = put_together(plan(choice.toolkit, choice.capabilities), cache_folder())
+    os.environ[NAMED] = str(choice.toolkit.nvcc)  # for child processes: nvcc_path now names our wrapper script
+    toolkit = assemble(plan(choice.toolkit, choice.capabilities), cache_folder())
     os.environ["nvcc_path"] = str(toolkit / "bin" / "nvcc")
     os.environ["cuda_archs"] = " ".join(map(str, choice.capabilities))
     os.environ.update(conv_opt="1", use_cutt="0", use_cutlass="0")
     if not (os.environ.get("nccl_include_path") and os.environ.get("nccl_lib_path")):
         os.environ["use_nccl"] = "0"
-    sys.path.insert(0, str(mended_sources(cache_folder())))
+    sys.path.insert(0, str(patched_sources(cache_folder())))
 
 
 def settle(choice: Choice) -> None:
-    """Set all that Jittor reads from the environment while it is imported; raises ImportError where it cannot work."""
-    # Said outright: Jittor writes the last home it was given into a file and goes on using it without being told.
+    """Set everything that Jittor reads from the environment; raises ImportError where it cannot work."""
+    # Always explicit: Jittor stores the last home it was given in a file and silently keeps using it.
     os.environ.setdefault("JITTOR_HOME", str(Path.home()))
     if choice.device == "cuda":
         settle_cuda(choice)
     else:
         os.environ["nvcc_path"] = ""  # with nvcc but no GPU Jittor dies on libcudart.so
-    # Without a name Jittor takes the git branch it happens to stand in, and compiles its core anew for each. A name of
-    # ours may be that of the process that started this one.
+    # Without a name Jittor takes the current git branch and compiles its core again for each. A name of ours may have
+    # been inherited from the process that started this one.
     if os.environ.get("cache_name") in (None, *CACHE_NAMES.values()):
         os.environ["cache_name"] = CACHE_NAMES[choice.device]
     settle_threads()
     os.environ["FIX_TORCH_ERROR"] = "0"  # otherwise importing Jittor imports torch
     os.environ.setdefault("log_silent", "1")
     if under_mpi():
-        os.environ["use_mpi"] = "1"  # not what a process outside, which started mpirun, had settled for itself
+        os.environ["use_mpi"] = "1"  # not the setting inherited from the process that started mpirun
         if shutil.which("mpicc") is None:
             raise ImportError("mpirun started this, but mpicc is missing: install openmpi-bin and libopenmpi-dev")
     else:
@@ -175,13 +175,13 @@ def settle(choice: Choice) -> None:
 
 
 def decide() -> Choice:
-    """The device for this process, by ``GORGON_DEVICE``, the driver and the toolkits; raises as ``choose_device``."""
+    """The device of this process, from ``GORGON_DEVICE``, the driver and the toolkits; raises as ``choose_device``."""
     wanted = os.environ.get("GORGON_DEVICE", "auto")
     return choose_device(wanted, Driver() if wanted == "cpu" else find_driver(), find_toolkits)
 
 
 def start():
-    """Import Jittor with everything settled; returns the module and the chosen (device, reason)."""
+    """Import Jittor with everything prepared; returns (module, device, reason)."""
     if importlib.util.find_spec("jittor") is None:
         raise ImportError("Jittor is not installed: run `make setup`, or pip install -r requirements.txt")
     choice = decide()
@@ -192,10 +192,10 @@ def start():
         jittor = import_jittor()
     except Exception:
         if choice.device == "cuda":
-            advice = "`python -m runtime.doctor` looks into it, GORGON_DEVICE=cpu does without the GPU"
+            advice = "run `python -m runtime.doctor` for details, or set GORGON_DEVICE=cpu"
             print(f"Jittor did not start with CUDA: {advice}", file=sys.stderr)
         raise
-    # Jittor's own handlers end the process on Ctrl-C, and when any child is stopped or killed.
+    # Jittor's own handlers end the process at Ctrl-C, and whenever a child is stopped or killed.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

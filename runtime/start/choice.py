@@ -1,4 +1,4 @@
-"""Which device this process runs on, and why: a decision table over what the driver and the toolkits say."""
+"""Which device this process runs on, and why: a decision table over the driver and the toolkits."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from runtime.start.devices import Driver
 from runtime.start.toolkit import NEWEST, OLDEST, WHEELS, WHEELS_FIT, Toolkit, remedy
 
 WORDS = ("auto", "cpu", "cuda")
-# Capabilities of boards whose code runs on themselves alone, though 8.7, say, lies between 8.6 and 8.9.
+# Capabilities of embedded boards: code for them runs nowhere else, and they take no other code.
 BOARDS = frozenset({53, 62, 72, 87, 88, 101, 110})
 
 
 class DeviceError(ValueError):
-    """The device that was asked for cannot be used here."""
+    """The requested device cannot be used here."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """device: ``cpu`` or ``cuda``. because: one sentence. step: what mends it, where something is missing. For cuda,
-    the toolkit, and the compute capabilities (90 for 9.0) to compile for."""
+    """device: ``cpu`` or ``cuda``. because: one sentence. step: how to get what is missing. For cuda, the toolkit and
+    the compute capabilities (90 for 9.0) to compile for."""
 
     device: str
     because: str
@@ -37,8 +37,8 @@ class Choice:
 def code_for(capability: int, codes: Iterable[int]) -> int | None:
     """The capability to compile for so that a device of ``capability`` runs it, None where the compiler has none.
 
-    Code for 8.6 runs on 8.9, none of another major version does: ``code_for(89, (80, 86, 90)) == 86``. A compiler that
-    does not tell (no codes) is taken at its word.
+    Code for 8.6 runs on 8.9, code of another major version does not: ``code_for(89, (80, 86, 90)) == 86``. A compiler
+    that does not list its codes is assumed to know the capability.
     """
     codes = list(codes)
     if not codes:
@@ -50,9 +50,9 @@ def code_for(capability: int, codes: Iterable[int]) -> int | None:
 
 
 def misfit(driver: Driver, toolkit: Toolkit) -> tuple[str, str] | None:
-    """Why a toolkit cannot serve the driver's first device, and the next step; None where it can.
+    """Why a toolkit does not fit the driver's first device, and the next step; None where it fits.
 
-    Within a major version an older driver serves a newer toolkit, since all code is compiled for the device itself.
+    Within a major version an older driver runs a newer toolkit's code, since all code is compiled for the device.
     """
     major, minor = toolkit.version
     newest = ".".join(map(str, driver.version))
@@ -60,7 +60,7 @@ def misfit(driver: Driver, toolkit: Toolkit) -> tuple[str, str] | None:
         return toolkit.problems[0], f"install a CUDA toolkit from {OLDEST} to {NEWEST}"
     if driver.version[0] < major:
         return (
-            f"the driver serves CUDA up to {newest}, but nvcc is {major}.{minor}",
+            f"the driver supports CUDA up to {newest}, but nvcc is {major}.{minor}",
             f"install a newer driver, or a CUDA {driver.version[0]} toolkit and name its nvcc in nvcc_path",
         )
     first = driver.devices[0]
@@ -73,7 +73,7 @@ def misfit(driver: Driver, toolkit: Toolkit) -> tuple[str, str] | None:
 
 
 def _from_toolkits(driver: Driver, toolkits: list[Toolkit]) -> Choice:
-    """The first toolkit that fits; where none does, the CPU, and what the first one lacks."""
+    """The first toolkit that fits; without one the CPU, with what the first one is missing."""
     if not toolkits:
         major = driver.version[0]
         step = WHEELS if major >= WHEELS_FIT else f"install the CUDA {major} toolkit"
@@ -92,17 +92,17 @@ def _from_toolkits(driver: Driver, toolkits: list[Toolkit]) -> Choice:
 def choose_device(wanted: str, driver: Driver, look: Callable[[], list[Toolkit]]) -> Choice:
     """The device to run on.
 
-    wanted: ``auto``, ``cpu`` or ``cuda``. look: gives the toolkits, the preferred one first; asked only where there is
-    a device. Raises DeviceError when ``cuda`` is asked for and cannot be had, and ValueError for another word.
+    wanted: ``auto``, ``cpu`` or ``cuda``. look: returns the toolkits, the preferred one first; called only when there
+    is a device. Raises DeviceError when ``cuda`` is requested and unavailable, and ValueError for another word.
     """
     if wanted not in WORDS:
         raise ValueError(f"GORGON_DEVICE must be auto, cpu or cuda, got {wanted!r}")
     if wanted == "cpu":
-        return Choice("cpu", "asked for")
+        return Choice("cpu", "requested")
     if driver.devices:
         choice = _from_toolkits(driver, look())
     else:
         choice = Choice("cpu", f"no usable CUDA device: {driver.trouble}")
     if wanted == "cuda" and choice.device != "cuda":
-        raise DeviceError(f"GORGON_DEVICE=cuda cannot be served: {choice.reason}")
+        raise DeviceError(f"GORGON_DEVICE=cuda is not available: {choice.reason}")
     return choice

@@ -1,6 +1,6 @@
-"""What the NVIDIA driver says: its version and its devices, asked of ``libcuda.so.1`` without any toolkit.
+"""The NVIDIA driver's version and devices, queried through ``libcuda.so.1`` without a toolkit.
 
-Never run with a driver yet; tests/runtime/test_devices.py asks a stand-in that is compiled from C.
+Not yet run with a real driver; the tests query a stand-in that is compiled from C.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 LIBRARY = "libcuda.so.1"
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
-# The driver's answers that a user can do something about (cuda.h, CUresult).
+# Driver errors that a user can do something about (cuda.h, CUresult).
 WORDS = {
     3: "the driver is not initialised",
     34: "a stub library stands in for the driver",
     100: "the driver sees no device",
-    101: "CUDA_VISIBLE_DEVICES names a device that is not there",
+    101: "CUDA_VISIBLE_DEVICES names a device that does not exist",
     802: "the devices' fabric is not ready (is the fabric manager running?)",
     803: "the driver's library and its kernel module are of different versions",
     804: "the driver is too old for this compatibility library",
@@ -34,8 +34,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Driver:
-    """version: the newest CUDA that the driver serves, (major, minor), or None without a driver. devices: those it
-    offers to this process, so after CUDA_VISIBLE_DEVICES. trouble: why there are none, where it says so."""
+    """version: the newest CUDA that the driver supports, (major, minor), or None without a driver. devices: those
+    visible to this process (CUDA_VISIBLE_DEVICES). trouble: why there are none."""
 
     version: tuple[int, int] | None = None
     devices: tuple[Device, ...] = ()
@@ -53,12 +53,12 @@ def _device(library: ctypes.CDLL, index: int) -> Device:
         library.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, handle),
     ):
         if status:
-            raise OSError(f"the driver does not describe device {index}: CUresult {status}")
+            raise OSError(f"the driver cannot describe device {index}: CUresult {status}")
     return Device(name.value.decode(errors="replace"), memory.value, 10 * major.value + minor.value)
 
 
 def find_driver(library_name: str = LIBRARY) -> Driver:
-    """Ask the driver. Without one the answer is empty; a driver that fails is named in ``trouble``."""
+    """Query the driver; empty without one. An error of the driver is named in ``trouble``."""
     try:
         library = ctypes.CDLL(library_name)
     except OSError:
@@ -74,7 +74,3 @@ def find_driver(library_name: str = LIBRARY) -> Driver:
     except OSError as error:
         return Driver(version, trouble=str(error))
 
-
-def count_cuda_devices() -> int:
-    """Number of CUDA devices the driver offers; 0 without a driver."""
-    return len(find_driver().devices)

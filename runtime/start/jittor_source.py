@@ -1,9 +1,9 @@
-"""Jittor 1.3.11 targets CUDA 10 to 12: this makes a copy of it that CUDA 13 compiles too.
+"""Jittor 1.3.11 targets CUDA 10 to 12: this makes a patched copy that CUDA 13 compiles too.
 
-The installed package is never changed, and the CPU start goes on using it. A start with CUDA imports a copy in the
-cache, in which a few places are replaced. Each place is named with its reason, and one that is not found is an error:
-another version of Jittor needs another look, not a guess. CUDA 13.0 has compiled them (``python -m runtime.doctor
---compile``, tests/runtime/test_nvcc.py); CUDA 11 and 12 should, by reading; no GPU has run them yet.
+The installed package never changes, and a start on the CPU uses it. A start with CUDA imports a copy in the cache with
+a few places replaced. Each patch states its reason, and one that does not apply is an error: another version of Jittor
+needs another look. CUDA 13.0 compiles the copy (``python -m runtime.doctor --compile``, tests/runtime/test_nvcc.py);
+CUDA 11 and 12 should, from reading; no GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PACKAGES = ("jittor", "jittor_utils")
 
 
 class SourceError(ValueError):
-    """The installed Jittor is not the one that the replacements were written for."""
+    """The installed Jittor is not the version that the patches were written for."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """``old``, which stands in ``file`` (relative to site-packages) exactly once, becomes ``new``."""
+    """``old``, which occurs in ``file`` (relative to site-packages) exactly once, becomes ``new``."""
 
     file: str
     why: str
@@ -46,7 +46,7 @@ PATCHES = (
     ),
     Patch(
         "jittor/src/misc/cuda_limits.h",
-        "npp.h belongs to a library that is not wanted otherwise; only eight limits of it are used",
+        "npp.h belongs to a library that is not needed otherwise; only eight limits of it are used",
         "#ifdef IS_CUDA\n#include <npp.h>\n#include <math_constants.h>\n#else\n#include <limits>\n",
         "#ifdef IS_CUDA\n#include <math_constants.h>\n#else\n#include <limits>\n"
         "#define     CUDART_INF_F  std::numeric_limits<float>::infinity()\n"
@@ -82,19 +82,19 @@ PATCHES = (
     ),
     Patch(
         "jittor/src/misc/cuda_flags.cc",
-        "without a driver the call fails and leaves -1, which counted as devices",
+        "without a driver the call fails and leaves -1, which counts as devices",
         "        cudaGetDeviceCount(&count);\n    return count;\n",
         "        if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;\n    return count;\n",
     ),
     Patch(
         "jittor/compiler.py",
-        "code for 9.0 does not run on 10.0 and later, which CUDA 12.8 and later know; start.choice asks nvcc itself",
+        "code for 9.0 does not run on 10.0 and later, which CUDA 12.8 and later know; start.choice asks nvcc",
         "    max_arch = 90\n",
         "    max_arch = 999\n",
     ),
     Patch(
         "jittor_utils/install_cuda.py",
-        "a CUDA that Jittor once downloaded would restart the process to come before the one that is named",
+        "a CUDA that Jittor once downloaded would restart the process to take precedence over nvcc_path",
         '    if "nvcc_path" in os.environ and os.environ["nvcc_path"] == "":\n',
         '    if "nvcc_path" in os.environ:\n',
     ),
@@ -115,7 +115,7 @@ def jittor_version() -> str:
 
 
 def apply_patches(folder: Path, patches: tuple[Patch, ...] = PATCHES, version: str = WRITTEN_FOR) -> None:
-    """Replace each patch's text in the copy at ``folder``. Raises SourceError where it does not stand exactly once."""
+    """Apply the patches to the copy at ``folder``. Raises SourceError where a text does not occur exactly once."""
     for patch in patches:
         path = folder / patch.file
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -130,16 +130,16 @@ def apply_patches(folder: Path, patches: tuple[Patch, ...] = PATCHES, version: s
 
 
 def _contents_key(patches: tuple[Patch, ...]) -> str:
-    """Hash of what the copy is made of. pip's RECORD holds a hash of every installed file."""
+    """Hash of the sources and the patches. pip's RECORD holds a hash of every installed file."""
     record = metadata.distribution("jittor").read_text("RECORD") or jittor_version()
     described = json.dumps([record, [asdict(patch) for patch in patches]])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def mended_sources(cache: Path, patches: tuple[Patch, ...] = PATCHES) -> Path:
-    """The folder of the mended copy inside ``cache``, made when it is not there yet; its name hashes its contents.
+def patched_sources(cache: Path, patches: tuple[Patch, ...] = PATCHES) -> Path:
+    """The folder of the patched copy inside ``cache``, made if it does not exist; its name is a hash of its content.
 
-    Several processes may ask at once: each writes beside, and one of the equal copies stays. Raises SourceError.
+    Several processes may call this at once: each writes its own, and one of the equal copies stays. Raises SourceError.
     """
     directory = cache / f"jittor-{_contents_key(patches)}"
     if not directory.exists():
@@ -148,5 +148,5 @@ def mended_sources(cache: Path, patches: tuple[Patch, ...] = PATCHES) -> Path:
             for package in PACKAGES:
                 shutil.copytree(source / package, partial / package, ignore=shutil.ignore_patterns("__pycache__"))
             apply_patches(partial, patches, jittor_version())
-            os.sync()  # a copy torn by a power failure would be taken for a whole one
+            os.sync()  # a copy torn by a power failure would look complete
     return directory

@@ -1,4 +1,4 @@
-"""Puts oneDNN, which the wheels of requirements.txt hold, where Jittor looks before it tries to download it."""
+"""Links oneDNN, which comes from wheels, to where Jittor looks before it tries to download it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
 
 
 def jittor_home() -> Path:
-    """The folder under which Jittor keeps its ``.cache/jittor``."""
+    """The folder of Jittor's ``.cache/jittor``."""
     return Path(os.environ.get("JITTOR_HOME") or Path.home())
 
 
 def onednn_prefix() -> Path | None:
-    """The prefix that the oneDNN wheels were installed under, or None when they are not installed."""
+    """The prefix of the installed oneDNN wheels, or None."""
     for prefix in dict.fromkeys([sysconfig.get_path("data"), sys.prefix, sys.base_prefix]):
         root = Path(prefix)
         if (root / "lib" / "libdnnl.so.2").exists() and (root / "include" / "dnnl.hpp").exists():
@@ -27,7 +27,7 @@ def onednn_prefix() -> Path | None:
 
 
 def link_onednn(prefix: Path) -> None:
-    """Put oneDNN where Jittor looks for it, as links, and load it so that its symbols are found.
+    """Link oneDNN to where Jittor looks for it, and load it so that its symbols are found.
 
     Links are replaced when they point at another environment, so two environments do not break each other.
     """
@@ -40,7 +40,7 @@ def link_onednn(prefix: Path) -> None:
         if link.is_symlink() and os.readlink(link) == str(target):
             continue
         if link.exists() and not link.is_symlink():
-            continue  # Jittor has downloaded its own copy: as good
+            continue  # Jittor has downloaded its own copy, which works as well
         fresh = link.with_name(f"{link.name}.{os.getpid()}")
         fresh.symlink_to(target)
         os.replace(fresh, link)

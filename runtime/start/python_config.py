@@ -1,4 +1,4 @@
-"""Answers for ``python3.X-config``, which Jittor asks where Python's headers are and which few images bring."""
+"""Stands in for ``python3.X-config``, which Jittor runs to find Python's headers and few images install."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from runtime.start.toolkit_folder import Entry, put_together
+from runtime.start.toolkit_folder import Entry, assemble
 
 ANSWERS = """#!/bin/sh
 for word do
@@ -19,7 +19,7 @@ done
 
 
 def places() -> list[Path]:
-    """Where Jittor 1.3.11 looks for it on Linux."""
+    """Where Jittor 1.3.11 looks for the program on Linux."""
     name, folder = f"python3.{sys.version_info.minor}-config", Path(sys.executable).parent
     return [
         folder / name,
@@ -31,9 +31,9 @@ def places() -> list[Path]:
 
 
 def python_config(cache: Path) -> Path | None:
-    """A script in ``cache`` that answers in its place; None where Jittor finds one itself.
+    """A script in ``cache`` that replaces the program; None where Jittor finds one.
 
-    Raises ImportError where Python's headers are missing, too.
+    Raises ImportError when Python's headers are missing as well.
     """
     if any(place.is_file() for place in places()):
         return None
@@ -46,4 +46,4 @@ def python_config(cache: Path) -> Path | None:
     text = ANSWERS.format(
         includes=" ".join(f"-I{folder}" for folder in folders), suffix=sysconfig.get_config_var("EXT_SUFFIX")
     )
-    return put_together({"bin/python-config": Entry(text=text)}, cache, "python") / "bin" / "python-config"
+    return assemble({"bin/python-config": Entry(text=text)}, cache, "python") / "bin" / "python-config"

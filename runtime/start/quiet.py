@@ -1,4 +1,4 @@
-"""Keeps what native code prints from the user, unless something goes wrong."""
+"""Hides the output of native code unless something goes wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 
 @contextlib.contextmanager
 def quiet_file_descriptors():
-    """Send what native code prints to a file; on an error, show its last lines and pass the error on."""
+    """Redirect the output of native code to a file; on an error, show its last lines and re-raise."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]

@@ -1,8 +1,8 @@
-"""Finds what a machine has of CUDA: compilers, headers and libraries of toolkits and of the ``nvidia-*`` wheels.
+"""Finds CUDA on a machine: compilers, headers and libraries of toolkits and of the ``nvidia-*`` wheels.
 
-Jittor wants one folder with everything in it. Few machines have that: a compiler lies here, cuBLAS there, and the
-wheels hold libraries without the names that a linker looks for. What is found here, ``runtime.start.toolkit_folder``
-puts together. Wanted are nvcc, the CUDA runtime, cuBLAS and cuRAND, and no cuDNN. Looking takes about 0.2 s a compiler.
+Jittor wants everything in one folder. On most machines the compiler and cuBLAS are in different places, and the wheels'
+libraries do not have the names that a linker looks for. ``runtime.start.toolkit_folder`` assembles what is found here.
+Required are nvcc, the CUDA runtime, cuBLAS and cuRAND, but not cuDNN. The search takes about 0.2 s a compiler.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-OLDEST, NEWEST = 11, 13  # majors of CUDA that Jittor's sources, as jittor_source mends them, are meant for
-NAMED = "GORGON_NVCC"  # the environment's nvcc; in child processes nvcc_path names the script that stands for it
+OLDEST, NEWEST = 11, 13  # major versions of CUDA that the patched sources support
+NAMED = "GORGON_NVCC"  # the user's nvcc; in child processes nvcc_path names the wrapper script
 WHEELS = "pip install -r requirements-cuda.txt"
-WHEELS_FIT = 13  # the major of the wheels that it names
+WHEELS_FIT = 13  # major version of these wheels
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A library: its name as linkers know it, a header that comes with it, and the macro there that holds its version.
+    """A library: its name for the linker, a header that ships with it, and the header's macro with its version.
 
-    divisor: what makes the macro's number a major version. curand's own major has been 10 from CUDA 11 to 13.
+    divisor: turns the macro's number into a major version. cuRAND's major version is 10 from CUDA 11 to 13.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Wanted:
     own_major: int | None = None
 
     def major(self, cuda_major: int) -> int:
-        """The major version that fits a toolkit."""
+        """The major version that fits a CUDA version."""
         return self.own_major or cuda_major
 
 
@@ -49,16 +49,16 @@ LIBRARIES = (
     Wanted("cublasLt", "cuBLASLt", "cublasLt.h", "cublas_api.h", "CUBLAS_VER_MAJOR"),
     Wanted("curand", "cuRAND", "curand.h", "curand.h", "CURAND_VER_MAJOR", own_major=10),
 )
-SYSTEM = Path("/usr")  # where a distribution's own packages of CUDA lie
+SYSTEM = Path("/usr")  # where the packages of a distribution install CUDA
 CUB_HEADER = "cub/cub.cuh"
-RUNTIME_ARCHIVE = "libcudadevrt.a"  # nvcc names it whenever it links
-# Folders of the wheels of CUDA 11 and 12, each with include and lib; those of CUDA 13 share one, nvidia/cu13.
+RUNTIME_ARCHIVE = "libcudadevrt.a"  # nvcc passes it to every link
+# Folders of the wheels of CUDA 11 and 12, each with include and lib; the wheels of CUDA 13 share nvidia/cu13.
 OLD_WHEELS = ("cuda_runtime", "cublas", "curand", "cuda_nvcc", "cuda_cccl", "cuda_crt")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a library was found. header: its folder of headers. library: the file."""
+    """Where a library was found. header: the folder of its headers. library: the file."""
 
     header: Path
     library: Path
@@ -67,11 +67,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A compiler and what fits it.
+    """A compiler and the libraries that fit it.
 
     version: (major, minor) of nvcc. top: the folder of its toolkit. codes: compute capabilities that it compiles for,
-    empty where it does not tell. parts: by library name, those that fit. cccl: the folder that holds cub, None where
-    nvcc finds its own. archive: RUNTIME_ARCHIVE. problems: one sentence for each thing that is missing or does not fit.
+    empty where it does not list them. parts: by library name, those that fit. cccl: the folder that holds cub, None
+    where nvcc finds its own. archive: RUNTIME_ARCHIVE. problems: one sentence for each missing or unfitting part.
     """
 
     nvcc: Path
@@ -85,7 +85,7 @@ class Toolkit:
 
 
 def _answer(nvcc: Path | str, *words: str) -> str:
-    """What nvcc prints, on either stream; nothing where it fails."""
+    """The output of nvcc on both streams; empty where it fails."""
     try:
         done = subprocess.run([str(nvcc), *words], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -94,7 +94,7 @@ def _answer(nvcc: Path | str, *words: str) -> str:
 
 
 def nvcc_version(nvcc: Path | str) -> tuple[int, int] | None:
-    """(major, minor) of the toolkit behind ``nvcc``, or None where it does not answer."""
+    """(major, minor) of the toolkit of ``nvcc``, or None where it does not run."""
     match = re.search(r"release (\d+)\.(\d+)", _answer(nvcc, "--version"))
     return (int(match.group(1)), int(match.group(2))) if match else None
 
@@ -113,7 +113,7 @@ def _system_folders() -> list[Path]:
 
 
 def compilers(wheels: Iterable[Path]) -> Iterator[Path]:
-    """Every nvcc in the order of preference: one that is named, PATH, toolkits, wheels."""
+    """Every nvcc in order of preference: named by the user, PATH, toolkits, wheels."""
     named = os.environ.get(NAMED) or os.environ.get("nvcc_path")
     if named:
         yield Path(named)
@@ -128,7 +128,7 @@ def compilers(wheels: Iterable[Path]) -> Iterator[Path]:
 
 
 def _top(nvcc: Path) -> Path:
-    """The toolkit's folder. An nvcc may be a script that starts another one, so it is asked."""
+    """The toolkit's folder, as nvcc reports it: it may be a script that starts another one."""
     match = re.search(r"^#\$ TOP=(.+)$", _answer(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"), re.MULTILINE)
     return Path(match.group(1)).resolve() if match else nvcc.resolve().parent.parent
 
@@ -165,7 +165,7 @@ def _library_majors(folder: Path, name: str) -> dict[int, Path]:
 
 
 def _find_part(wanted: Wanted, version: tuple[int, int], headers: list[Path], libraries: list[Path]) -> Part | str:
-    """The part, or what is wrong with it."""
+    """The part, or a sentence about what is wrong with it."""
     major = wanted.major(version[0])
     header_majors = {folder: found for folder in headers if (found := _header_major(folder, wanted)) is not None}
     header = next((folder for folder, found in header_majors.items() if found == major), None)
@@ -178,13 +178,13 @@ def _find_part(wanted: Wanted, version: tuple[int, int], headers: list[Path], li
     others += [f"{found} in {path.parent}" for found, path in files.items() if found != major]
     what = f"nvcc is {version[0]}.{version[1]}, but {wanted.title} of version {major}"
     if others:
-        return f"{what} is not there ({'; '.join(others)})"
+        return f"{what} was not found ({'; '.join(others)})"
     missing = [wanted.header] * (header is None) + [f"lib{wanted.name}.so.{major}"] * (major not in files)
     return f"{what} is missing ({' and '.join(missing)} not found)"
 
 
 def examine(nvcc: Path, wheels: Iterable[Path]) -> Toolkit | None:
-    """What a compiler has around it; None where it is none."""
+    """The toolkit of a compiler; None where it does not run."""
     version = nvcc_version(nvcc)
     if version is None:
         return None
@@ -193,7 +193,7 @@ def examine(nvcc: Path, wheels: Iterable[Path]) -> Toolkit | None:
     found = {wanted.name: _find_part(wanted, version, headers, libraries) for wanted in LIBRARIES}
     problems = [part for part in found.values() if isinstance(part, str)]
     if not OLDEST <= version[0] <= NEWEST:
-        problems.insert(0, f"the CUDA toolkit is {version[0]}.{version[1]}; {OLDEST} to {NEWEST} are known")
+        problems.insert(0, f"the CUDA toolkit is {version[0]}.{version[1]}; {OLDEST} to {NEWEST} are supported")
     cubs = [folder for base in headers for folder in (base, base / "cccl") if (folder / CUB_HEADER).is_file()]
     if not cubs:
         problems.append(f"nvcc is {version[0]}.{version[1]}, but its C++ library is missing ({CUB_HEADER} not found)")
@@ -204,7 +204,7 @@ def examine(nvcc: Path, wheels: Iterable[Path]) -> Toolkit | None:
 
 
 def find_toolkits(wheels: Iterable[Path] | None = None) -> list[Toolkit]:
-    """Every compiler that answers, the preferred one first, each toolkit once. wheels: None for the installed ones."""
+    """Every compiler that runs, the preferred one first, each toolkit once. wheels: None for the installed ones."""
     wheels = wheel_folders() if wheels is None else list(wheels)
     found: dict[Path, Toolkit] = {}
     for nvcc in compilers(wheels):
@@ -215,7 +215,7 @@ def find_toolkits(wheels: Iterable[Path] | None = None) -> list[Toolkit]:
 
 
 def remedy(toolkit: Toolkit) -> str:
-    """The command that brings what a toolkit lacks."""
+    """The command that installs what a toolkit is missing."""
     major, minor = toolkit.version
     if major == WHEELS_FIT or not OLDEST <= major <= NEWEST:
         return WHEELS

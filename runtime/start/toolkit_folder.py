@@ -1,9 +1,9 @@
-"""Puts together the one folder that Jittor takes for a CUDA toolkit: ``bin/nvcc``, ``include`` and ``lib64``.
+"""Assembles the folder that Jittor takes for a CUDA toolkit: ``bin/nvcc``, ``include`` and ``lib64``.
 
-Everything in it is a link to what ``runtime.start.toolkit`` found, but for ``bin/nvcc``, a script (Jittor follows links,
-so it has to be a file) that starts the real compiler. Jittor puts ``lib64`` into the search path of all that it links, so
-nothing has to be said in LD_LIBRARY_PATH, which is read only when a process starts; hence also the libraries' versioned
-names there. The folder's name hashes what it is made of.
+It holds links to what ``runtime.start.toolkit`` found, and ``bin/nvcc``, a script that starts the real compiler (Jittor
+follows links, so it has to be a file). Jittor adds ``lib64`` to the search path of everything it links, so
+LD_LIBRARY_PATH, which is read only when a process starts, is not needed; that is why the libraries' versioned names are
+there too. The folder's name is a hash of its content.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from runtime.atomic import atomic_directory
 from runtime.start.toolkit import RUNTIME_ARCHIVE, Toolkit
 
-# C++17 because CCCL 3, which CUDA 13 brings, wants it, and Jittor says 14; CUDA 11 and 12 know both. The architecture
-# where none is named: the core's own kernels would be compiled for the oldest device and translated on the real one,
-# which a driver older than the toolkit refuses.
+# CCCL 3 of CUDA 13 needs C++17, and Jittor asks for 14; CUDA 11 and 12 support both. The architectures are for calls
+# that name none: nvcc would compile for its oldest device and leave the translation to the driver, which refuses when
+# it is older than the toolkit.
 WRAPPER = """#!/bin/sh
 # CUDA {version}
 architectures={architectures}
@@ -46,7 +46,7 @@ class Entry:
 
 
 def wrapper(toolkit: Toolkit, capabilities: Sequence[int]) -> str:
-    """The script that stands for nvcc. capabilities: compute capabilities (90 for 9.0) to compile for by default."""
+    """The script that replaces nvcc. capabilities: compute capabilities (90 for 9.0) to compile for by default."""
     wanted = " ".join(f"-gencode arch=compute_{code},code=sm_{code}" for code in sorted(set(capabilities)))
     return WRAPPER.format(
         version=".".join(map(str, toolkit.version)),
@@ -69,8 +69,8 @@ def _libraries(toolkit: Toolkit) -> dict[str, Entry]:
 
 
 def plan(toolkit: Toolkit, capabilities: Sequence[int]) -> dict[str, Entry]:
-    """What the folder will hold, by path. The compiler's own headers come before those of other folders, and what lies
-    in /usr/include needs no link."""
+    """The content of the folder, by path. The compiler's own headers take precedence, and headers in /usr/include need
+    no link."""
     entries = {"bin/nvcc": Entry(text=wrapper(toolkit, capabilities))}
     folders = [toolkit.top / "include", *(part.header for part in toolkit.parts.values())]
     folders += [toolkit.cccl] if toolkit.cccl else []
@@ -81,10 +81,10 @@ def plan(toolkit: Toolkit, capabilities: Sequence[int]) -> dict[str, Entry]:
     return entries | _libraries(toolkit)
 
 
-def put_together(entries: dict[str, Entry], cache: Path, name: str = "toolkit") -> Path:
-    """The folder ``<name>-<hash>`` inside ``cache`` that holds the entries, made when it is not there yet.
+def assemble(entries: dict[str, Entry], cache: Path, name: str = "toolkit") -> Path:
+    """The folder ``<name>-<hash>`` inside ``cache`` that holds the entries, made if it does not exist.
 
-    Several processes may ask at once: each writes beside, and one of the equal folders stays.
+    Several processes may call this at once: each writes a folder of its own, and one of the equal folders stays.
     """
     described = json.dumps({path: [entry.target, entry.text] for path, entry in entries.items()}, sort_keys=True)
     directory = cache / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
@@ -98,5 +98,5 @@ def put_together(entries: dict[str, Entry], cache: Path, name: str = "toolkit") 
                     path.chmod(0o755)
                 else:
                     path.symlink_to(entry.target)
-            os.sync()  # a folder torn by a power failure would be taken for a whole one
+            os.sync()  # a folder torn by a power failure would look complete
     return directory

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from backbone.cache import CacheFull
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 
 
 def arrays(output):

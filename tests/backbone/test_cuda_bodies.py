@@ -8,8 +8,8 @@ import pytest
 
 import runtime
 from backbone.model import load_backbone
-from ops.decoder_layer import RowPlan
 from ops.kernel import emulated_cuda
+from ops.row_plan import RowPlan
 
 PREFIX = 118  # a tree behind it reaches over the first 128 keys, where a new chunk of attention begins
 # Against the CPU's float32 arithmetic, logits of standard deviation 3: on CUDA, rows are rounded to float16 before
@@ -111,7 +111,7 @@ def test_a_long_prompt_goes_through_in_stretches_of_rows_with_the_same_bits(stor
         backbone = load(storage)
         whole = backbone.forward(ids[:, :90], layers=(0, 3, 6))
         expected = [bits(whole), *(layer.numpy().view(np.uint32) for layer in whole.layers.values())]
-        monkeypatch.setattr("ops.decoder_layer.STRETCH", 32)
+        monkeypatch.setattr("ops.row_plan.STRETCH", 32)
         parts = backbone.forward(ids[:, :90], layers=(0, 3, 6))
         found = [bits(parts), *(layer.numpy().view(np.uint32) for layer in parts.layers.values())]
         for a, b in zip(found, expected, strict=True):

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from backbone.model import EMBEDDED, Backbone, load_backbone
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 
 # Float32 sums in another order: up to 9e-5 was seen, 5e-7 to 1e-5 for most; the defects below give 0.3 and more.

@@ -7,9 +7,9 @@ import runtime
 from backbone.differentiable import DifferentiableBackbone
 from backbone.model import Backbone, load_backbone
 from backbone.tokenizer import load_tokenizer
-from ops.decoder_layer import RowPlan
 from ops.kernel import emulated_cuda
-from ops.quantize import QUANTIZERS, dequantize
+from ops.packing.quantize import QUANTIZERS, dequantize
+from ops.row_plan import RowPlan
 from runtime import jt
 from tests.small import draw_weights, small_config
 from trainer.data.tokens import TokenizedData

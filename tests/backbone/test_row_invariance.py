@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from backbone.model import load_backbone
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 
 PREFIX = 21
 

@@ -14,12 +14,12 @@ from backbone import torch_engine
 from backbone.cache import CacheFull, KVCache
 from backbone.engines import load_engine, prepare_engine
 from backbone.model import Backbone, load_backbone
-from backbone.torch_engine import MOST_PADDING, PlanShape, TorchBackbone, alike
+from backbone.torch_engine import MOST_PADDING, PlanShape, TorchBackbone, similar
 from decoding.generate import generate, generate_autoregressive
 from decoding.tree import Tree, default_tree
 from heads.checkpoint import load_head, save_checkpoint
 from heads.registry import build
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 from runtime.entry import run_entry
 from tests.small import draw_weights, save_hugging_face, small_config
@@ -294,9 +294,9 @@ def test_a_batch_is_its_sequences(theirs):
 
 
 def test_sequences_of_about_the_same_length_share_a_padded_batch():
-    assert [group.tolist() for group in alike(np.array([10, 3, 9, 10]))] == [[0, 3, 2], [1]]
+    assert [group.tolist() for group in similar(np.array([10, 3, 9, 10]))] == [[0, 3, 2], [1]]
     lengths = np.random.default_rng(0).integers(1, 500, 60)
-    groups = alike(lengths)
+    groups = similar(lengths)
     assert sorted(np.concatenate(groups).tolist()) == list(range(60)) and len(groups) < 30
     assert all(lengths[g].max() * len(g) <= MOST_PADDING * lengths[g].sum() for g in groups)
 

@@ -10,7 +10,7 @@ from decoding.rules import Greedy, Lossless, Typical
 from decoding.sampling import Sampler
 from decoding.tree import Tree, default_tree
 from heads.registry import build
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from tests.small import small_backbone
 
 # Eight prompts of different lengths; the repeating ones are where drafts come true.

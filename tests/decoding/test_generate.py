@@ -15,7 +15,7 @@ from decoding.generate import (
 )
 from decoding.text import Text
 from decoding.tree import Tree, default_tree
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 
 NUM_NEW = 48

@@ -15,6 +15,7 @@ from backbone.config import read_config
 from backbone.formats import FORMATS, recognise
 from backbone.tokenizer import EMBEDDED, load_tokenizer
 from backbone.weights import fingerprint, read_backbone
+from runtime.atomic import HOST
 from tests.backbone.models import raw_config, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def test_verify_shows_every_tensor_and_the_logits_and_its_status_says_whether_al
     done = run(EMBEDDED, "--to", "meta", "--out", tmp_path / "meta", "--verify")
     *table, verdict, record = done.stdout.splitlines()
     assert len(table) == 1 + 57 + 1 and table[-1].split()[0] == "logits" and table[-1].split()[-1] == "0"
-    assert verdict == "all 58 within what is allowed" and json.loads(record)["verified"] is True
+    assert verdict == "all 58 within the tolerance" and json.loads(record)["verified"] is True
     words = (tmp_path / "meta", "--to", "safetensors", "--dtype", "bfloat16", "--verify", "--out")
     done = run(*words, tmp_path / "rounded")
     assert "float16 -> bfloat16" in done.stdout and "rounding: at most 0.0" in done.stderr
@@ -87,7 +88,7 @@ MISTAKES = [
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--verify", "--tolerance", "nan"), "--tolerance is nan"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--merge"), "--backbone and --merge are for heads"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--overwite"), "Did you mean '--overwrite'?"),
-    (("{hf}/model.safetensors", "--to", "meta", "--out", "{tmp}/x"), "pass the folder that it lies in"),
+    (("{hf}/model.safetensors", "--to", "meta", "--out", "{tmp}/x"), "pass its folder"),
 ]
 
 
@@ -197,8 +198,8 @@ def test_what_a_killed_conversion_left_behind_is_removed_by_the_next(main, tmp_p
     hf = write_model(tmp_path / "hf", raw_config())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    (tmp_path / f".out.pkl.{gone.pid}.partial").write_bytes(b"half")
-    (tmp_path / f".out.{gone.pid}.partial").mkdir()
+    (tmp_path / f".out.pkl.{HOST}.{gone.pid}.partial").write_bytes(b"half")
+    (tmp_path / f".out.{HOST}.{gone.pid}.partial").mkdir()
     for out in ("out.pkl", "out"):
         assert main([str(hf), "--to", "jittor-pkl", "--out", str(tmp_path / out)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "out.pkl"]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from heads.base import Features, Projection
 from heads.checkpoint import find_checkpoint, latest_checkpoints, load_head, save_checkpoint, weights_sha256
 from heads.registry import available, build, head_class, make_config
-from ops.training import reference_cross_entropy
+from ops.training import cross_entropy
 from runtime import jt
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData
@@ -245,7 +245,7 @@ def loss_of_all_logits(head, batch):
     """The equation of the loss, with all logits at hand."""
     output, total = head(batch.features, batch.token_ids, batch.positions), 0
     for logits, labels in zip(every_logit(output), batch.labels, strict=True):
-        losses, _ = reference_cross_entropy(logits, jt.array(labels))
+        losses, _ = cross_entropy(logits, jt.array(labels))
         total = total + losses.sum() / float((labels >= 0).sum()) / head.num_depths
     return total + sum(output.aux.values())
 

@@ -1,10 +1,12 @@
-"""One random layer, packed for the kernels and plain for the reference."""
+"""One random layer, packed for the kernels and plain for the reference, and a pass through it alone."""
 
 from types import SimpleNamespace
 
 import numpy as np
 
+from ops.decoder_pass import Decoder, decoder_pass
 from ops.layer_weights import LayerShape, LayerWeights
+from ops.linear import PackedLinear
 from runtime import jt
 
 
@@ -38,3 +40,11 @@ def rotary(head_dim: int, positions: int):
     half = head_dim // 2
     angles = np.arange(positions, dtype=np.float32)[:, None] * 100.0 ** (-np.arange(half, dtype=np.float32) / half)
     return jt.array(np.cos(angles)), jt.array(np.sin(angles))
+
+
+def decoder_layer(x, weights, plan, cosine, sine, cache, base):
+    """The output of one layer for the states ``x`` (rows, dim) float32: a pass over them as embeddings."""
+    rows, dim = x.shape
+    head = PackedLinear(np.zeros((rows, dim), np.float32))  # its outputs are the vocabulary, one token a row
+    decoder = Decoder([weights], x, jt.ones((dim,)), head)
+    return decoder_pass(decoder, jt.arange(rows), plan, cosine, sine, cache, base, wanted=(1,)).taken[0]

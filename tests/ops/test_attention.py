@@ -1,11 +1,11 @@
-"""Attention, the rotary embedding and the key cache against NumPy in float64, finite differences and references."""
+"""Attention, the rotary embedding and the key cache against NumPy in float64 and finite differences."""
 
 import numpy as np
 import pytest
 
 import runtime
-from ops.attention import attention, reference_attention, rotary, write_rows
-from ops.decoder_layer import reference_rope
+from ops.attention import attention, rotary
+from ops.cache_rows import write_rows
 from runtime import jt
 
 pytestmark = pytest.mark.usefixtures("body")
@@ -55,10 +55,10 @@ def exact(arrays, first, count, upstream=None):
     return y, grads, highest
 
 
-def run(function, arrays, first, count, upstream):
+def run(arrays, first, count, upstream):
     """[y, one gradient per array]."""
     q, k, v, *own = xs = [jt.array(x) for x in arrays]
-    y = function(q, k, v, first, count, *own)
+    y = attention(q, k, v, first, count, *own)
     return [y.numpy()] + [g.numpy() for g in jt.grad((y * jt.array(upstream)).sum(), xs)]
 
 
@@ -101,7 +101,7 @@ def test_attention_and_its_gradients_equal_numpy(shape):
     arrays, upstream = inputs(*shape), normal(rows, heads, d, seed=5)
     first, count = random_ranges(rows, tokens, least=0 if own else 1)
     y, grads, _ = exact(arrays, first, count, upstream)
-    for got, want in zip(run(attention, arrays, first, count, upstream), [y, *grads], strict=True):
+    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)  # sums of at most 40 x 20 terms below 1, to float32
 
 
@@ -111,13 +111,13 @@ def test_packed_causal_conversations_equal_numpy_and_one_key_more_is_noticed():
     rows = sum(lengths)
     arrays, upstream = inputs(rows, 4, 4, 64, rows, 0), normal(rows, 4, 64, seed=5)
     y, grads, _ = exact(arrays, first, count, upstream)
-    for got, want in zip(run(attention, arrays, first, count, upstream), [y, *grads], strict=True):
+    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
     later = np.minimum(count + 1, rows - first).astype(np.int32)
-    for got, want in zip(run(attention, arrays, first, later, upstream), [y, *grads], strict=True):
+    for got, want in zip(run(arrays, first, later, upstream), [y, *grads], strict=True):
         assert np.abs(got - want).max() > 0.1
     earlier = np.maximum(first - 1, 0).astype(np.int32)
-    assert np.abs(run(attention, arrays, earlier, count, upstream)[0] - y).max() > 0.1
+    assert np.abs(run(arrays, earlier, count, upstream)[0] - y).max() > 0.1
 
 
 def test_many_batches_of_tiles_add_up():
@@ -125,7 +125,7 @@ def test_many_batches_of_tiles_add_up():
     first, count = np.zeros(600, np.int32), np.full(600, 600, np.int32)
     arrays, upstream = inputs(600, 2, 2, 16, 600, 0), normal(600, 2, 16, seed=5)
     y, grads, _ = exact(arrays, first, count, upstream)
-    for got, want in zip(run(attention, arrays, first, count, upstream), [y, *grads], strict=True):
+    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_rows_without_shared_keys_see_their_own():
     arrays, upstream = inputs(9, 4, 2, 16, 5, 3), normal(9, 4, 16, seed=5)
     first, count = np.zeros(9, np.int32), np.zeros(9, np.int32)
     y, grads, _ = exact(arrays, first, count, upstream)
-    got = run(attention, arrays, first, count, upstream)
+    got = run(arrays, first, count, upstream)
     for a, b in zip(got, [y, *grads], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert not got[2].any() and not got[3].any() and got[4].all() and got[5].all()
@@ -143,26 +143,16 @@ def test_what_runs_first_changes_no_bit(order, monkeypatch):
     shape = (45, 4, 2, 64, 130, 2)  # 90 queries, 130 keys: several tiles of each, some of which all rows see
     first, count = np.zeros(45, np.int32), (100 + np.arange(45) % 31).astype(np.int32)
     arrays, upstream = inputs(*shape), normal(45, 4, 64, seed=5)
-    got = run(attention, arrays, first, count, upstream)
+    got = run(arrays, first, count, upstream)
     monkeypatch.setenv("GORGON_EMULATOR_ORDER", "ascending")
-    for a, b in zip(got, run(attention, arrays, first, count, upstream), strict=True):
+    for a, b in zip(got, run(arrays, first, count, upstream), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("own", [0, 2])
-def test_the_reference_has_the_same_result_and_gradients(own):
-    shape = (11, 4, 2, 16, 21, own)
-    first, count = random_ranges(11, 21)
-    arrays, upstream = inputs(*shape), normal(11, 4, 16, seed=5)
-    got = run(attention, arrays, first, count, upstream)
-    for a, b in zip(got, run(reference_attention, arrays, first, count, upstream), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_the_gradients_agree_with_finite_differences():
     first, count = int32(0, 0, 2), int32(2, 4, 3)
     arrays, upstream = inputs(3, 2, 1, 8, 5, 2), normal(3, 2, 8, seed=5)
-    grads = run(attention, arrays, first, count, upstream)[1:]
+    grads = run(arrays, first, count, upstream)[1:]
     rng = np.random.default_rng(0)
     for i, grad in enumerate(grads):
         for _ in range(5):
@@ -180,7 +170,7 @@ def test_scores_whose_exponential_overflows_are_fine():
     first, count = random_ranges(20, 60)
     y, grads, highest = exact(arrays, first, count, upstream)
     assert highest > 100  # float32 ends at exp(88.7)
-    for got, want in zip(run(attention, arrays, first, count, upstream), [y, *grads], strict=True):
+    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
         np.testing.assert_allclose(got, want, atol=2e-3)  # scores to 200 are known to 1e-5, q multiplies by 200
 
 
@@ -195,7 +185,7 @@ def test_a_key_that_one_row_alone_sees_gets_what_comes_down_to_that_row():
     rows = 65
     first, count = np.arange(rows, dtype=np.int32) * 32, np.ones(rows, np.int32)
     arrays, upstream = inputs(rows, 1, 1, 16, 32 * rows, 0), normal(rows, 1, 16, seed=5)
-    y, grad_q, grad_k, grad_v = run(attention, arrays, first, count, upstream)
+    y, grad_q, grad_k, grad_v = run(arrays, first, count, upstream)
     np.testing.assert_allclose(y, arrays[2][first], rtol=1e-6)
     np.testing.assert_allclose(grad_v[first], upstream, rtol=1e-5)
     assert np.abs(grad_q).max() < 1e-5 and np.abs(grad_k).max() < 1e-5  # one key's weight is 1 whatever its score
@@ -207,10 +197,10 @@ def test_what_no_row_sees_gets_no_gradient_and_may_be_anything():
     first, count = int32(3, 3, 3, 20, 21, 20), int32(4, 2, 5, 10, 9, 1)
     seen = np.zeros(50, bool)
     seen[3:8] = seen[20:30] = True
-    want = run(attention, arrays, first, count, upstream)
+    want = run(arrays, first, count, upstream)
     for x in arrays[1:]:
         x[~seen] = np.nan
-    got = run(attention, arrays, first, count, upstream)
+    got = run(arrays, first, count, upstream)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not got[2][~seen].any() and not got[3][~seen].any() and got[2][seen].all() and got[3][seen].all()
@@ -251,9 +241,9 @@ def test_the_number_of_threads_changes_no_bit(body):
     arrays, upstream = inputs(rows, 4, 2, 64, rows, 3), normal(rows, 4, 64, seed=5)
     before = set_threads(1)
     try:
-        one = run(attention, arrays, first, count, upstream)
+        one = run(arrays, first, count, upstream)
         assert set_threads(3) == 1
-        three = run(attention, arrays, first, count, upstream)
+        three = run(arrays, first, count, upstream)
         assert set_threads(before) == 3
     finally:
         set_threads(before)
@@ -298,13 +288,12 @@ def turned(x, cosine, sine):
     return np.concatenate([z.real, z.imag], -1)
 
 
-@pytest.mark.parametrize("function", [rotary, reference_rope])
 @pytest.mark.parametrize("size", [(5, 3, 10), (300, 2, 64)])  # the second runs in parallel
-def test_rotary_turns_pairs_and_its_gradient_turns_back(function, size):
+def test_rotary_turns_pairs_and_its_gradient_turns_back(size):
     x, upstream = normal(*size), normal(*size, seed=1)
     cosine, sine = angles(size[0], size[2] // 2)
     var = jt.array(x)
-    y = function(var, jt.array(cosine), jt.array(sine))
+    y = rotary(var, jt.array(cosine), jt.array(sine))
     gradient = jt.grad((y * jt.array(upstream)).sum(), var).numpy()
     np.testing.assert_allclose(y.numpy(), turned(x, cosine, sine), atol=1e-6)
     np.testing.assert_allclose(gradient, turned(upstream, cosine, -sine), atol=1e-6)

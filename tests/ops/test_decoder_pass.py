@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ops.decoder_layer import RowPlan
-from ops.decoder_pass import Decoder, decoder_pass, reference_decoder_pass
+from ops.decoder_pass import Decoder, decoder_pass
 from ops.layer_weights import LayerShape, LayerWeights
 from ops.linear import PackedLinear
-from ops.quantize import QUANTIZERS
+from ops.packing.quantize import QUANTIZERS
+from ops.row_plan import RowPlan
 from runtime import jt
+from tests.ops.references import reference_decoder_pass
 
 # No width is a multiple of 16; three layers; two query heads to a key head.
 SHAPE = LayerShape(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=40, eps=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ops.layer_weights import LayerShape, LayerWeights
-from ops.quantize import GROUP, NF4, QUANTIZERS, dequantize
+from ops.packing.quantize import GROUP, NF4, QUANTIZERS, dequantize
 from runtime import jt
 
 # No width is a multiple of 16, two are above the 64 inputs of an NF4 scale; grouped queries.

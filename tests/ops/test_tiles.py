@@ -5,8 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ops.quantize import GROUP, quantize_nf4, quantize_rows
-from ops.tiles import Room, pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, stretches
+from ops.packing.quantize import GROUP, quantize_nf4, quantize_rows
+from ops.packing.tiles import Room, pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, row_blocks
 
 # Tiles of 16 inputs in a lane's 16 bytes.
 TOGETHER = {"float16": 1, "int8": 2, "uint8": 4}
@@ -64,9 +64,9 @@ def test_scales_lie_as_the_lanes_want_them():
 
 
 @pytest.mark.parametrize("size", [3, 4, 100])
-def test_stretches_are_the_rows_of_matrices_behind_each_other(size):
+def test_row_blocks_are_the_rows_of_matrices_behind_each_other(size):
     matrices = [np.arange(10 * n, 10 * n + rows)[:, None] for n, rows in enumerate([2, 5, 1, 4])]
-    found = list(stretches(matrices, size))
+    found = list(row_blocks(matrices, size))
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(matrices))
     assert {len(each) for each in found[:-1]} <= {size} and 0 < len(found[-1]) <= size
 

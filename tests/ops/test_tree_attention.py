@@ -9,15 +9,17 @@ import shutil
 import numpy as np
 import pytest
 
-import ops.decoder_layer
 import ops.kernel
 import runtime
-from ops.decoder_layer import CHUNK_KEYS, RowPlan, decoder_layer, reference_decoder_layer
+from ops.decoder_pass import CHUNK_KEYS
 from ops.layer_weights import LayerShape
+from ops.row_plan import RowPlan
 from runtime import jt
-from tests.ops.layers import make_layer, rotary
+from tests.ops.layers import decoder_layer, make_layer, rotary
+from tests.ops.references import reference_decoder_layer
 
 SLOTS = 400
+STRETCH, MANY = "row_plan.STRETCH", "decoder_pass.MANY_TILES"
 # Four query heads to two key heads; three to one, which no tile of 16 queries divides; eight to one.
 HEADS = [(4, 2), (3, 1), (8, 1)]
 
@@ -47,7 +49,7 @@ class Case:
         """(y, cache) as they come."""
         cache = jt.array(self.data if data is None else data)
         cache.sync()
-        y = decoder_layer(jt.array(x), self.packed, plan, *self.rope, cache, 0, base).numpy()
+        y = decoder_layer(jt.array(x), self.packed, plan, *self.rope, cache, base).numpy()
         return y, cache.numpy()
 
     def alone(self, x, path, base):
@@ -107,10 +109,10 @@ def test_how_rows_and_keys_are_dealt_out_to_blocks_decides_no_bit(dtype, base, m
     case = Case(dtype)
     x, parents = case.states(50), random_tree(case.random, 50, 12)
     usual, cache = case.run(x, RowPlan(parents), base)
-    for setting in ({"MANY_TILES": 1}, {"STRETCH": 8}, {"STRETCH": 16, "MANY_TILES": 1}):
+    for setting in ({MANY: 1}, {STRETCH: 8}, {STRETCH: 16, MANY: 1}):
         with monkeypatch.context() as patch:
             for name, value in setting.items():
-                patch.setattr(ops.decoder_layer, name, value)
+                patch.setattr(f"ops.{name}", value)
             found, written = case.run(x, RowPlan(parents), base)
         assert_same_bits(found, usual, str(setting))
         np.testing.assert_array_equal(written, cache)
@@ -197,7 +199,7 @@ def test_the_comparison_notices_keys_in_another_order(dtype):
     ids=["scores of another row", "values of other keys", "values of another row"],
 )
 def test_the_comparison_notices_a_defect(right, wrong, tmp_path, monkeypatch):
-    shutil.copytree(ops.kernel.KERNELS / "cuda", tmp_path / "cuda")
+    shutil.copytree(ops.kernel.KERNELS, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "cuda" / "attention_halves.h"
     text = file.read_text()
     assert text.count(right) == 1

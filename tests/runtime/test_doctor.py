@@ -57,7 +57,7 @@ def test_what_is_missing_comes_with_its_command_and_decides_the_status(machine, 
     assert missing.needed == needed and command in missing.command
     machine(**found)
     assert main([]) == int(needed)
-    assert f"mend with: {missing.command}" in capsys.readouterr().out
+    assert f"install with: {missing.command}" in capsys.readouterr().out
 
 
 def test_a_gpu_without_a_compiler_is_told_and_the_cpu_serves(machine, capsys):
@@ -65,22 +65,22 @@ def test_a_gpu_without_a_compiler_is_told_and_the_cpu_serves(machine, capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "GPU 0     NVIDIA H100, 80.0 GiB, compute capability 9.0" in printed
-    assert "mend with: pip install -r requirements-cuda.txt" in printed
+    assert "install with: pip install -r requirements-cuda.txt" in printed
 
 
 def test_cuda_that_was_asked_for_and_cannot_be_had_is_status_1(machine, capsys):
     machine(driver=GPU, wanted="cuda")
     assert main([]) == 1
     printed = capsys.readouterr().out
-    assert "device    none (GORGON_DEVICE=cuda cannot be served: a CUDA device but no nvcc on the PATH" in printed
-    assert "mend with: pip install -r requirements-cuda.txt" in printed
+    assert "device    none (GORGON_DEVICE=cuda is not available: a CUDA device but no nvcc on the PATH" in printed
+    assert "install with: pip install -r requirements-cuda.txt" in printed
 
 
 def test_json_is_the_same_in_one_object(machine, capsys):
     machine(driver=GPU, oneDNN=None)
     assert main(["--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["serves"] is True and record["device"] == "cpu" and record["driver"]["version"] == [13, 0]
+    assert record["usable"] is True and record["device"] == "cpu" and record["driver"]["version"] == [13, 0]
     assert [missing["needed"] for missing in record["missing"]] == [False, False]
 
 
@@ -146,6 +146,6 @@ def test_a_start_that_cannot_be_is_not_tried(machine, capsys, monkeypatch):
 
 
 def test_findings_serve_unless_something_needed_is_missing():
-    findings = Findings("cpu", "asked for", COMPLETE, Driver(), [], what_is_missing(COMPLETE | {"oneDNN": None}))
-    assert findings.serves
-    assert not dataclasses.replace(findings, missing=what_is_missing(COMPLETE | {"g++": None})).serves
+    findings = Findings("cpu", "requested", COMPLETE, Driver(), [], what_is_missing(COMPLETE | {"oneDNN": None}))
+    assert findings.usable
+    assert not dataclasses.replace(findings, missing=what_is_missing(COMPLETE | {"g++": None})).usable

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runtime.compile_check import compile_core, usable_toolkit
-from runtime.start.toolkit_folder import plan, put_together
+from runtime.start.toolkit_folder import assemble, plan
 from tests.runtime.stand_ins import ROOT, SETTLED, build_libraries, preloading
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ def test_jittors_core_and_its_libraries_compile_with_cuda_and_live_without_a_gpu
 
 
 def test_the_real_compiler_gets_cpp_17_and_the_architectures(toolkit, tmp_path):
-    script = put_together(plan(toolkit, [80, 90]), tmp_path) / "bin" / "nvcc"
+    script = assemble(plan(toolkit, [80, 90]), tmp_path) / "bin" / "nvcc"
     source = tmp_path / "x.cu"
     source.write_text("#include <cub/cub.cuh>\n#include <cublas_v2.h>\n#include <curand.h>\n__global__ void f() {}\n")
     done = subprocess.run(

@@ -21,8 +21,8 @@ import numpy as np
 from backbone.engines import load_engine
 from heads.base import Features
 from heads.registry import available, build, head_class
-from ops.decoder_layer import RowPlan
 from ops.kernel import on_cpu
+from ops.row_plan import RowPlan
 from runtime import jt
 from runtime.entry import Parser, run_entry
 from runtime.interrupt import check_interrupt, deferred_interrupts

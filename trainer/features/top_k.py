@@ -26,8 +26,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ops.decoder_layer import RowPlan
 from ops.kernel import on_cpu
+from ops.row_plan import RowPlan
 from ops.select import top_k_log_probabilities
 from runtime import jt
 from runtime.interrupt import check_interrupt

@@ -1,7 +1,7 @@
 // Attention of a pass over the key-value cache: softmax(q k / sqrt(d)) v, every row with the keys that its plan names.
 //
 // Row invariance: a row's keys are taken in logical order (prefix, then ancestors from the root down, then the row
-// itself), whatever slots they lie in. 128 of them make a chunk, with a maximum, a sum and a weighted sum of values of
+// itself), whatever slots they are in. 128 of them make a chunk, with a maximum, a sum and a weighted sum of values of
 // its own; a row's chunks, which its own number of keys counts, are joined in ascending order. Within a chunk a key's
 // place in every sum is its logical index: a score is one chain over the head's width, an output one chain over groups
 // of 16 keys, in float32 over keys. A key that a row does not see has weight 0.
@@ -10,26 +10,6 @@
 #pragma once
 
 namespace gorgon {
-
-// One row of a pass. The keys it sees, in logical order: `contiguous` slots from `start`, then the row's extras.
-struct Plan {
-    const int32_t* meta;    // (rows, 4): position, slot, start, contiguous; all but start count from `base`
-    const int32_t* extras;  // (rows, width): slots behind base, -1 where there are no more
-    int64_t width, base;
-    Plan behind(int64_t rows) const { return {meta + rows * 4, extras + rows * width, width, base}; }
-    __device__ int64_t position(int64_t r) const { return base + meta[r * 4]; }
-    __device__ int64_t slot(int64_t r) const { return base + meta[r * 4 + 1]; }
-    __device__ int64_t start(int64_t r) const { return meta[r * 4 + 2]; }
-    __device__ int64_t contiguous(int64_t r) const { return base + meta[r * 4 + 3]; }
-    __device__ int64_t keys(int64_t r) const {
-        int64_t more = 0;
-        while (more < width && extras[r * width + more] >= 0) more++;
-        return contiguous(r) + more;
-    }
-    __device__ int64_t key(int64_t r, int64_t j) const {  // the slot of the j-th key of a row
-        return j < contiguous(r) ? start(r) + j : base + extras[r * width + j - contiguous(r)];
-    }
-};
 
 constexpr int CHUNK_KEYS = 128, GROUP_KEYS = 16, ATTEND_WARPS = 4, ATTEND_THREADS = 32 * ATTEND_WARPS;
 constexpr float UNSEEN = -3.0e38f;
@@ -42,7 +22,7 @@ struct Attention {
     const void* cache;     // (2, kv_heads, max_length, D)
     int64_t rows, max_length;
     int heads, kv_heads, head_dim, chunks;
-    bool whole;      // a block takes all chunks of its queries, one after the other
+    bool whole;      // a block takes all chunks of its queries in turn
     float* partial;  // else (chunks, rows, heads, D) and
     float* stats;    // (chunks, rows, heads, 2): maximum and sum; neither is used where there is one chunk
     void* out;       // packed rows of a product with heads * head_dim inputs

@@ -4,7 +4,7 @@
 // mma. Of a tree, the groups of 16 keys in which rows differ are gathered for each row alone; they are few, but slow,
 // so that up to 4 blocks share them.
 //
-// attention.h comes first, which says in which order everything is added up.
+// attention.h comes first, which defines the order of all sums.
 #pragma once
 
 namespace gorgon {
@@ -77,7 +77,7 @@ template <int D, int M> constexpr int attend_bytes() {
     return 16 * M * (query_stride<D>() * 2 + SCORE_STRIDE * 4 + 5 * 4);
 }
 
-// Grid: whole ? 1 : chunks * M; tiles; key-value heads. M: how often 16 queries a tile has at most.
+// Grid: whole ? 1 : chunks * M; tiles; key-value heads. M: a tile has at most 16 M queries.
 template <int D, int M, class W>
 __global__ void __launch_bounds__(ATTEND_THREADS, M == 1 ? 4 : M == 2 ? 3 : 2) attend_kernel(Attention a) {
     constexpr int QUERY_STRIDE = query_stride<D>(), WORDS = value_words<D>(), UNITS = D / (16 * WORDS);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, M == 1 ? 4 : M == 2 ? 3 : 2) a
         const int groups = left < GROUPS ? left : GROUPS, ours = shared_groups - chunk * GROUPS;
         const int common = ours < 0 ? 0 : ours < groups ? ours : groups;  // groups of keys that all rows share
 
-        // The values are wanted last, so that memory has until then to bring them.
+        // The values are used last, which hides the time of loading them.
         constexpr int LINES = (D + 63) / 64;
         for (int i = threadIdx.x; i < CHUNK_KEYS * LINES; i += ATTEND_THREADS)
             if (base_key + i / LINES < most)

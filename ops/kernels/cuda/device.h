@@ -5,7 +5,7 @@
 //   launch(kernel, grid, block, shared_bytes, arguments...)
 //   half_to_float, float_to_half, pack_halves(low, high)      halves are uint16_t in memory, two in a uint32_t
 //   load_once(const uint4*)     a load that leaves the first-level cache to others
-//   prefetch(global)            asks for the 128 bytes around it, into the second-level cache
+//   prefetch(global)            fetches the 128 bytes around it into the second-level cache
 //   copy_async(shared, global)  16 bytes; copies_commit(), copies_wait<N>(): all groups but the last N have come
 //   mma(d, a, b)                d += a b of m16n8k16 in halves, sums in float32
 //   halves_of_bytes(four, low, high)      four int8 as halves, the first two in low
@@ -30,13 +30,7 @@ namespace gorgon {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-template <class T> struct storage { typedef uint16_t type; };
-template <> struct storage<float> { typedef float type; };
-template <> struct storage<int8_t> { typedef int8_t type; };
-template <> struct storage<uint8_t> { typedef uint8_t type; };
-template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
-
-// Attributes of a launch beyond the first 48 KB of shared memory have to be asked for.
+// Shared memory of a launch beyond 48 KB has to be requested by an attribute.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
     cudaError_t error = cudaSuccess;
@@ -114,7 +108,8 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 template <int N> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Fragments of a lane, g = lane / 4, t = lane % 4 (PTX ISA, mma.m16n8k16): a holds rows g, g + 8, g, g + 8 of columns
-// 2t (+1), 2t, 2t + 8, 2t + 8; b holds rows 2t (+1) and 2t + 8 of column g; d rows g, g, g + 8, g + 8 of columns 2t, 2t + 1.
+// 2t (+1), 2t, 2t + 8, 2t + 8; b holds rows 2t (+1) and 2t + 8 of column g; d rows g, g, g + 8, g + 8 of columns 2t, 2t
+// + 1.
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -2,10 +2,10 @@
 //
 // A block runs at a time. Each of its threads is a fiber with a stack of its own, which runs until it waits for others:
 // at a barrier, a shuffle or an mma. GORGON_EMULATOR_ORDER=descending lets the last thread go first; a kernel whose
-// result then differs lacks a barrier. Asynchronous copies then arrive at once, otherwise no sooner than they are waited
-// for, so that a copy which is read too early shows, and one which comes before the last reader has done. Shared memory is
-// filled with NaN before each block and has a guard behind it. Not shown: speed, memory beyond the arrays, races between
-// blocks, alignment but that of asynchronous copies and load_once.
+// result then differs lacks a barrier. Asynchronous copies then arrive at once, otherwise no sooner than they are
+// waited for, so that a copy which is read too early shows, and one which comes before the last reader has done. Shared
+// memory is filled with NaN before each block and has a guard after it. Not shown: speed, memory beyond the arrays,
+// races between blocks, alignment but that of asynchronous copies and load_once.
 #pragma once
 #include <chrono>
 #include <cmath>
@@ -52,12 +52,6 @@ namespace gorgon {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-template <class T> struct storage { typedef uint16_t type; };
-template <> struct storage<float> { typedef float type; };
-template <> struct storage<int8_t> { typedef int8_t type; };
-template <> struct storage<uint8_t> { typedef uint8_t type; };
-template <class T> inline typename storage<T>::type* raw(T* p) { return (typename storage<T>::type*)p; }
-
 // ---- fibers ----
 
 namespace emulator {
@@ -93,7 +87,7 @@ struct Context {
     void* stack_pointer = nullptr;
     void prepare(std::vector<unsigned char>& stack, void (*entry)()) {
         uintptr_t top = ((uintptr_t)stack.data() + stack.size()) & ~(uintptr_t)63;
-        void** p = (void**)(top - 64);  // at the entry the stack is as behind a call: 8 bytes off a multiple of 16
+        void** p = (void**)(top - 64);  // at the entry the stack is as after a call: 8 bytes off a multiple of 16
         *--p = nullptr;
         *--p = (void*)entry;
         for (int i = 0; i < 6; i++) *--p = nullptr;
@@ -219,7 +213,7 @@ static inline void run_block(size_t shared_bytes, bool descending) {
         if (!moved) throw std::runtime_error("emulated kernel: threads wait at different barriers");
     }
     for (size_t i = shared_bytes; i < b.shared.size(); i++)
-        if (b.shared[i] != 0xff) throw std::runtime_error("emulated kernel: a write behind the shared memory");
+        if (b.shared[i] != 0xff) throw std::runtime_error("emulated kernel: a write past the shared memory");
 }
 
 static inline uint64_t exchange_lanes(uint64_t value, int lane) {
@@ -299,8 +293,8 @@ static inline void halves_of_bytes(uint32_t four, uint32_t& low, uint32_t& high)
     high = pack_halves((int8_t)(four >> 16), (int8_t)(four >> 24));
 }
 [[noreturn]] static inline void fail(const char* message) { throw std::runtime_error(message); }
-// Through memory: with fast arithmetic the compiler would divide several by one reciprocal, or vectorise exp, in one kernel
-// and not in another, and bits would differ where they do not on a GPU.
+// Through memory: with fast arithmetic the compiler would divide several by one reciprocal, or vectorise exp, in one
+// kernel and not in another, and bits would differ where they do not on a GPU.
 static inline float divide(float a, float b) {
     volatile float by = b;
     return a / by;

@@ -1,7 +1,7 @@
 // Products of few rows with frozen weights: halves, float32, int8 with a scale per output, NF4 with one per 64 inputs.
 //
 // A warp takes a tile of 16 outputs for all rows of its block, up to 64 (float32: 32), so that a weight is read from
-// memory once. The rows lie in shared memory, a chunk of inputs at a time; the weights go straight to registers, many
+// memory once. The rows are in shared memory, a chunk of inputs at a time; the weights go straight to registers, many
 // loads of 16 bytes in flight, because memory is what a product of few rows waits for. The inputs are split into
 // slices, so that a narrow matrix, too, keeps all multiprocessors busy; how many follows from the matrix alone.
 //
@@ -10,7 +10,7 @@
 // weights and rows stay what they are: one chain of multiply-adds over a slice's inputs.
 //
 // Row invariance: the order of a sum follows from the matrix alone, and a column of an mma does not know the others.
-// Rows beyond the last are computed with whatever lies there and not stored.
+// Rows past the last are computed from arbitrary data and not stored.
 #pragma once
 
 namespace gorgon {
@@ -38,7 +38,7 @@ template <class W> constexpr bool is_nf4 = std::is_same<W, uint8_t>::value;
 __host__ __device__ inline int64_t tiles_of(int64_t outputs) { return (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS; }
 __host__ __device__ inline int64_t steps_of(int64_t inputs) { return (inputs + 63) / 64; }
 
-// A packed matrix of `outputs` x `inputs`, as ops/tiles.py makes it; scale is not read where there is none.
+// A packed matrix of `outputs` x `inputs`, as ops/packing/tiles.py makes it; scale is not read where there is none.
 template <class W> struct Matrix {
     const W* w;
     const typename Packing<W>::scale* scale;
@@ -48,8 +48,8 @@ template <class W> struct Matrix {
     int64_t size() const { return padded() * steps_of(inputs) * Packing<W>::step / (is_nf4<W> ? 2 : 1); }
     int64_t scales() const { return is_int8<W> ? padded() : is_nf4<W> ? padded() * steps_of(inputs) : 0; }
     int64_t padded() const { return tiles_of(outputs) * TILE_OUTPUTS; }
-    // The one that lies behind it.
-    Matrix behind(int64_t next_outputs, int64_t next_inputs) const {
+    // The next matrix in memory.
+    Matrix after(int64_t next_outputs, int64_t next_inputs) const {
         return {w + size(), scale + scales(), next_outputs, next_inputs};
     }
 };
@@ -61,7 +61,7 @@ struct LayerSizes {
     int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-// The weights of a layer behind each other: queries, keys and values; output; gate, then up; down. scales likewise.
+// The weights of a layer, concatenated: queries, keys and values; output; gate, then up; down. scales likewise.
 // S: LayerSizes, or what else has hidden, inner, qkv() and q_width().
 template <class W> struct Layer {
     const float* norms;  // (2, hidden)
@@ -69,9 +69,9 @@ template <class W> struct Layer {
     const typename Packing<W>::scale* scales;
 
     template <class S> Matrix<W> qkv(const S& s) const { return {w, scales, s.qkv(), s.hidden}; }
-    template <class S> Matrix<W> o(const S& s) const { return qkv(s).behind(s.hidden, s.q_width()); }
-    template <class S> Matrix<W> gate_up(const S& s) const { return o(s).behind(2 * s.inner, s.hidden); }
-    template <class S> Matrix<W> down(const S& s) const { return gate_up(s).behind(s.hidden, s.inner); }
+    template <class S> Matrix<W> o(const S& s) const { return qkv(s).after(s.hidden, s.q_width()); }
+    template <class S> Matrix<W> gate_up(const S& s) const { return o(s).after(2 * s.inner, s.hidden); }
+    template <class S> Matrix<W> down(const S& s) const { return gate_up(s).after(s.hidden, s.inner); }
 };
 
 // ---- rows: (blocks of 8, inputs, 8) for float32 weights, the fragments of an mma's second factor for the others ----
@@ -86,7 +86,7 @@ template <class W> inline int64_t input_bytes(int64_t rows, int64_t inputs) {
     return padded * padded_inputs<W>(inputs) * sizeof(typename Packing<W>::input);
 }
 
-// Where the element of a row lies. k and k + 1 lie beside each other if k is even and W is not float.
+// The place of an element of a row. k and k + 1 are adjacent if k is even and W is not float.
 template <class W> __device__ inline int64_t input_position(int64_t inputs, int64_t row, int64_t k) {
     int64_t block = row / TILE_ROWS * padded_inputs<W>(inputs), r = row % TILE_ROWS;
     if (is_float<W>) return (block + k) * TILE_ROWS + r;
@@ -133,15 +133,15 @@ template <class W> inline void pack_rows(const float* x, int64_t rows, int64_t i
 
 // ---- weights ----
 
-// The values of NF4 as halves, four in each word; ops.quantize.NF4.
+// The values of NF4 as halves, four in each word; ops.packing.quantize.NF4.
 __device__ inline uint32_t nf4_half(uint32_t code) {
     uint64_t four = code < 4 ? 0xb652b833b992bc00ull : code < 8 ? 0x0000add4b1eab48dull
                   : code < 12 ? 0x356833e031262d18ull : 0x3c0039c93880370dull;
     return (uint32_t)(four >> code % 4 * 16) & 0xffff;
 }
 
-// Where a weight lies among a matrix's elements, or its code among the NF4 codes. For an mma's first factor a lane's 8
-// weights of 16 inputs follow each other, and those of as many tiles as make 16 bytes.
+// The place of a weight among a matrix's elements, or of its code among the NF4 codes. For an mma's first factor a
+// lane's 8 weights of 16 inputs follow each other, and those of as many tiles as make 16 bytes.
 template <class W> __device__ inline int64_t weight_position(int64_t inputs, int64_t output, int64_t k) {
     int64_t tile = output / TILE_OUTPUTS * padded_inputs<W>(inputs), r = output % TILE_OUTPUTS;
     if (is_float<W>) return tile * TILE_OUTPUTS + (k / 4 * TILE_OUTPUTS + r) * 4 + k % 4;
@@ -150,7 +150,7 @@ template <class W> __device__ inline int64_t weight_position(int64_t inputs, int
     return tile * TILE_OUTPUTS + ((k / 16 / together * 32 + lane) * together + k / 16 % together) * 8 + item;
 }
 
-// Scales of NF4: (tiles, steps, 8, 2), outputs g and g + 8 of a tile beside each other, as a lane wants them.
+// Scales of NF4: (tiles, steps, 8, 2), outputs g and g + 8 of a tile adjacent, as a lane reads them.
 __device__ inline int64_t scale_position(int64_t inputs, int64_t output, int64_t k) {
     int64_t r = output % TILE_OUTPUTS;
     return (output / TILE_OUTPUTS * steps_of(inputs) + k / 64) * TILE_OUTPUTS + r % 8 * 2 + r / 8;
@@ -178,7 +178,7 @@ template <class W> inline void unpack(Matrix<W> m, int64_t first, int64_t count,
 
 // ---- products ----
 
-// Of out (rows, outputs), the sum over slices; ops.tiles.num_slices says the same.
+// Of out (rows, outputs), the sum over slices; the same as ops.packing.tiles.num_slices.
 template <class W> inline int64_t num_slices(int64_t outputs, int64_t inputs) {
     int64_t across = (tiles_of(outputs) + PRODUCT_WARPS - 1) / PRODUCT_WARPS, most = steps_of(inputs) / LEAST_STEPS;
     int64_t slices = PRODUCT_BLOCKS / across;
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 2)
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 if (begin + p + i >= pieces) break;
-                if constexpr (R == 8) __syncwarp();  // or the compiler begins the next piece, and registers lack
+                if constexpr (R == 8) __syncwarp();  // or the compiler starts the next piece and runs out of registers
                 multiply<W, R>(w[i], here + (p + i) * (BYTES / PIECES), CHUNK * BYTES, shared, acc);
                 if (begin + p + i + AHEAD < pieces) load(w[i], begin + p + i + AHEAD);
             }

@@ -1,4 +1,4 @@
-// Losses over a vocabulary, and what stands around a language-model head's product in training: a block takes a row, a
+// Losses over a vocabulary, and the work around a language-model head's product in training: a block takes a row, a
 // thread four neighbouring numbers of it at a time. Sums are those of a thread's numbers in ascending order, then those
 // of reduce.h, so that a loss is the same bits each time.
 #pragma once
@@ -7,8 +7,8 @@ namespace gorgon {
 
 constexpr int LOSS_THREADS = 512, LOSS_SHARED = LOSS_THREADS / 32 * sizeof(float);
 
-// Numbers n .. n + 3 of a row of ``width``. Rows of a multiple of four lie where a load of 16 bytes may begin, if the
-// first one does (wide); behind the end stands what is below every logit.
+// Numbers n .. n + 3 of a row of ``width``. Rows of a multiple of four are aligned for loads of 16 bytes if the first
+// one is (wide); past the end the value is below every logit.
 struct Four {
     float x[4];
 };
@@ -55,7 +55,7 @@ struct LogSum {
     }
 };
 
-// What a pass over a row finds out: the logarithm of its sum, and how many logits stand before the target's.
+// The result of a pass over a row: the logarithm of its sum, and how many logits rank before the target's.
 struct RowRead {
     float log_sum, wanted;
     int rank;
@@ -174,7 +174,7 @@ inline void kl_backward(const float* logits, const float* teacher, const float* 
 // ---- linear cross-entropy: a chunk of rows' logits become losses, ranks and their own gradient ----
 
 // row_weights (rows,): what each row's loss counts in the total. targets (rows,): negative where ignored. soft_ids,
-// soft: (rows, num_soft), a distribution beside the target, of share soft_share; a negative id stands for nothing.
+// soft: (rows, num_soft), a distribution in addition to the target, of share soft_share; a negative id is padding.
 // counted (rows,): each row's part of the total.
 struct LinearLoss {
     int vocab, num_soft;
@@ -183,7 +183,7 @@ struct LinearLoss {
     float soft_share;
     float *counted, *losses;
     int32_t* ranks;
-    // The rows behind the first ``rows``.
+    // The rows after the first ``rows``.
     LinearLoss from(int64_t rows) const {
         LinearLoss l = *this;
         l.targets += rows, l.row_weights += rows, l.counted += rows, l.losses += rows, l.ranks += rows;
@@ -256,15 +256,8 @@ inline void linear_loss(const LinearLoss& l, float* logits, int64_t rows, bool w
 }
 
 // total = sum of x
-__global__ void __launch_bounds__(LOSS_THREADS) total_kernel(const float* x, int64_t count, float* total) {
-    GORGON_SHARED(float, shared);
-    float sum = 0.0f;
-    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += x[i];
-    sum = over_block<Sum>(sum, shared);
-    if (threadIdx.x == 0) *total = sum;
-}
 inline void total(const float* x, int64_t count, float* sum) {
-    launch(total_kernel, dim3(1), dim3(LOSS_THREADS), LOSS_SHARED, x, count, sum);
+    launch(total_kernel<LOSS_THREADS>, dim3(1), dim3(LOSS_THREADS), LOSS_SHARED, x, count, sum);
 }
 
 // x += y
@@ -281,7 +274,7 @@ inline void add(float* x, const float* y, int64_t count) {
            is_wide(0, x, y));
 }
 
-// x *= scale[0], read on the device, so that nobody waits for it; at 1, the usual, nothing is read or written.
+// x *= scale[0], read on the device, so that the host does not wait; at 1, the usual scale, nothing is read or written.
 __global__ void __launch_bounds__(LOSS_THREADS) scale_kernel(float* x, const float* scale, int64_t count, bool wide) {
     float factor = *scale;
     if (factor == 1.0f) return;

@@ -61,20 +61,12 @@ __global__ void __launch_bounds__(MACHINE_THREADS)
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(MACHINE_THREADS) add_partial_kernel(const float* partial, int blocks, float* total) {
-    GORGON_SHARED(float, shared);
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += partial[i];
-    sum = over_block<Sum>(sum, shared);
-    if (threadIdx.x == 0) *total = sum;
-}
-
 // Seconds of reading x ``sweeps`` times. total: the sum of what was read. partial: MOST_MACHINE_BLOCKS numbers.
 inline double read_seconds(const float* x, int64_t count, int64_t sweeps, float* partial, float* total) {
     if ((uintptr_t)x % 16) throw std::runtime_error("what is read must begin at a multiple of 16 bytes");
     int64_t blocks = machine_blocks();
     double seconds = timed(read_kernel, blocks, x, count, sweeps, partial);
-    launch(add_partial_kernel, dim3(1), dim3(MACHINE_THREADS), MACHINE_SHARED, partial, (int)blocks, total);
+    launch(total_kernel<MACHINE_THREADS>, dim3(1), dim3(MACHINE_THREADS), MACHINE_SHARED, (const float*)partial, blocks, total);
     return seconds;
 }
 

@@ -10,7 +10,7 @@ struct Slices {
     const float* p;
     int64_t num, rows, outputs;
     __device__ float operator()(int64_t row, int64_t n) const { return collect(p, num, rows, outputs, row, n); }
-    // Elements n and n + 1, in loads of 8 bytes where they lie so; 0 behind the last.
+    // Elements n and n + 1, in loads of 8 bytes where aligned; 0 past the last.
     __device__ float2 pair(int64_t row, int64_t n) const {
         if (n % 2 || outputs % 2) return make_float2((*this)(row, n), n + 1 < outputs ? (*this)(row, n + 1) : 0.0f);
         const float2* at = (const float2*)(p + row * outputs + n);
@@ -24,7 +24,7 @@ struct Slices {
     }
 };
 
-// Elements n and n + 1, n even, of a row of `width`; 0 behind the last.
+// Elements n and n + 1, n even, of a row of `width`; 0 past the last.
 __device__ inline float2 load_pair(const float* row, int64_t n, int64_t width) {
     if (width % 2 == 0) return *(const float2*)(row + n);
     return make_float2(row[n], n + 1 < width ? row[n + 1] : 0.0f);
@@ -45,7 +45,7 @@ struct Norm {
     const float* from;     // (rows, width)
     Slices added;          // nothing where p is nullptr
     float* to;             // x; nullptr: nowhere, from is read twice
-    const float* weight;   // nullptr: x is all that is wanted
+    const float* weight;   // nullptr: only x is computed
     float eps;
     int64_t width;
     float* normed;         // (rows, width) or nullptr
@@ -93,12 +93,6 @@ template <class W> inline void norm(const Norm& a, int64_t rows) {
     int64_t warps = (a.width + 255) / 256;  // four pairs a thread
     if (warps > 32) warps = 32;
     launch(norm_kernel<W>, dim3(rows), dim3(32 * warps), warps * sizeof(float), a);
-}
-
-inline void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float eps, float* out) {
-    Norm a = {};
-    a.from = x, a.weight = weight, a.eps = eps, a.width = width, a.normed = out;
-    norm<float>(a, rows);
 }
 
 }  // namespace gorgon

@@ -7,10 +7,10 @@ namespace gorgon {
 constexpr int OPTIMIZER_THREADS = 256;
 
 // Some arrays of equally many numbers. A rule gets the i-th number of each and changes it; READS and WRITES say by bits
-// which arrays are read before and written behind that.
+// which arrays are read before and written after it.
 template <int N> struct Arrays {
     float* p[N];
-    bool wide;  // all lie where a load of 16 bytes may begin
+    bool wide;  // all are aligned for loads of 16 bytes
 };
 
 template <class Rule>

@@ -1,9 +1,10 @@
-// A float32 matrix packed for the products of linear.h on the device: ops.tiles.pack_tiles makes the same on the host.
+// A float32 matrix packed for the products of linear.h on the device: ops.packing.tiles.pack_tiles makes the same on
+// the host.
 #pragma once
 
 namespace gorgon {
 
-// A thread makes four inputs of an output, 16 bytes that lie beside its neighbours'. A warp reads 32 bytes of each of
+// A thread makes four inputs of an output, 16 bytes next to its neighbors'. A warp reads 32 bytes of each of
 // 16 rows, whole sectors, so that nothing is fetched twice.
 __global__ void pack_weight_kernel(const float* w, int64_t outputs, int64_t inputs, float4* packed) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, fours = padded_inputs<float>(inputs) / 4;

@@ -1,6 +1,6 @@
 // A pass of a decoder over a key-value cache, kernel after kernel: embedding, layers, final norm, logits.
 //
-// What lies between two products is one kernel: it adds up the slices that the first one leaves and packs its result as
+// The work between two products is one kernel: it adds up the slices that the first one leaves and packs its result as
 // the second one reads it. So a layer takes 9 launches, 10 where attention splits the keys. Rows go through a layer in
 // stretches of at most `stretch`, which bounds the scratch that a long prompt takes; a row sees earlier rows alone, and
 // those have written their keys by then.
@@ -28,7 +28,7 @@ template <class C> __device__ inline void put(C* p, float x) {
 }
 
 // Turns (x_i, x_{i + d/2}) by position * frequency_i, the half-split layout of Hugging Face's Llama; queries go where
-// attention reads them, keys and values into the cache. Also clears what lies behind the inputs of the next product.
+// attention reads them, keys and values into the cache. Also clears the padding of the next product's inputs.
 template <int D, class W, class C>
 __global__ void rope_kernel(Slices qkv, Attention a, const float* cosine, const float* sine, C* queries, C* cache) {
     const int64_t row = blockIdx.x;
@@ -104,12 +104,12 @@ template <class W, class C> struct Scratch {
         int64_t elements = num_slices<W>(outputs, inputs) * s.rows * outputs;
         return elements > before ? elements : before;
     }
-    // all: rows of the pass; s: of a stretch. x: nullptr for one of its own.
-    Scratch(Workspace& room, const Shape& s, int64_t all, int64_t padded, const Dealt& dealt, float* given) {
+    // all: rows of the pass; s: of a stretch.
+    Scratch(Workspace& room, const Shape& s, int64_t all, int64_t padded, const Dealt& dealt) {
         int64_t stretches = (all + dealt.stretch - 1) / dealt.stretch, queried = s.rows * s.heads;
         int64_t chunks = (dealt.keys + CHUNK_KEYS - 1) / CHUNK_KEYS;
         if (dealt.whole || chunks == 1) chunks = 0;
-        x = given ? given : room.take<float>(all * s.hidden);
+        x = room.take<float>(all * s.hidden);
         normed_bytes = input_bytes<W>(s.rows, s.hidden);
         normed = room.take<unsigned char>(stretches * normed_bytes);
         attended = room.take<unsigned char>(input_bytes<W>(s.rows, s.q_width()));
@@ -130,16 +130,15 @@ template <class W> inline Slices multiplied(const void* packed, int64_t rows, co
     return {slices, num_slices<W>(m.outputs, m.inputs), rows, m.outputs};
 }
 
-// One layer for the rows of a stretch, whose norm has been packed: leaves x behind attention, and returns what is to be
-// added to it.
+// One layer for the rows of a stretch, whose norm has been packed: leaves x as it is after attention, and returns what
+// is to be added to it.
 template <int D, class W, class C>
 inline Slices layer_rows(const Shape& s, const Plan& plan, const Dealt& dealt, int64_t first, const Layer<W>& layer,
-                         const float* cosine, const float* sine, float eps, C* cache, const Scratch<W, C>& room,
-                         const float* from) {
+                         const float* cosine, const float* sine, float eps, C* cache, const Scratch<W, C>& room) {
     void* normed = room.normed + first / dealt.stretch * room.normed_bytes;
     float* x = room.x + first * s.hidden;
     Attention a = {};
-    a.plan = plan.behind(first);
+    a.plan = plan.from(first);
     a.tiles = dealt.tiles + first / dealt.stretch * dealt.most * 4;
     a.queries = room.queries, a.cache = cache;
     a.rows = s.rows, a.max_length = s.max_length;
@@ -152,7 +151,7 @@ inline Slices layer_rows(const Shape& s, const Plan& plan, const Dealt& dealt, i
            room.queries, cache);
     attention<D, W, C>(a, dealt.most, dealt.parts);
     Norm second = {};
-    second.from = from + first * s.hidden, second.to = x, second.weight = layer.norms + s.hidden, second.eps = eps;
+    second.from = second.to = x, second.weight = layer.norms + s.hidden, second.eps = eps;
     second.added = multiplied(room.attended, s.rows, layer.o(s), room.slices);
     second.width = s.hidden, second.packed = normed;
     norm<W>(second, s.rows);
@@ -177,24 +176,6 @@ inline Shape largest_stretch(Shape s, const Dealt& dealt) {
     return s;
 }
 
-// x: (rows, hidden); out: (rows, hidden). cache: that of the layer.
-template <int D, class W, class C>
-inline void decoder_layer(const Shape& all, const Plan& plan, const Dealt& dealt, const float* x, const Layer<W>& layer,
-                          const float* cosine, const float* sine, float eps, C* cache, Workspace work, float* out) {
-    Scratch<W, C> room(work, largest_stretch(all, dealt), all.rows, D, dealt, out);
-    if (!work.spent()) throw std::runtime_error("a decoder layer got too much scratch");
-    stretch_by_stretch(all, dealt.stretch, [&](const Shape& s, int64_t first) {
-        Norm a = {};
-        a.from = x + first * s.hidden, a.weight = layer.norms, a.eps = eps, a.width = s.hidden;
-        a.packed = room.normed + first / dealt.stretch * room.normed_bytes;
-        norm<W>(a, s.rows);
-        Norm last = {};
-        last.added = layer_rows<D>(s, plan, dealt, first, layer, cosine, sine, eps, cache, room, x);
-        last.from = last.to = out + first * s.hidden, last.width = s.hidden;
-        norm<W>(last, s.rows);
-    });
-}
-
 // ---- a pass ----
 
 template <class E>
@@ -207,16 +188,6 @@ __global__ void embed_kernel(const int32_t* token_ids, const E* embedding, int64
     }
 }
 
-// What goes around the layers. E: the type of the embedding and of the language-model head.
-template <class E> struct Ends {
-    const int32_t* token_ids;  // (rows,)
-    const E* embedding;        // (vocab, hidden)
-    const float* norm;         // (hidden,)
-    const E* lm_head;          // packed
-    int64_t vocab, logit_rows; // logits of the last `logit_rows` rows
-    const int32_t* wanted;     // (layers + 1,): where the state before layer i goes in `taken`, -1 for nowhere
-};
-
 // hidden: (rows, hidden), taken: (wanted, rows, hidden), logits: (logit_rows, vocab), chosen: their largest's index and
 // best its value.
 template <int D, class W, class E, class C>
@@ -225,7 +196,7 @@ inline void decoder_pass(const Shape& all, const Plan& plan, const Dealt& dealt,
                          C* cache, int64_t cache_stride, Workspace work, float* hidden, float* taken, float* logits,
                          int32_t* chosen) {
     const int64_t quiet = all.rows - ends.logit_rows;  // rows without logits
-    Scratch<W, C> room(work, largest_stretch(all, dealt), all.rows, D, dealt, nullptr);
+    Scratch<W, C> room(work, largest_stretch(all, dealt), all.rows, D, dealt);
     unsigned char* scored = work.take<unsigned char>(input_bytes<E>(ends.logit_rows, all.hidden));
     const Matrix<E> head = {ends.lm_head, nullptr, ends.vocab, all.hidden};
     const int64_t scored_rows = ends.logit_rows < dealt.stretch ? ends.logit_rows : dealt.stretch;
@@ -245,7 +216,7 @@ inline void decoder_pass(const Shape& all, const Plan& plan, const Dealt& dealt,
             return norm<W>(a, s.rows);
         }
         a.weight = ends.norm, a.normed = hidden + first * s.hidden;
-        // Row 0 of `scored` is the pass's row `quiet`, which may lie before or behind this stretch.
+        // Row 0 of `scored` is the pass's row `quiet`, which may be before or after this stretch.
         a.packed = ends.logit_rows ? scored : nullptr, a.first_packed = quiet - first;
         norm<E>(a, s.rows);
     };
@@ -257,7 +228,7 @@ inline void decoder_pass(const Shape& all, const Plan& plan, const Dealt& dealt,
     for (size_t i = 0; i < layers.size(); i++)
         stretch_by_stretch(all, dealt.stretch, [&](const Shape& s, int64_t first) {
             settle(s, first, i + 1, layer_rows<D>(s, plan, dealt, first, layers[i], cosine, sine, eps,
-                                                  cache + i * cache_stride, room, room.x));
+                                                  cache + i * cache_stride, room));
         });
     if (!ends.logit_rows) return;
     Shape rows = all;

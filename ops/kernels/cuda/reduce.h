@@ -1,5 +1,5 @@
-// What the threads of a block find out together. Every sum is added up in one order: lanes by halves, then the warps one
-// after the other. device.h or emulator.h comes first.
+// Reductions over the threads of a block. Every sum has one order: lanes by halves, then the warps in turn. device.h or
+// emulator.h comes first.
 #pragma once
 
 namespace gorgon {
@@ -18,7 +18,7 @@ template <class Of> __device__ inline float over_warp(float x) {
     return x;
 }
 
-// Of all threads' x, to all of them. shared: a float for each warp, free to be written once all threads have come here.
+// Of all threads' x, for all of them. shared: a float for each warp, free to be written once all threads are here.
 template <class Of> __device__ inline float over_block(float x, float* shared) {
     x = over_warp<Of>(x);
     __syncthreads();
@@ -27,6 +27,15 @@ template <class Of> __device__ inline float over_block(float x, float* shared) {
     float all = Of::nothing;
     for (unsigned warp = 0; warp < blockDim.x / 32; warp++) all = Of::of(all, shared[warp]);
     return all;
+}
+
+// total = sum of x, by one block. Shared memory: a float for each warp.
+template <int THREADS> __global__ void __launch_bounds__(THREADS) total_kernel(const float* x, int64_t count, float* total) {
+    GORGON_SHARED(float, shared);
+    float sum = 0.0f;
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += x[i];
+    sum = over_block<Sum>(sum, shared);
+    if (threadIdx.x == 0) *total = sum;
 }
 
 }  // namespace gorgon

@@ -30,7 +30,7 @@ template <class T> __global__ void write_rows_kernel(T* cache, const T* rows, in
     if (i == 0) *done = 0;
 }
 
-// cache: where the first row goes. 16 bytes at a time where both lie so that it can be done.
+// cache: the place of the first row. 16 bytes at a time where both are aligned.
 inline void write_rows(float* cache, const float* rows, int64_t count, int32_t* done) {
     bool wide = count % 4 == 0 && (uintptr_t)cache % 16 == 0 && (uintptr_t)rows % 16 == 0;
     int64_t pieces = wide ? count / 4 : count;

@@ -1,5 +1,5 @@
 // The k largest of each row, largest first, equal values in the order of their index. A block takes a row; each of k
-// rounds looks for the largest value behind the one before it, so that nothing has to be marked or moved: k is small and
+// rounds looks for the largest value after the previous one, so that nothing has to be marked or moved: k is small and
 // the row stays in the cache.
 #pragma once
 

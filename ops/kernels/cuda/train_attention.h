@@ -19,7 +19,7 @@ struct AttentionShape {
     int rows, heads, kv_heads, group, dim, tokens, own;  // dim: of a head, a multiple of 16; own: further keys of a row
     float scale;
     __host__ __device__ int queries() const { return rows * group; }  // of a key-value head
-    // Where query n of a key-value head lies in (rows, heads), and its row's own key o in (rows, own, kv_heads).
+    // The place of query n of a key-value head in (rows, heads), and its row's own key o in (rows, own, kv_heads).
     __device__ int64_t query(int n, int kv) const {
         int i = n % group;
         return (int64_t)(n - i) * kv_heads + kv * group + i;
@@ -61,7 +61,7 @@ template <class Of> __device__ inline float over_line(float x) {
     return x;
 }
 
-// Rows of a tile, asynchronously: row r from where `source(r)` says, zeros for null. A line's threads call it together.
+// Rows of a tile, asynchronously: row r from `source(r)`, zeros for null. A line's threads call it together.
 template <int W, class Source>
 __device__ inline void copy_rows(float* tile, int rows, int dim, Source source) {
     for (int row = threadIdx.x / 8; row < rows; row += ATTENTION_THREADS / 8) {
@@ -214,7 +214,7 @@ struct TileRanges {
     }
 };
 
-// A tile of k or v. What lies behind the last key is zero; with `ranges`, so is a key that no query of theirs sees: it
+// A tile of k or v. Rows past the last key are zero; with `ranges`, so is a key that none of their queries sees: it
 // may be anything, and 0 times it must be 0.
 template <int W>
 __device__ inline void copy_keys(float* to, const AttentionShape& a, const float* x, int kv, int tile,
@@ -248,7 +248,7 @@ struct Softmax {
 };
 
 // q, y: (rows, heads, dim); k, v: (tokens, kv_heads, dim); own_k, own_v: (rows, own, kv_heads, dim); log_sum: (rows,
-// heads). A block has 16 I queries. While a tile of keys is multiplied the values come, and the other way round.
+// heads). A block has 16 I queries. The values are loaded while a tile of keys is multiplied, and vice versa.
 // Queries are scaled, not scores, and sums say fmaf: the compiler is left no choice where to round.
 template <int I, int W>
 __global__ void __launch_bounds__(ATTENTION_THREADS, W <= 64 ? 4 : W <= 128 ? 2 : 1)
@@ -349,7 +349,7 @@ inline void launch_attention(const AttentionShape& a, const float* q, const floa
            AttentionWidth<W>::forward_bytes(I), a, q, k, v, first, count, own_k, own_v, y, log_sum);
 }
 
-// Few queries, as when a head drafts, go through with less work for those that are not there; with the same bits.
+// Few queries, as when a head drafts, do less work for the missing ones, with the same bits.
 template <int W>
 inline void attention_forward(const AttentionShape& a, const float* q, const float* k, const float* v,
                               const int32_t* first, const int32_t* count, const float* own_k, const float* own_v,

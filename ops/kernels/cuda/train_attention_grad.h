@@ -1,7 +1,7 @@
 // The gradients of trainable attention on a GPU: see train_attention.h, which comes first.
 //
 // With p the weights and s the scores: dv = p^T dy, dp = dy v^T, ds = p (dp - delta), dq = ds k, dk = ds^T q, where
-// delta = dy . y. Scores are computed anew, as they were: p = exp(s - log_sum). A block for a tile of queries goes
+// delta = dy . y. Scores are recomputed exactly: p = exp(s - log_sum). A block for a tile of queries goes
 // through the keys, a block for a tile of keys through the queries, and a warp for a row through its own keys.
 #pragma once
 
@@ -107,14 +107,15 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, W <= 64 ? 3 : W <= 128 ? 2 
     }
 }
 
-// The tiles of queries that see any key of begin .. end - 1, in ascending order. All threads of a warp ask together.
+// The tiles of queries that see any key of begin .. end - 1, in ascending order. All threads of a warp call it
+// together.
 struct QueryTiles {
     const int32_t* extents;
     int num, begin, end, base;
     unsigned met;  // those of base .. base + 31 that are left
     __device__ QueryTiles(const int32_t* extents, int num, int begin, int end)
         : extents(extents), num(num), begin(begin), end(end), base(-32), met(0) {}
-    // num behind the last.
+    // num past the last.
     __device__ int next() {
         while (!met) {
             base += 32;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, W <= 64 ? 4 : W <= 128 ? 2 
         int begins[J], ends[J];
         float log_sums[J], deltas[J];
 #pragma unroll
-        for (int j = 0; j < J; j++) {  // asked for now, looked at behind the products
+        for (int j = 0; j < J; j++) {  // requested now, used after the products
             int n = tile * GRAD_QUERIES + part + 8 * j;
             bool there = n < a.queries();
             int row = there ? n / a.group : 0;

@@ -166,8 +166,8 @@ def test_a_llama_3_of_metas_gives_the_same_logits_in_every_model(tmp_path, to):
     np.testing.assert_allclose(transformers_logits(tmp_path / "hf"), expected, atol=CLOSE)
     np.testing.assert_allclose(our_logits(tmp_path / "hf"), expected, atol=CLOSE)
     np.testing.assert_array_equal(our_logits(source), our_logits(tmp_path / "hf"))
-    assert any("use_scaled_rope does not say its factor: 8 is taken" in line for line in notes)
-    assert any("131072 are taken" in line for line in notes)
+    assert any("use_scaled_rope comes without its factor: 8 is assumed" in line for line in notes)
+    assert any("131072 is assumed" in line for line in notes)
     assert any("split over the vocabulary" in line for line in notes)
     # The control: the comparison sees the scaling of the rotary frequencies.
     plain = meta_logits(state, {**PARAMS, "use_scaled_rope": False}, TOKENS[0])
@@ -189,7 +189,7 @@ def test_the_control_wq_in_metas_row_order_is_another_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("embedding_axis", [0, 1])
-def test_shards_are_put_together_bit_for_bit_whichever_way_the_embedding_is_split(tmp_path, embedding_axis, dtype):
+def test_shards_are_assemble_bit_for_bit_whichever_way_the_embedding_is_split(tmp_path, embedding_axis, dtype):
     state = meta_state(PARAMS, dtype=dtype)
     whole = open_source(write_meta(tmp_path / "whole", PARAMS, [state]))
     sharded = open_source(write_meta(tmp_path / "sharded", PARAMS, split(state, 2, embedding_axis)))
@@ -218,8 +218,8 @@ def test_a_llama_1_says_little_and_the_tensors_the_rest(tmp_path):
     assert (config.vocab_size, config.intermediate_size, config.num_kv_heads) == (64, 96, 4)
     assert (config.rope_theta, config.rope_scaling, config.max_positions) == (10000.0, None, 2048)
     assert (config.bos_id, config.eos_ids, config.tie_embeddings) == (None, (), False)
-    assert raw.config["dtype"] == "float16" and any("2048 are taken" in line for line in raw.assumed)
-    with pytest.warns(UserWarning, match=r"meta: params\.json does not say .* 2048 are taken"):
+    assert raw.config["dtype"] == "float16" and any("2048 is assumed" in line for line in raw.assumed)
+    with pytest.warns(UserWarning, match=r"meta: params\.json has no number .* 2048 is assumed"):
         assert read_config(tmp_path / "meta") == config
 
 
@@ -236,7 +236,7 @@ def test_a_config_beside_params_settles_what_they_leave_open_and_must_agree(tmp_
     origin = write_model(tmp_path / "origin", raw_config(rope_scaling=rope, **sizes))
     said = []
     convert(origin, "meta", tmp_path / "meta", ConvertOptions(dtype="keep"), said.append)
-    assert any("params.json cannot say that rope scaling is" in line and "32.0" in line for line in said)
+    assert any("params.json has no field for rope scaling" in line and "32.0" in line for line in said)
     assert read_config(tmp_path / "meta") == read_config(origin)
     (tmp_path / "meta" / "config.json").rename(tmp_path / "config.json")
     assert read_config(tmp_path / "meta").rope_scaling["factor"] == 8.0
@@ -315,13 +315,13 @@ def rewrite(folder, number, change):
 
 def test_missing_shards_are_named_the_last_ones_too(sharded):
     (sharded / "consolidated.01.pth").rename(sharded / "consolidated.03.pth")
-    with pytest.raises(ValueError, match=r"lacks consolidated\.01\.pth, consolidated\.02\.pth: the model has 4 shards"):
+    with pytest.raises(ValueError, match=r"is missing consolidated\.01\.pth, consolidated\.02\.pth: the model has 4 shards"):
         open_source(sharded)
     (sharded / "consolidated.03.pth").unlink()
-    with pytest.raises(ValueError, match=r"lacks consolidated\.01\.pth: the model has 2 shards"):
+    with pytest.raises(ValueError, match=r"is missing consolidated\.01\.pth: the model has 2 shards"):
         open_source(sharded)
     (sharded / "consolidated.00.pth").unlink()
-    with pytest.raises(ValueError, match=r"holds no consolidated\.00\.pth"):
+    with pytest.raises(ValueError, match=r"has no consolidated\.00\.pth"):
         read_config(sharded)
 
 

@@ -11,9 +11,15 @@ import torch
 
 from backbone.files.lazy import in_memory
 from backbone.files.pickle_file import open_pickle_file
-from backbone.files.torch_file import read_torch_file
+from backbone.files.torch_file import open_torch_file
 from backbone.formats.containers import write_pickle
 from backbone.weights import open_file, read_tensors, tensor_shapes
+
+
+def read_torch_file(path):
+    """(name, array) of every tensor, read one after the other."""
+    for name, tensor in open_torch_file(path).items():
+        yield name, tensor.whole()
 
 
 def test_views_of_a_torch_storage_are_honoured(tmp_path, assert_same):
@@ -102,7 +108,7 @@ def test_truncated_and_changed_pickles_are_refused_by_name(tmp_path):
     changed = bytearray(whole)
     changed[100_000] ^= 1
     file.write_bytes(changed)
-    with pytest.raises(ValueError, match=r"x\.pkl .*its checksum does not fit"):
+    with pytest.raises(ValueError, match=r"x\.pkl .*its checksum does not match"):
         open_pickle_file(file)[0]["a"].whole()
 
 

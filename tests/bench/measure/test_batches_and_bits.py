@@ -8,7 +8,7 @@ from backbone.tokenizer import load_tokenizer
 from bench.measure.quantization import agreement, perplexity
 from bench.record.schema import Record
 from bench.run import main
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from tests.bench.helpers import call, error_of, write_prompts
 from trainer.data.tokens import TokenizedData
 

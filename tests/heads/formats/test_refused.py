@@ -208,7 +208,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_does_nothing(tmp_path, folder, 
         path.write_bytes(pickle.dumps({"config.json": "{}", "hook": Hostile(bait)}))
     for source in (path, path.parent):
         if source.is_file() or file.endswith(".pt"):
-            with pytest.raises(ValueError, match=rf"{file} is not loaded: its pickle asks for \w+\.open"):
+            with pytest.raises(ValueError, match=rf"{file} is not loaded: its pickle names \w+\.open"):
                 recognise(source)
             refused(source, "gorgon", tmp_path / "out", folder, r"asks for \w+\.open")
     assert not bait.exists()

@@ -122,7 +122,7 @@ def test_a_missing_barrier_shows_in_the_order_of_threads(monkeypatch, x):
 
 
 def test_a_write_behind_the_shared_memory_is_an_error(x):
-    with pytest.raises(RuntimeError, match="a write behind the shared memory"):
+    with pytest.raises(RuntimeError, match="a write past the shared memory"):
         run("behind_the_end", x)
     assert run("right", x, shared=4 * 66).shape == (64,)  # and the next launch is none the worse
 

@@ -13,7 +13,7 @@ from runtime.entry import run_entry, suggest
 from runtime.start import bootstrap
 from runtime.start.bootstrap import core_is_compiled, under_mpi
 from runtime.start.choice import Choice
-from runtime.start.devices import count_cuda_devices
+from runtime.start.devices import find_driver
 from runtime.start.onednn import ONEDNN_FOLDER, link_onednn, onednn_prefix
 from runtime.start.python_config import python_config
 from runtime.start.quiet import quiet_file_descriptors
@@ -128,7 +128,7 @@ def bare_toolkit(folder):
     return Toolkit(folder / "nvcc", (13, 0), folder, (90,), {"cublas": Part(folder, library, 13)}, None, None, ())
 
 
-def test_with_cuda_jittor_is_given_one_folder_and_mended_sources(environment, home, tmp_path):
+def test_with_cuda_jittor_is_given_one_folder_and_patched_sources(environment, home, tmp_path):
     bootstrap.settle(Choice("cuda", "", "", bare_toolkit(tmp_path / "cuda"), (80, 90)))
     assert environment["cache_name"] == "gorgon-cuda" and environment["cuda_archs"] == "80 90"
     assert environment["nvcc_path"].startswith(f"{home}/.cache/gorgon/toolkit-")
@@ -238,7 +238,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.skipif(count_cuda_devices() > 0, reason="this machine has a CUDA device")
+@pytest.mark.skipif(bool(find_driver().devices), reason="this machine has a CUDA device")
 def test_jittor_starts_with_an_nvcc_and_no_device_and_leaves_signals_to_python(tmp_path):
     done = run_python(STARTS, tmp_path)
     assert done.returncode == 7, done.stderr  # it got as far as Ctrl-C, and that came as an exception

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from runtime.start.jittor_source import PACKAGES, PATCHES, SourceError, apply_patches, installed_sources, mended_sources
+from runtime.start.jittor_source import (
+    PACKAGES,
+    PATCHES,
+    SourceError,
+    apply_patches,
+    installed_sources,
+    patched_sources,
+)
 
 
 def hashes(folder):
@@ -20,7 +27,7 @@ def hashes(folder):
 
 def test_the_copy_differs_from_the_installed_package_in_the_named_places_alone(tmp_path):
     before = hashes(installed_sources())
-    copy = mended_sources(tmp_path)
+    copy = patched_sources(tmp_path)
     after = hashes(copy)
     assert hashes(installed_sources()) == before
     assert after.keys() == before.keys()
@@ -30,10 +37,10 @@ def test_the_copy_differs_from_the_installed_package_in_the_named_places_alone(t
 
 
 def test_the_copy_is_made_once_and_named_by_its_contents(tmp_path):
-    copy = mended_sources(tmp_path)
+    copy = patched_sources(tmp_path)
     made = copy.stat().st_ino
-    assert mended_sources(tmp_path) == copy and copy.stat().st_ino == made
-    assert mended_sources(tmp_path, PATCHES[:1]) != copy
+    assert patched_sources(tmp_path) == copy and copy.stat().st_ino == made
+    assert patched_sources(tmp_path, PATCHES[:1]) != copy
 
 
 @pytest.mark.parametrize("text", ["", "abcabc"])
@@ -49,5 +56,5 @@ def test_another_jittor_is_an_error_that_names_its_version(tmp_path, text):
 def test_a_copy_that_cannot_be_mended_leaves_nothing_behind(tmp_path):
     lost = dataclasses.replace(PATCHES[0], old="not in any file of Jittor")
     with pytest.raises(SourceError):
-        mended_sources(tmp_path, (lost,))
+        patched_sources(tmp_path, (lost,))
     assert list(Path(tmp_path).iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 from runtime.atomic import atomic_directory
 from runtime.start import toolkit
 from runtime.start.toolkit import NAMED, examine, find_toolkits, nvcc_version, remedy
-from runtime.start.toolkit_folder import Entry, plan, put_together
+from runtime.start.toolkit_folder import Entry, assemble, plan
 
 MACROS = {
     "cuda_runtime_api.h": "#define CUDART_VERSION  {0}0{1}0",
@@ -128,7 +128,7 @@ def test_libraries_of_another_major_version_are_refused_with_one_line(tmp_path):
     write_headers(tmp_path / "cuda" / "include", only=("cuda_runtime", "curand", "cub/"))
     write_libraries(tmp_path / "cuda" / "lib64", ["libcudart.so.13", "libcurand.so.10"])
     first, second = examine(write_nvcc(tmp_path / "cuda" / "bin"), [wheels]).problems
-    assert first.startswith("nvcc is 13.0, but cuBLAS of version 13 is not there (12 in ") and "\n" not in first
+    assert first.startswith("nvcc is 13.0, but cuBLAS of version 13 was not found (12 in ") and "\n" not in first
     assert second.startswith("nvcc is 13.0, but cuBLASLt of version 13")
 
 
@@ -149,7 +149,7 @@ def test_what_is_missing_is_named(tmp_path, gone, words):
 
 
 def test_an_unknown_version_of_cuda_is_a_problem(tmp_path):
-    assert "is 10.2; 11 to 13 are known" in examine(whole_toolkit(tmp_path, "10.2"), []).problems[0]
+    assert "is 10.2; 11 to 13 are supported" in examine(whole_toolkit(tmp_path, "10.2"), []).problems[0]
 
 
 def test_compilers_come_in_order_and_once(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_the_folder_holds_a_compiler_headers_and_libraries_under_all_their_names
     (lib / "libcublas.so.13").rename(lib / "libcublas.so.13.1.0.3")
     (lib / "libcublas.so.13").symlink_to("libcublas.so.13.1.0.3")
     found = examine(tmp_path / "cuda" / "bin" / "nvcc", [wheels])
-    folder = put_together(plan(found, [90]), tmp_path / "cache")
+    folder = assemble(plan(found, [90]), tmp_path / "cache")
     assert sorted(path.name for path in (folder / "lib64").glob("libcublas.*")) == [
         "libcublas.so", "libcublas.so.13", "libcublas.so.13.1.0.3",
     ]  # fmt: skip
@@ -200,7 +200,7 @@ def test_the_folder_holds_a_compiler_headers_and_libraries_under_all_their_names
 )
 def test_the_compilers_script_passes_words_on(tmp_path, given, passed):
     found = examine(whole_toolkit(tmp_path / "a folder with spaces"), [])
-    script = put_together(plan(found, [90]), tmp_path / "cache") / "bin" / "nvcc"
+    script = assemble(plan(found, [90]), tmp_path / "cache") / "bin" / "nvcc"
     done = subprocess.run([script, *given], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"<{word}>" for word in passed]
 
@@ -208,20 +208,20 @@ def test_the_compilers_script_passes_words_on(tmp_path, given, passed):
 def test_the_folder_is_named_by_its_contents_and_made_once(tmp_path):
     found = examine(whole_toolkit(tmp_path / "cuda"), [])
     entries = plan(found, [90])
-    folder = put_together(entries, tmp_path / "cache")
+    folder = assemble(entries, tmp_path / "cache")
     made = folder.stat().st_ino
-    assert put_together(entries, tmp_path / "cache") == folder and folder.stat().st_ino == made
-    assert put_together(plan(found, [80]), tmp_path / "cache") != folder
-    assert put_together(plan(examine(whole_toolkit(tmp_path / "cuda", "13.1"), []), [90]), tmp_path / "cache") != folder
+    assert assemble(entries, tmp_path / "cache") == folder and folder.stat().st_ino == made
+    assert assemble(plan(found, [80]), tmp_path / "cache") != folder
+    assert assemble(plan(examine(whole_toolkit(tmp_path / "cuda", "13.1"), []), [90]), tmp_path / "cache") != folder
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 MAKER = """
 import sys
 from pathlib import Path
-from runtime.start.toolkit_folder import Entry, put_together
+from runtime.start.toolkit_folder import Entry, assemble
 sys.stdin.read()  # all begin together
-print(put_together({f"d{i}/f{j}": Entry(text=str(j)) for i in range(5) for j in range(100)}, Path(sys.argv[1])))
+print(assemble({f"d{i}/f{j}": Entry(text=str(j)) for i in range(5) for j in range(100)}, Path(sys.argv[1])))
 """
 
 
@@ -256,5 +256,5 @@ def test_a_folder_that_appears_at_the_last_moment_is_replaced_by_its_equal(tmp_p
 
 
 def test_a_link_to_nothing_is_no_reason_to_fail(tmp_path):
-    folder = put_together({"include/x.h": Entry("/nowhere/x.h")}, tmp_path)
+    folder = assemble({"include/x.h": Entry("/nowhere/x.h")}, tmp_path)
     assert (folder / "include" / "x.h").is_symlink()

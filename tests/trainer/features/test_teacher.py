@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from heads.base import Features
-from ops.decoder_layer import RowPlan
+from ops.row_plan import RowPlan
 from runtime import jt
 from tests.small import small_backbone
 from trainer.features import top_k

@@ -1,4 +1,4 @@
-"""Frozen matrices in 8 or 4 bits: how weights are rounded, and what is left of them."""
+"""Frozen matrices in 8 or 4 bits: how weights are rounded and restored."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def normal_float() -> np.ndarray:
     """(16,) float32, ascending: the values of NF4 (QLoRA, arXiv 2305.14314, section 3 and appendix E).
 
     Quantiles of the normal distribution, evenly spaced in probability on either side of zero: eight steps up to 1 and
-    seven down to -1, so that zero has a code of its own. The outermost probability lies half a code from the end, in
-    the mean of both sides' 1/30 and 1/32.
+    seven down to -1, so that zero has a code of its own. The outermost probability is half a code from the end, the
+    mean of 1/30 and 1/32.
     """
     quantile, outermost = NormalDist().inv_cdf, 1 - (1 / 30 + 1 / 32) / 2
     up = [quantile(p) for p in np.linspace(0.5, outermost, 9)]
@@ -43,9 +43,9 @@ def quantize_nf4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round to 4 bits: weight (out, in) -> (codes (out, in) uint8 below 16, scales (out, groups) float16),
     weight[n, k] ~ NF4[codes[n, k]] * scales[n, k // 64].
 
-    A group is 64 inputs of a row, the last one what is left; its scale is its largest magnitude (QLoRA without double
+    A group is 64 inputs of a row, the last one the rest; its scale is its largest magnitude (QLoRA without double
     quantisation). Packed, 0.53 bytes a weight: half a byte, and two for every 64 weights. Scales of float16 weights are
-    exact. Worked example: [[0.5, -2.0, 0.0, 1.4]] -> [[10, 0, 7, 14]], [[2]], which stands for
+    exact. Worked example: [[0.5, -2.0, 0.0, 1.4]] -> [[10, 0, 7, 14]], [[2]], which represents
     [[0.4922, -2, 0, 1.4459]]. Raises ValueError for a magnitude beyond float16.
     """
     num_out, num_in = weight.shape
@@ -67,13 +67,13 @@ def quantize_nf4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes.reshape(num_out, -1)[:, :num_in], scales
 
 
-# How a matrix can be kept beside float16 and float32: by the name of the storage, its rounding and its bits.
+# Storage types besides float16 and float32: by name, the rounding and the bits.
 QUANTIZERS = {"int8": quantize_rows, "nf4": quantize_nf4}
 BITS = {"int8": 8, "nf4": 4}
 
 
 def dequantize(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(out, in) float32: what int8 or NF4 codes (uint8) stand for, as the CPU's kernels compute it, bit for bit.
+    """(out, in) float32: the values of int8 or NF4 codes (uint8), exactly as the CPU's kernels compute them.
 
     The CUDA kernels differ in NF4, whose 16 values are rounded to float16 there."""
     if weight.dtype == np.int8:

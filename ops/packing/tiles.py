@@ -1,7 +1,7 @@
 """Frozen weights as the CUDA products read them: tiles of 16 outputs, inputs rounded up to 64 (``cuda/linear.h``).
 
-A lane of a warp loads 16 bytes at a time, and finds in them what it needs for the first factor of ``mma.m16n8k16``.
-Matrices are packed some outputs at a time, into room made once: a large one is never there in two packed copies.
+A lane of a warp loads 16 bytes at a time, which hold its part of the first factor of ``mma.m16n8k16``. Matrices are
+packed some outputs at a time into arrays allocated once: there are never two packed copies of a large one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ops.kernel import launch, on_cpu
-from ops.quantize import GROUP, QUANTIZERS
+from ops.packing.quantize import GROUP, QUANTIZERS
 from runtime import jt
 
 TILE, STEP, ROW_BLOCK = 16, 64, 8
 WARPS, BLOCKS, MOST_SLICES, LEAST_STEPS = 8, 264, 16, 4
 OUTPUTS_AT_ONCE = 1024  # a multiple of a tile
 assert GROUP == STEP
-# Tiles of 16 inputs that make a lane's 16 bytes.
+# Tiles of 16 inputs in a lane's 16 bytes.
 _TOGETHER = {"float16": 1, "int8": 2, "uint8": 4}
 
 
@@ -27,7 +27,7 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def num_slices(num_out: int, num_in: int) -> int:
-    """The slices in which a product leaves its sums, as ``slices_of`` in C++ counts them."""
+    """The number of slices of a product's sums, as ``slices_of`` in C++ counts them."""
     across = -(-num_out // (TILE * WARPS))
     return max(1, min(BLOCKS // across, MOST_SLICES, -(-num_in // STEP) // LEAST_STEPS))
 
@@ -38,7 +38,7 @@ def input_bytes(dtype: str, rows: int, num_in: int) -> int:
 
 
 def packed_sizes(dtype: str, num_out: int, num_in: int) -> tuple[int, int]:
-    """How many elements a packed matrix takes, and how many scales. dtype: uint8 is NF4, two codes an element."""
+    """(elements, scales) of a packed matrix. dtype: uint8 is NF4, two codes an element."""
     outputs, steps = _round_up(num_out, TILE), -(-num_in // STEP)
     size = outputs * steps * STEP // (2 if dtype == "uint8" else 1)
     return size, {"int8": outputs, "uint8": outputs * steps}.get(dtype, 0)
@@ -68,7 +68,7 @@ def pack_tiles(weight: np.ndarray) -> np.ndarray:
 
 
 def pack_on_device(weight):
-    """``pack_tiles`` of a Var (out, in) float32, at once and where it lies; for CUDA alone."""
+    """``pack_tiles`` of a Var (out, in) float32, at once and on the device; CUDA only."""
     num_out, num_in = weight.shape
     packed = launch(
         (packed_sizes("float32", num_out, num_in)[0],),
@@ -84,7 +84,7 @@ def pack_on_device(weight):
 
 def pack_tile_scales(scale: np.ndarray) -> np.ndarray:
     """int8: (out, 1) float32 -> (tiles, 16). NF4: (out, groups) float16 -> (tiles, groups, 8, 2), outputs g and g + 8
-    beside each other. Flat."""
+    adjacent. Flat."""
     num_out, groups = scale.shape
     padded = np.zeros((_round_up(num_out, TILE), groups), scale.dtype)
     padded[:num_out] = scale
@@ -93,8 +93,8 @@ def pack_tile_scales(scale: np.ndarray) -> np.ndarray:
     return padded.reshape(-1, 2, 8, groups).transpose(0, 3, 2, 1).reshape(-1)
 
 
-def stretches(matrices: list[np.ndarray], size: int = OUTPUTS_AT_ONCE) -> Iterator[np.ndarray]:
-    """The rows of matrices behind each other, ``size`` at a time, the last ones what is left."""
+def row_blocks(matrices: list[np.ndarray], size: int = OUTPUTS_AT_ONCE) -> Iterator[np.ndarray]:
+    """The rows of several matrices in order, ``size`` at a time; the last block holds the rest."""
     held: list[np.ndarray] = []
     for matrix in matrices:
         first = 0
@@ -110,7 +110,7 @@ def stretches(matrices: list[np.ndarray], size: int = OUTPUTS_AT_ONCE) -> Iterat
 
 
 class Room:
-    """Flat arrays for matrices of one dtype behind each other, and for their scales. shapes: [(out, in), ...]."""
+    """Flat arrays for several matrices of one dtype and for their scales. shapes: [(out, in), ...]."""
 
     def __init__(self, dtype: str, shapes: Iterable[tuple[int, int]]):
         sizes = np.array([packed_sizes(dtype, *shape) for shape in shapes]).sum(0)
@@ -135,21 +135,21 @@ class Room:
 
 
 def pack_matrices(matrices: list[list[np.ndarray]], storage: str | None):
-    """Packs matrices behind each other, each given as the parts (out, in) of which it consists, one behind the other.
+    """Packs several matrices into one array, each given as a list of parts (out, in) to be stacked.
 
-    storage: a name of ``QUANTIZERS``, by which they are rounded, else they keep their dtype. Returns (packed, scales).
+    storage: a name of ``QUANTIZERS`` to round them, else they keep their dtype. Returns (packed, scales).
     """
     dtype = {"int8": "int8", "nf4": "uint8"}.get(storage, matrices[0][0].dtype.name)
     room = Room(dtype, [(sum(len(part) for part in parts), parts[0].shape[1]) for parts in matrices])
     for parts in matrices:
-        for rows in stretches(parts):
+        for rows in row_blocks(parts):
             room.append(*(QUANTIZERS[storage](rows) if storage in QUANTIZERS else (rows,)))
     return room.variables()
 
 
 def random_values(count: int, dtype: str, seed: int, bound: float = 0.0):
-    """(count,) Var, never in the host's memory on a GPU: weights to measure with. Floats are uniform in +-bound, int8
-    in -127 .. 127, uint8 in 0 .. 255. The values follow from the seed."""
+    """(count,) Var, on a GPU never in the host's memory: weights for measurements. Floats are uniform in +-bound, int8
+    in -127 .. 127, uint8 in 0 .. 255. The seed determines the values."""
     if on_cpu():
         random = np.random.default_rng(seed)
         if dtype in ("int8", "uint8"):
