@@ -1,1 +1,1 @@
-"""Measurement: the commands lie here, each an argument parser and a call; what they do lies in the folders."""
+"""Measurement. The files here are the commands, each an argument parser and a call; the folders do the work."""

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str], steps: Sequence[Step] = STEPS) -> int:
     """The command line. steps: all that there are."""
     parser = Parser(prog="bench/gpu_check.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add_options(parser, CheckOptions)
-    reuse, leave = "reuse the steps that passed in --out; run the rest", "print the steps with their commands and limits"
+    reuse, leave = "reuse the steps that passed in --out; run the rest", "print the steps with commands and limits"
     parser.add_argument("--continue", dest="resume", action="store_true", help=reuse)
     parser.add_argument("--list", dest="show_steps", action="store_true", help=leave)
     given = parser.parse_args(arguments)

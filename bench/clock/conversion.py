@@ -1,4 +1,4 @@
-"""What converting a large backbone takes, behind ``bench/conversion.py``: seconds and peak memory of each step, in a
+"""What converting a large backbone takes, for ``bench/conversion.py``: seconds and peak memory of each step, in a
 separate process."""
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def convert_in_child(source: Path, to: str, out: Path, shard_size: str) -> dict:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     status, seconds, kilobytes = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (-1, 0, 0)
     if status:
-        raise ValueError(f"converting to {to} ended with status {status}; the reason stands above")
+        raise ValueError(f"converting to {to} ended with status {status}; see the reason above")
     return {"to": to, "seconds": round(seconds, 2), "peak_bytes": kilobytes * 1024}
 
 

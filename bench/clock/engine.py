@@ -1,4 +1,4 @@
-"""The measurement behind ``bench/engine.py``: shapes one after another, then the decoding loop."""
+"""The measurement of ``bench/engine.py``: shapes one after another, then the decoding loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training loss over large vocabularies takes, behind ``bench/losses.py``: all logits of all heads at once, or a
+"""What a training loss over large vocabularies takes, for ``bench/losses.py``: all logits of all heads at once, or a
 chunk of rows at a time.
 
 Each side runs in a separate process that records its peak memory after inputs and weights are in place:

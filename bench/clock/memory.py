@@ -62,5 +62,5 @@ def run_apart(module: str, task: Mapping[str, Any], what: str) -> Any:
         reason = "there is not enough memory" if done.returncode == -signal.SIGKILL else "see above"
         raise ValueError(f"{what} was ended by signal {-done.returncode}: {reason}")
     if done.returncode:
-        raise ValueError(f"{what} failed; the reason stands above")
+        raise ValueError(f"{what} failed; see the reason above")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Runs the steps of the GPU check whatever becomes of each, behind ``bench/gpu_check.py``, and writes its record."""
+"""Runs the steps of the GPU check whatever becomes of each, for ``bench/gpu_check.py``, and writes its record."""
 
 from __future__ import annotations
 

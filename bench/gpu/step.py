@@ -80,7 +80,7 @@ def _shown(word: str) -> str:
 
 @dataclass
 class Outcome:
-    """status: one of STATUSES. seconds: of the process. log: relative to the project where it lies inside."""
+    """status: one of STATUSES. seconds: of the process. log: relative to the project if it is inside."""
 
     name: str
     status: str

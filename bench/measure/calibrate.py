@@ -1,4 +1,4 @@
-"""Finds the tree that is fastest for a head on this machine, behind ``bench/calibrate.py``.
+"""Finds the tree that is fastest for a head on this machine, for ``bench/calibrate.py``.
 
 The backbone decodes prompts, one teacher-forced pass of the head gives the ranks of all tokens, and from them the
 accept length of any tree is replayed. The latency curve of this machine shortlists trees; the decoding loop, timed with

@@ -1,4 +1,4 @@
-"""Compares our engine with transformers on torch, behind ``bench/hybrid.py``: the same head, the same prompts.
+"""Compares our engine with transformers on torch, for ``bench/hybrid.py``: the same head, the same prompts.
 
 Prompts are decoded by both engines in turns, so that a machine that grows busier favors neither.
 """

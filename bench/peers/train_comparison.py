@@ -1,4 +1,4 @@
-"""Three trainings of each head from the same weights, behind ``bench/peers/torch_train.py``: PyTorch with transformers'
+"""Three trainings of each head from the same weights, for ``bench/peers/torch_train.py``: PyTorch with transformers'
 backbone at every step, PyTorch on our feature cache, and ours on it. PyTorch is first tried in several ways, and the
 fastest counts. Writing the cache, once for all heads and runs, is not in the figures.
 """
@@ -172,7 +172,7 @@ def choose(start, ways: Sequence[Way], steps: int = TRIAL_STEPS) -> tuple[Way, d
         trials[way.name] = {"step_ms": ms, "peak_bytes": peak_of(answers)}
         speeds[way] = ms
     if not speeds:
-        raise RuntimeError("PyTorch's training runs in no way; the reasons stand above")
+        raise RuntimeError("PyTorch's training runs in no way; see the reasons above")
     return min(speeds, key=speeds.get), trials
 
 

@@ -1,7 +1,7 @@
-"""The schema of a calibration (``bench/calibrate.py``): the trees of a head on a machine, where the file lies, and
+"""The schema of a calibration (``bench/calibrate.py``): the trees of a head on a machine, where its file is, and
 whether it fits a run.
 
-The file lies in the checkpoint's folder; that of a head without a checkpoint in the head's folder under the runs.
+The file is in the checkpoint's folder; that of a head without a checkpoint in the head's folder under the runs.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Calibration(FileRecord):
 
 
 def calibration_path(directory: Path | None, name: str, runs: str | Path) -> Path:
-    """Where the calibration of a head lies. directory: of its checkpoint, None without one."""
+    """Where the calibration of a head is. directory: of its checkpoint, None without one."""
     return (Path(directory) if directory else Path(runs) / name) / FILE
 
 

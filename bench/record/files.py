@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def project_path(path: str | Path) -> str:
-    """A path relative to the project if it lies inside, else as given."""
+    """A path relative to the project if it is inside, else as given."""
     resolved = Path(path).resolve()
     return resolved.relative_to(ROOT).as_posix() if resolved.is_relative_to(ROOT) else str(path)
 

@@ -1,6 +1,6 @@
 """The schema of a result: one JSON file per measurement, with everything needed to judge its numbers.
 
-Units stand in the keys (``time_s`` is seconds) and ``null`` is unknown. The per-prompt rows are included, so that
+Units are part of the keys (``time_s`` is seconds) and ``null`` is unknown. The per-prompt rows are included, so that
 intervals can be recomputed without measuring again.
 """
 
