@@ -187,6 +187,12 @@ def test_a_sample_is_even_and_the_beginning_of_a_larger_one(categories, num_prom
     assert all(taken[category] >= min(available[category], most - 1) for category in available)
 
 
+def test_num_prompts_samples_a_file(tmp_path):
+    path = write_lines(tmp_path / "a", [question(1, "x"), question(2, "x"), question(3, "y")])
+    assert [prompt.prompt_id for prompt in load_prompts(path, 2).prompts] == ["1", "3"]
+    assert [prompt.prompt_id for prompt in load_prompts(path, seed=7).prompts] == ["1", "2", "3"]
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("name", "num_prompts", "num_categories", "num_turns"),
@@ -199,7 +205,7 @@ def test_a_sample_is_even_and_the_beginning_of_a_larger_one(categories, num_prom
         ("chat/dev.jsonl.gz", 3337, 5, 23834),
     ],
 )
-def test_published_files_read_whole(name, num_prompts, num_categories, num_turns):
+def test_published_files_are_read_completely(name, num_prompts, num_categories, num_turns):
     loaded = load_prompts(DATA / name)
     assert len(loaded.prompts) == num_prompts
     assert len({prompt.category for prompt in loaded.prompts}) == num_categories
