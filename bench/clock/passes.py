@@ -46,6 +46,8 @@ from runtime import jt, synchronize, warm
 DOUBTFUL = 1.5  # transformers' time in turns with ours over its trial's
 PROMPT = 40  # tokens, of the text that transformers and our engine both continue
 QUEUED = 8  # passes that are launched before the first is waited for
+# The sizes of a shape that its record holds.
+SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
 ROW_UNIT = 128  # a cache's rows are a multiple of this
 
 
@@ -339,13 +341,7 @@ def describe(timed: Timed, work: Work) -> Shape:
     return Shape(
         name=timed.name,
         dtype=timed.dtype,
-        num_layers=c.num_layers,
-        hidden_size=c.hidden_size,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        vocab_size=c.vocab_size,
+        **{name: getattr(c, name) for name in SIZES},
         weight_bytes=timed.memory.weight_bytes,
         fits_in_cache=fits,
         bounds=bounds,

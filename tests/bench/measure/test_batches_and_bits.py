@@ -58,9 +58,9 @@ def test_a_batch_counts_what_prompts_alone_count(measured):
     assert sum(stages.values()) == pytest.approx(total, rel=1e-6) and total > 0
 
 
-def test_drawn_texts_are_the_same_in_a_batch(measured):
-    drawn = ("--accept", "lossless", "--temperature", 0.5, "--seed", 3, "--nodes", 6)
-    assert counts(measured(*drawn)[0]) == counts(measured(*drawn, "--batch-size", 4)[0])
+def test_sampled_texts_are_the_same_in_a_batch(measured):
+    sampled = ("--accept", "lossless", "--temperature", 0.5, "--seed", 3, "--nodes", 6)
+    assert counts(measured(*sampled)[0]) == counts(measured(*sampled, "--batch-size", 4)[0])
 
 
 def test_a_dynamic_tree_keeps_parity_and_is_recorded_as_one(measured):

@@ -120,7 +120,7 @@ def test_the_prompts_are_those_of_the_conversations_that_training_holds_out(tmp_
     corpus, tokenizer = tmp_path / "corpus.jsonl", load_tokenizer()
     corpus.write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.setattr(bench.measure.texts, "EMBEDDED_CORPUS", corpus)
-    prompts, whole = held_out_prompts(tokenizer, 512, None)
+    prompts, sha256 = held_out_prompts(tokenizer, 512, None)
     conversations, report = load_conversations(corpus)
     data = encode_conversations(conversations, tokenizer, 512, report)
     training, held_out = split_held_out(data, 4, 0)
@@ -131,7 +131,7 @@ def test_the_prompts_are_those_of_the_conversations_that_training_holds_out(tmp_
         assert prompt.turns == (f"Question {number}?", f"And {number}?")
         assert not any(f"Question {number}?" in text for text in learnt)
     assert len(held_out_prompts(tokenizer, 512, 3)[0].prompts) == 3
-    assert held_out_prompts(tokenizer, 512, 3)[1] == whole
+    assert held_out_prompts(tokenizer, 512, 3)[1] == sha256
 
 
 # Decisions -----------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_the_fastest_tree_is_chosen_only_if_it_beats_decoding_without_one():
 
 
 def test_a_chain_that_drafts_fast_is_not_refined_into_a_tree_that_does_not():
-    # Where passes start, the second guess is right twice as often as the guess behind the first.
+    # Where passes start, the second guess is right twice as often as the guess after the first.
     ranked = [RankedText(np.array([[0, 1, 1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]))]
     slow = LatencyCurve(10, [1, 2, 3], [1.0, 1.0, 1.0], 0.5, [1], [[0.5, 1.0]], 0.1, 0.1)
     pair = Tree.from_paths([[0], [1]])

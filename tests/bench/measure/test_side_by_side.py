@@ -62,8 +62,8 @@ def test_the_sides_take_turns_in_going_first(monkeypatch):
 
 def test_the_turns_of_a_batch_are_asked_together_and_end_one_by_one():
     setup, asked = Fakes(), []
-    whole = setup.decode_all
-    setup.decode_all = lambda prompts, side, rules: asked.append((side, len(prompts))) or whole(prompts, side, rules)
+    right = setup.decode_all
+    setup.decode_all = lambda prompts, side, rules: asked.append((side, len(prompts))) or right(prompts, side, rules)
     prompts = [Prompt("p", "c", ("one", "two", "three")), Prompt("q", "c", ("one",)), Prompt("r", "c", ("one", "two"))]
     attempts = bench.measure.attempts.attempt_all(setup, prompts, 0, head_first=True)
     assert asked == [("head", 3), ("baseline", 3), ("head", 2), ("baseline", 2), ("head", 1), ("baseline", 1)]

@@ -165,7 +165,7 @@ def nested_prompts(runs):
 
 
 def test_the_interval_over_three_seeds_covers_the_truth_where_seeds_decide(make_row):
-    """95 % is meant; 120 trials have a standard error of 2 %."""
+    """The level is 95%; 120 trials have a standard error of 2 %."""
     seeds_decide = {"seed_sd": 0.05, "prompt_sd": 0.05, "noise_sd": 0.05}
     assert coverage(make_row, mean_interval, **seeds_decide) >= 0.91
     assert coverage(make_row, prompts_alone, **seeds_decide) < 0.7  # the controls

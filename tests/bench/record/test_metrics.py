@@ -122,7 +122,7 @@ def adapted_row(make_row, original, adapted, agreeing, **changes):
 def test_agreement_counts_equal_texts_and_tokens_before_the_first_difference(make_row):
     equal, other = adapted_row(make_row, 3, 3, 4), adapted_row(make_row, 5, 5, 2)
     assert agreement([equal, other]) == (1 / 2, (4 + 2) / 10)
-    longer = adapted_row(make_row, 3, 9, 4)  # begins with the whole original, and goes on
+    longer = adapted_row(make_row, 3, 9, 4)  # begins with the complete original, and continues
     assert agreement([longer]) == (0.0, 1.0)
     two_turns = adapted_row(make_row, 6, 6, 8, turns=2)
     assert agreement([two_turns]) == (1.0, 1.0)

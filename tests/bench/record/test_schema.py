@@ -169,7 +169,7 @@ def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, text, complaint):
     assert "\n" not in str(caught.value)
 
 
-def test_another_kind_is_told_apart_before_its_version(tmp_path):
+def test_the_kind_is_checked_before_the_version(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"kind": "engine", "schema_version": 7}')
     with pytest.raises(OtherKindError, match="'engine'") as caught:

@@ -1,4 +1,4 @@
-"""The comparison: what it warns about, what it refuses, and that a bad file leaves nothing behind."""
+"""The comparison: what it warns about, what it refuses, and that a bad file writes nothing."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_prompts_of_another_file_are_never_paired(write_result, capsys):
         head_to_head(*results)
 
 
-def test_results_of_one_head_are_told_apart_by_file(write_result):
+def test_results_of_one_head_are_distinguished_by_file(write_result):
     results, _ = read_results([write_result("a.json"), write_result("b.json"), write_result("c.json", head="mlp")])
     assert [result.label for result in results] == ["gated_rnn (a)", "gated_rnn (b)", "mlp"]
     assert find_result(results, "b") is results[1]
@@ -156,7 +156,7 @@ def test_what_a_head_costs_is_shown_and_null_where_unknown(write_result, tmp_pat
 ADAPTATION = {"stats": {"perplexity_after": 3.5}, "greedy_agreement": 0.5, "token_agreement": 0.75}
 
 
-def test_a_head_that_changes_the_backbone_is_told_apart(write_result, tmp_path, capsys):
+def test_a_head_that_changes_the_backbone_is_warned_about(write_result, tmp_path, capsys):
     paths = [write_result("a.json"), write_result("b.json", head="mlp", adaptation=ADAPTATION)]
     assert main([*paths, "--json", str(tmp_path / "out.json")]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "changes the backbone" in line]

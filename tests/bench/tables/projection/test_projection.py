@@ -113,7 +113,7 @@ def test_the_comparison_keeps_projections_apart(write_result, write_profile, tmp
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "complaint"),
     [
         (engine(kind="generation"), "its kind is 'generation', not 'engine'"),
         (engine(shapes=[]), "there are none"),
@@ -122,21 +122,21 @@ def test_the_comparison_keeps_projections_apart(write_result, write_profile, tmp
         (engine(shapes=[shape("a", [(1, 1, 0.0)])]), "times above 0 ms"),
     ],
 )
-def test_a_file_that_is_no_profile_is_refused_by_name(write_profile, content, said):
-    with pytest.raises(ValueError, match=rf"engine\.json: .*{said}"):
+def test_a_file_that_is_no_profile_is_refused_by_name(write_profile, content, complaint):
+    with pytest.raises(ValueError, match=rf"engine\.json: .*{complaint}"):
         read_profile(write_profile(content))
 
 
 def test_a_mistake_in_the_options_is_one_line(write_result, write_profile, capsys):
     good = write_result("a.json")
-    for arguments, said in (
+    for arguments, complaint in (
         (["--profile", write_profile(), "--profile-shape", "huge"], "no shape 'huge'; there are tiny-vicuna, large"),
         (["--profile-shape", "large"], "give --profile FILE as well"),
         (["--profile", good], "its kind is 'generation', not 'engine'"),
     ):
         assert main([good, *arguments]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and err.startswith("error: ") and said in err
+        assert out == "" and err.startswith("error: ") and complaint in err
 
 
 # What others have published -------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_every_published_number_names_its_source():
     assert [each.name for each in others] == ["EAGLE-3"] and "Vicuna 13B" in others[0].source
 
 
-def test_published_results_are_told_apart_from_measured_ones(write_result, write_profile, tmp_path, capsys):
+def test_published_results_are_kept_separate_from_measured_ones(write_result, write_profile, tmp_path, capsys):
     profile = write_profile(seven_b())
     assert main(["--profile", profile, "--published", "--json", str(tmp_path / "out.json")]) == 0
     out, _ = capsys.readouterr()
@@ -186,15 +186,15 @@ def test_published_results_are_told_apart_from_measured_ones(write_result, write
 
 
 @pytest.mark.parametrize(
-    ("arguments", "content", "said"),
+    ("arguments", "content", "complaint"),
     [
         ([], None, "give result files of bench/run.py, or --published with --profile FILE"),
         (["--published"], None, "--published needs the curve of a machine; give --profile FILE as well"),
         (["--published"], engine(), "those of a 7B backbone, the profile is of tiny-vicuna"),
     ],
 )
-def test_what_cannot_be_projected_from_papers_is_one_line(arguments, content, said, write_profile, capsys):
+def test_what_cannot_be_projected_from_papers_is_one_line(arguments, content, complaint, write_profile, capsys):
     profile = ["--profile", write_profile(content)] if content else []
     assert main(arguments + profile) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and said in err
+    assert out == "" and err.startswith("error: ") and complaint in err
