@@ -51,6 +51,14 @@ def small_backbone(dtype: str = "float32", seed: int = 0) -> Backbone:
     return Backbone(config, draw_weights(config, seed), dtype)
 
 
+def path_to(parents, node: int) -> list[int]:
+    """The nodes from the root to ``node``."""
+    path = [int(node)]
+    while parents[path[0]] >= 0:
+        path.insert(0, int(parents[path[0]]))
+    return path
+
+
 def save_hugging_face(directory: Path, config: BackboneConfig, tensors: dict[str, np.ndarray], **changes) -> Path:
     """A Hugging Face directory of these tensors; returns it. changes: of its config.json."""
     raw = {

@@ -5,6 +5,7 @@ import pytest
 
 from backbone.cache import CacheFull
 from ops.row_plan import RowPlan
+from tests.small import path_to
 
 
 def arrays(output):
@@ -58,13 +59,6 @@ def random_tree(seed):
     low = -1 if seed % 3 == 0 else 0
     parents = np.array([-1, *(int(random.integers(low, row)) for row in range(1, rows))])
     return parents, int(random.integers(0, 12)) if seed % 4 else 0
-
-
-def path_to(parents, row):
-    path = [row]
-    while parents[path[0]] >= 0:
-        path.insert(0, int(parents[path[0]]))
-    return path
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -10,6 +10,7 @@ import runtime
 from backbone.model import load_backbone
 from ops.kernel import emulated_cuda
 from ops.row_plan import RowPlan
+from tests.small import path_to
 
 PREFIX = 118  # a tree behind it reaches over the first 128 keys, where a new chunk of attention begins
 # Against the CPU's float32 arithmetic, logits of standard deviation 3: on CUDA, rows are rounded to float16 before
@@ -95,9 +96,7 @@ def test_a_row_has_the_same_bits_beside_others_in_a_tree_and_behind_its_path(sto
         parents = random_tree(64, 12)
         tree = bits(backbone.forward(nodes[:, :64], cache=cache, attend=RowPlan(parents)))
         for node in (20, 63):
-            path = [node]
-            while parents[path[0]] >= 0:
-                path.insert(0, int(parents[path[0]]))
+            path = path_to(parents, node)
             cache.rewind(PREFIX)
             for place in path:
                 alone = bits(backbone.forward(nodes[:, place : place + 1], cache=cache))

@@ -202,7 +202,7 @@ def test_the_fingerprint_names_the_weights_and_not_the_dtype(config, random_tens
 
 
 def test_an_unknown_layer_and_an_unknown_kind_of_logits_are_refused(small, tokens):
-    with pytest.raises(ValueError, match=r"layers 0 to 2, asked for \[3\]"):
+    with pytest.raises(ValueError, match=r"layers 0 to 2, got \[3\]"):
         small.forward(tokens(3), layers=(1, 3))
     with pytest.raises(ValueError, match="logits must be 'all', 'last' or None, got 'some'"):
         small.forward(tokens(3), logits="some")

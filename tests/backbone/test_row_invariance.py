@@ -5,6 +5,7 @@ import pytest
 
 from backbone.model import load_backbone
 from ops.row_plan import RowPlan
+from tests.small import path_to
 
 PREFIX = 21
 
@@ -53,9 +54,7 @@ def test_a_node_has_the_same_bits_in_a_tree_of_64_and_with_its_path_in_the_cache
     cache = prefilled(backbone, ids)
     tree = bits(backbone.forward(nodes, cache=cache, attend=RowPlan(parents)))
     for node in np.random.default_rng(seed).choice(64, 12, replace=False):
-        path = [int(node)]
-        while parents[path[0]] >= 0:
-            path.insert(0, int(parents[path[0]]))
+        path = path_to(parents, node)
         cache.rewind(PREFIX)
         for place in path:  # one row a pass: all ancestors come from the cache
             alone = bits(backbone.forward(nodes[:, place : place + 1], cache=cache))

@@ -17,6 +17,7 @@ from ops.row_plan import RowPlan
 from runtime import jt
 from tests.ops.layers import decoder_layer, make_layer, rotary
 from tests.ops.references import reference_decoder_layer
+from tests.small import path_to
 
 SLOTS = 400
 STRETCH, MANY = "row_plan.STRETCH", "decoder_pass.MANY_TILES"
@@ -66,13 +67,6 @@ def assert_same_bits(found, expected, note=""):
 
 def random_tree(random, rows, back, lowest=0):
     return np.array([-1, *(int(random.integers(max(lowest, row - back), row)) for row in range(1, rows))])
-
-
-def path_to(parents, row):
-    path = [int(row)]
-    while parents[path[0]] >= 0:
-        path.insert(0, int(parents[path[0]]))
-    return path
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
