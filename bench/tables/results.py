@@ -1,7 +1,7 @@
 """Results side by side, as a data frame with one row per result file. In a notebook:
 
     from bench.tables.results import load_results
-    frame = load_results(glob.glob("results/*.json"))
+    frame = load_results(Path("results").glob("*.json"))
     frame.set_index("head")[["accept_length", "speedup", "draft_ms"]].sort_values("speedup")
 
 All tables are made from this frame, so that a table in a terminal and a table in a README cannot disagree.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ CONDITIONS = (
 )
 
 
-def load_results(paths: Sequence[str | Path]) -> pd.DataFrame:
+def load_results(paths: Iterable[str | Path]) -> pd.DataFrame:
     """One row per result file of ``bench/run.py``, files of another kind left out.
 
     Who and where: label, path, head, head_options (JSON), seed (of the training), backbone, device, dtype, data.

@@ -187,7 +187,7 @@ def _draw_pass_time(axes, results: Sequence[Result], heads: Sequence[Result]) ->
     stacks = stacks.loc[:, [bool(alone), *[bool(heads)] * len(PHASES)]]
     if not stacks.empty:
         colors = {BACKBONE_PASS: BACKBONE_COLOR, **PHASE_COLORS}
-        stacks.plot.barh(stacked=True, ax=axes, width=0.62, linewidth=0, legend=False, color=colors)
+        stacks.plot.barh(stacked=True, ax=axes, width=0.62, legend=False, color=colors)
     label: str | None = "baseline's pass"
     for place, mark in enumerate(marks):
         if mark is not None:
