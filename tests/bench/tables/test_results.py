@@ -33,5 +33,5 @@ def test_a_failed_parity_check_has_no_speedup_and_missing_values_are_missing(wri
 
 def test_a_file_that_is_no_result_is_refused_by_name(write_result, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match="bad.json: its kind is 'missing'"):
+    with pytest.raises(ValueError, match=r"bad\.json: its kind is 'missing'"):
         load_results([write_result("a.json"), tmp_path / "bad.json"])
