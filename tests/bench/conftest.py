@@ -9,7 +9,7 @@ import backbone.model
 import runtime
 from bench.record.metrics import aggregate
 from bench.record.schema import PromptRow, Record
-from tests.bench.helpers import set_fields
+from tests.bench.helpers import CALIBRATED_PATHS, set_fields
 
 
 def build_row(prompt_id="p0", **changes):
@@ -171,9 +171,6 @@ def faster(make_row):
         make_row("p1", tokens=14, baseline_tokens=14, passes=2, time_s=1.5, reached_by_depth=[2, 2],
                  accepted_by_depth=[2, 2]),
     ]  # fmt: skip
-
-
-CALIBRATED_PATHS = [[0], [1], [0, 0], [2], [1, 0]]
 
 
 @pytest.fixture

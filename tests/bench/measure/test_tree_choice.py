@@ -13,7 +13,7 @@ from decoding.generate import generate, generate_autoregressive
 from decoding.options import AUTO
 from decoding.tree import Tree, default_tree
 from heads.base import Head
-from tests.bench.conftest import CALIBRATED_PATHS as PATHS
+from tests.bench.helpers import CALIBRATED_PATHS as PATHS
 from tests.small import small_backbone
 
 
