@@ -53,11 +53,11 @@ def test_the_fastest_way_counts_and_one_that_does_not_run_is_null(monkeypatch, f
 
 def test_a_process_of_transformers_answers_again_and_again_and_says_when_it_cannot():
     task = torch_llama.step_task(small_config(), 5, threads=1)
-    process = torch_llama.start(task, "float32", sleeping=True)
+    process = torch_llama.Child(task, "float32", sleeping=True)
     assert process.ask() > 0 and process.ask() > 0
     process.close()
     with pytest.raises(RuntimeError, match="ended with status 1"):
-        torch_llama.start(task, "no type", sleeping=False)
+        torch_llama.Child(task, "no type", sleeping=False)
 
 
 def test_a_step_runs_one_row_after_the_context_again_and_again(monkeypatch):
