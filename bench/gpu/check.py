@@ -39,8 +39,8 @@ class CheckOptions:
     allow_no_gpu: bool = option(False, "status 0 although there is no usable CUDA device")
     out: str = option("results/gpu-check.json", "where the JSON goes", metavar="FILE")
     logs: str = option("runs/gpu-check", "a file per step", metavar="DIR")
-    resume: bool = False  # --continue
-    show_steps: bool = False  # --list
+    resume: bool = option(False, "reuse the steps that passed in --out; run the rest", name="--continue")
+    show_steps: bool = option(False, "print the steps with commands and limits", name="--list")
 
 
 def choose(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> dict[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from bench.tables.summary import PARITY_FAILED, sampling_mark, summary_cells, wi
 from bench.tables.terminal import show_table
 from bench.tables.training import is_off, join, read_train_records
 from runtime.atomic import check_writable, write_file
+from runtime.options import option
 
 HEADER = {
     "head": "head",
@@ -64,6 +65,36 @@ JSON_COLUMNS = (
 )  # fmt: skip
 
 
+@dataclass
+class CompareOptions:
+    """The options of bench/compare.py."""
+
+    results: list[str] = option(
+        [], "result files of bench/run.py, and train.json", name="results", nargs="*", metavar="RESULT"
+    )
+    plot: str | None = option(None, "draw accept length and cost per pass into a .png, .pdf or .svg", metavar="FILE")
+    frontier: str | None = option(
+        None, "draw accept length against draft time into a .png, .pdf or .svg", metavar="FILE"
+    )
+    sort: str | None = option(None, "sort the table by a column, the best value first", metavar="COLUMN")
+    json: str | None = option(None, "write the comparison as JSON", metavar="FILE")
+    head_to_head: list[str] = option([], "give the ratios A / B only (heads or files)", nargs=2, metavar=("A", "B"))
+    profile: str | None = option(
+        None, "a result of bench/engine.py: project the results onto that machine", metavar="FILE"
+    )
+    profile_shape: str | None = option(None, "shape of the profile (default: its first)", metavar="NAME")
+    published: bool = option(False, "project published results onto the profile's 7b shape too")
+
+    def check(self) -> None:
+        """Raises ValueError for options that miss another one."""
+        if not self.results and not self.published:
+            raise ValueError("give result files of bench/run.py, or --published with --profile FILE")
+        if self.published and not self.profile:
+            raise ValueError("--published needs the curve of a machine; give --profile FILE as well")
+        if self.profile_shape and not self.profile:
+            raise ValueError("--profile-shape names a shape of a profile; give --profile FILE as well")
+
+
 @dataclass(frozen=True)
 class HeadToHead:
     """``label`` over ``against`` on their shared prompts; tokens_per_s is None if parity failed on either side."""
@@ -88,52 +119,30 @@ class Comparison:
     published: pd.DataFrame | None
 
 
-def compare(
-    paths: Sequence[str],
-    *,
-    plot: str | None = None,
-    frontier: str | None = None,
-    sort: str | None = None,
-    json_path: str | None = None,
-    pair: Sequence[str] | None = None,
-    profile: str | None = None,
-    profile_shape: str | None = None,
-    published: bool = False,
-) -> None:
-    """Read everything, decide everything, then write and print.
-
-    paths: results and train records. plot, frontier, json_path: files to write. sort: a column. pair: (A, B) for the
-    ratio A / B only. profile: an engine measurement to project onto, and which of its shapes.
-    Raises ValueError or OSError before any output.
-    """
-    if not paths and not published:
-        raise ValueError("give result files of bench/run.py, or --published with --profile FILE")
-    if published and not profile:
-        raise ValueError("--published needs the curve of a machine; give --profile FILE as well")
-    if profile_shape and not profile:
-        raise ValueError("--profile-shape names a shape of a profile; give --profile FILE as well")
-    machine = read_profile(profile, profile_shape) if profile else None
+def compare(options: CompareOptions) -> None:
+    """Read everything, decide everything, then write and print. Raises ValueError or OSError before any output."""
+    machine = read_profile(options.profile, options.profile_shape) if options.profile else None
     results, notes, found = [], [], Comparison(None, [], [], None, machine, None, None)
-    if paths:
-        others, train_records = read_train_records(paths)
+    if options.results:
+        others, train_records = read_train_records(options.results)
         results, notes = read_results(others)
         frame = results_frame(results)
         found.promises, broken = join(frame, train_records)
-        found.frame = sort_results(frame, sort) if sort else frame
-        found.pairs, skipped = pair_up(results, pair)
+        found.frame = sort_results(frame, options.sort) if options.sort else frame
+        found.pairs, skipped = pair_up(results, options.head_to_head)
         found.warnings = differences(frame) + skipped + doubts(found.frame) + broken
         if machine:
             found.projected = project(frame, machine)
             found.warnings += projection_warnings(frame, machine)
-    found.published = project_published(machine) if published else None
+    found.published = project_published(machine) if options.published else None
 
-    check_targets([target for target in (plot, frontier, json_path) if target is not None], paths)
-    if plot is not None or frontier is not None:
+    check_targets(filter(None, (options.plot, options.frontier, options.json)), options.results)
+    if options.plot or options.frontier:
         from bench.tables.plots.comparison import draw  # seaborn takes seconds to import
 
-        draw(results, plot, frontier)
-    if json_path is not None:
-        write_file(json_path, comparison_json(found))
+        draw(results, options.plot, options.frontier)
+    if options.json:
+        write_file(options.json, comparison_json(found))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for warning in found.warnings:
@@ -141,13 +150,13 @@ def compare(
     show(found)
 
 
-def check_targets(targets: Sequence[str], sources: Sequence[str]) -> None:
+def check_targets(targets: Iterable[str], sources: Sequence[str]) -> None:
     """Raises OSError if a target cannot be written, ValueError if it would overwrite a source or another target."""
-    for number, target in enumerate(targets):
-        if Path(target).resolve() in {Path(source).resolve() for source in sources}:
-            raise ValueError(f"{target}: is one of the results to compare; write elsewhere")
-        if Path(target).resolve() in {Path(other).resolve() for other in targets[:number]}:
-            raise ValueError(f"{target}: two outputs would go there; name two files")
+    taken = {Path(source).resolve(): "is one of the results to compare; write elsewhere" for source in sources}
+    for target in targets:
+        if Path(target).resolve() in taken:
+            raise ValueError(f"{target}: {taken[Path(target).resolve()]}")
+        taken[Path(target).resolve()] = "two outputs would go there; name two files"
         check_writable(target)
 
 

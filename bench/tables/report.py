@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +13,7 @@ from bench.tables.markdown import language_of, markdown_table, replace_block
 from bench.tables.results import read_results, results_frame, sort_results
 from bench.tables.summary import sampling_mark, summary_cells, with_marks
 from runtime.atomic import check_writable, write_file
+from runtime.options import option
 
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
@@ -70,18 +71,28 @@ PAGES = {
 }
 
 
-def report(paths: Sequence[str], out: str | None = None, update: Sequence[str] = ()) -> None:
+@dataclass
+class ReportOptions:
+    """The options of bench/report.py."""
+
+    results: list[str] = option([], "result files written by bench/run.py", name="results", metavar="RESULT")
+    out: str | None = option(None, "write a Markdown page with the table only", metavar="FILE")
+    update: list[str] = option([], f"replace the text between {BEGIN} and {END}", metavar="FILE")
+
+
+def report(options: ReportOptions) -> None:
     """Write the table to ``out`` and into the files of ``update``; to stdout if neither is given.
 
     All pages are made before the first is written. Raises ValueError for bad results or missing markers and OSError
     if a file cannot be read or written.
     """
-    results, notes = read_results(paths)
+    out = options.out
+    results, notes = read_results(options.results)
     frame = arrange(results_frame(results))
     pages: dict[str, str] = {}
     if out is not None:
         pages[out] = f"{PAGES[language_of(out)]}\n\n{results_table(frame, out)}\n"
-    for path in update:
+    for path in options.update:
         text = pages[path] if path in pages else Path(path).read_bytes().decode("utf-8")
         pages[path] = replace_block(text, results_table(frame, path), path, BEGIN, END)
     for path in pages:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from bench.tables.results import read_results
 from bench.tables.seeds import Group, Line, doubts, find_group, group_runs, heads_of, shared_rows, summarise_groups
 from bench.tables.terminal import show_table
 from runtime.atomic import write_file
+from runtime.options import option
 
 BEGIN = "<!-- seeds:begin -->"
 END = "<!-- seeds:end -->"
@@ -42,25 +44,32 @@ LEGEND = {
 }
 
 
-def compare_seeds(
-    paths: Sequence[str], against: str | None = None, markdown: str | None = None, json_path: str | None = None
-) -> None:
-    """Read everything, decide everything, then write and print. against: the head of the ratios.
+@dataclass
+class SeedsOptions:
+    """The options of bench/seeds.py."""
 
-    Raises ValueError or OSError before any output.
-    """
-    results, notes = read_results(paths)
+    results: list[str] = option([], "result files written by bench/run.py", name="results", metavar="RESULT")
+    against: str | None = option(None, "give the ratio of each head to this one", metavar="HEAD")
+    markdown: str | None = option(
+        None, f"write the tables between {BEGIN} and {END} of FILE, or a new FILE", metavar="FILE"
+    )
+    json: str | None = option(None, "write the comparison as JSON", metavar="FILE")
+
+
+def compare_seeds(options: SeedsOptions) -> None:
+    """Read everything, decide everything, then write and print. Raises ValueError or OSError before any output."""
+    results, notes = read_results(options.results)
     heads = heads_of(results)
     groups = group_runs(heads)
-    reference = find_group(groups, against) if against else None
+    reference = find_group(groups, options.against) if options.against else None
     rows = shared_rows(heads)
     num_prompts = len(next(iter(rows.values())))
     lines, warnings = summarise_groups(groups, rows, reference), doubts(heads, num_prompts)
-    check_targets([target for target in (markdown, json_path) if target is not None], paths)
-    if markdown is not None:
-        write_file(markdown, markdown_page(markdown, lines, reference))
-    if json_path is not None:
-        write_file(json_path, seeds_json(lines, reference, num_prompts, warnings))
+    check_targets(filter(None, (options.markdown, options.json)), options.results)
+    if options.markdown:
+        write_file(options.markdown, markdown_page(options.markdown, lines, reference))
+    if options.json:
+        write_file(options.json, seeds_json(lines, reference, num_prompts, warnings))
     for result in results:
         if result.record.head == AUTOREGRESSIVE:
             notes.append(f"left out {result.path}: autoregressive decoding has no seed")
