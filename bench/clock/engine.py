@@ -69,7 +69,7 @@ class EngineOptions:
 
 
 def measure(options: EngineOptions, find_peer) -> EngineRecord:
-    """The complete measurement. find_peer: ``bench.clock.passes.FindPeer``, unless --no-transformers.
+    """The complete measurement. find_peer: of ``bench.peers.torch_llama``, unless --no-transformers.
 
     Raises ValueError for shapes that cannot be measured.
     """

@@ -80,7 +80,8 @@ class Child:
 
 @dataclass
 class Choice:
-    """The fastest way, as ``bench.clock.passes.PeerCall``. trials_ms: by "<dtype>" and "<dtype>, sleeping"."""
+    """The fastest way: calling it does the work once and gives the seconds it took. best_ms: of its trial; trials_ms:
+    of all, by "<dtype>" and "<dtype>, sleeping", None for one that does not run."""
 
     dtype: str
     sleeping: bool
@@ -116,10 +117,9 @@ def find_peer(
         return None
     dtypes = [dtype for dtype in DTYPES if fits(config, dtype, available_memory())]
     notes.extend(f"{name}: no memory for transformers in {dtype}" for dtype in sorted(set(DTYPES) - set(dtypes)))
+    task = {"config": dataclasses.asdict(config), "context": context, "threads": threads}
     if prompt is not None:
-        task = text_task(EMBEDDED, prompt, tokens, threads)
-    else:
-        task = step_task(config, context, threads)
+        task |= {"prompt": np.asarray(prompt).tolist(), "tokens": tokens}
     choice = choose(task, dtypes)
     if choice is None:
         notes.append(f"{name}: transformers runs in none of {', '.join(dtypes) or 'its dtypes'} here")
@@ -129,17 +129,6 @@ def find_peer(
 def fits(config: BackboneConfig, dtype: str, available: int) -> bool:
     """Whether a model of this size has room for itself and its passes in ``available`` bytes."""
     return 1.1 * weight_bytes(config, "float32" if dtype == "float32" else "float16") < available
-
-
-def text_task(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) -> dict:
-    """A text, decoded greedily: see ``generator``."""
-    ids = np.asarray(prompt_ids).tolist()
-    return {"what": "generate", "directory": str(directory), "prompt": ids, "tokens": num_tokens, "threads": threads}
-
-
-def step_task(config: BackboneConfig, context: int, threads: int) -> dict:
-    """A pass of one row: see ``stepper``."""
-    return {"what": "step", "config": dataclasses.asdict(config), "context": context, "threads": threads}
 
 
 def choose(task: dict[str, Any], dtypes=DTYPES, start=Child) -> Choice | None:
@@ -169,8 +158,9 @@ def _trial_ms(task: dict[str, Any], dtype: str, sleeping: bool, start) -> float 
 # In the process ------------------------------------------------------------------------------------------------------
 
 
-def generator(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) -> Callable[[str], Call]:
-    """dtype -> a call that decodes ``num_tokens`` tokens greedily with ``generate`` and returns their ids."""
+def generator(prompt_ids: np.ndarray, num_tokens: int, threads: int) -> Callable[[str], Call]:
+    """dtype -> a call that decodes ``num_tokens`` tokens greedily on the embedded backbone with ``generate`` and
+    returns their ids."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -180,7 +170,7 @@ def generator(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) 
     ids = torch.tensor(np.asarray(prompt_ids)[None], dtype=torch.long)
 
     def make(dtype: str) -> Call:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=getattr(torch, dtype)).eval()
         model.generation_config.eos_token_id = None  # the text may not end early
         rules = {"max_new_tokens": num_tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
 
@@ -257,8 +247,8 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print goes to stderr
     questions = map(json.loads, iter(sys.stdin.readline, ""))
     task = next(questions)
-    if task["what"] == "generate":
-        make = generator(task["directory"], task["prompt"], task["tokens"], task["threads"])
+    if "prompt" in task:
+        make = generator(task["prompt"], task["tokens"], task["threads"])
     else:
         make = stepper(config_from(task["config"]), task["context"], task["threads"])
     call = make(task["dtype"])

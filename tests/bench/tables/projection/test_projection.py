@@ -150,11 +150,11 @@ def seven_b():
 
 def test_a_published_result_is_projected_as_in_the_worked_example(write_profile):
     profile = read_profile(write_profile(seven_b()))
-    result = Published("a", 4.0, None, 64, 10**9, "once", "a paper")
+    result = Published("a", 4.0, None, 64, 10**9, "a paper")
     (found,) = project_published(profile, [result]).itertuples()
     assert (found.verify_ms, found.draft_ms, found.context) == (6.0, 1.0, 500)
     assert found.speedup == pytest.approx(20 / 7)
-    (wide,) = project_published(profile, [Published("b", 4.0, None, 65, 1, "once", "a paper")]).itertuples()
+    (wide,) = project_published(profile, [Published("b", 4.0, None, 65, 1, "a paper")]).itertuples()
     assert wide.refused == "the profile ends at 64 rows" and pd.isna(wide.speedup)
 
 
