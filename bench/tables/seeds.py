@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from bench.record.metrics import comparable_rows, over_seeds
-from bench.record.schema import AUTOREGRESSIVE, PromptRow
+from bench.record.schema import PromptRow
 from bench.tables.results import Result, differences, results_frame, unequal_conditions
 from runtime.entry import suggest
 
@@ -37,14 +37,6 @@ class Group:
     def trained(self) -> bool:
         """Whether there is anything that a seed could change."""
         return bool((self.runs["parameters"] > 0).any())
-
-
-def heads_of(results: Sequence[Result]) -> list[Result]:
-    """The results without the baseline's. Raises ValueError if none is left."""
-    heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
-    if not heads:
-        raise ValueError("no result of a head among the files; measure one with bench/run.py")
-    return heads
 
 
 def group_runs(heads: Sequence[Result]) -> list[Group]:

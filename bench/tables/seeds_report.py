@@ -14,7 +14,7 @@ from bench.tables.comparison import check_targets, print_doubts, write_json
 from bench.tables.markdown import language_of, markdown_table, replace_block
 from bench.tables.numbers import format_millions, format_number
 from bench.tables.results import read_results
-from bench.tables.seeds import doubts, find_group, group_runs, heads_of, shared_rows, summarize_groups
+from bench.tables.seeds import doubts, find_group, group_runs, shared_rows, summarize_groups
 from bench.tables.summary import header
 from bench.tables.terminal import show_table
 from runtime.atomic import write_file
@@ -54,7 +54,10 @@ class SeedsOptions:
 def compare_seeds(options: SeedsOptions) -> None:
     """Read everything, decide everything, then write and print. Raises ValueError or OSError before any output."""
     results, notes = read_results(options.results)
-    heads = heads_of(results)
+    heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
+    if not heads:
+        raise ValueError("no result of a head among the files; measure one with bench/run.py")
+    notes += [f"left out {each.path}: autoregressive decoding has no seed" for each in results if each not in heads]
     groups = group_runs(heads)
     reference = find_group(groups, options.against) if options.against else None
     rows = shared_rows(heads)
@@ -67,9 +70,6 @@ def compare_seeds(options: SeedsOptions) -> None:
     if options.json:
         content = {"schema_version": 1, "kind": "seeds", "against": against, "num_prompts": num_prompts}
         write_json(options.json, {**content, "heads": lines, "warnings": warnings})
-    for result in results:
-        if result.record.head == AUTOREGRESSIVE:
-            notes.append(f"left out {result.path}: autoregressive decoding has no seed")
     print_doubts(notes, warnings)
     cells = head_cells(lines, against, "en")
     show_table(f"Heads over training seeds, {num_prompts} prompts", cells, cells.columns[[0, -1]])
