@@ -49,44 +49,23 @@ def build_record(rows=None, **changes):
         "head": "gated_rnn",
         "config": {
             "backbone": {
-                "path": "assets/tiny-vicuna",
-                "fingerprint": "f00d",
-                "dtype": "float16",
-                "hidden_size": 256,
-                "num_layers": 4,
-                "vocab_size": 4096,
-                "engine": "jittor",
-                "storage": "float16",
+                "path": "assets/tiny-vicuna", "fingerprint": "f00d", "dtype": "float16", "hidden_size": 256,
+                "num_layers": 4, "vocab_size": 4096, "engine": "jittor", "storage": "float16",
             },
             "decoding": {
-                "greedy": True,
-                "max_new_tokens": 64,
-                "num_nodes": 64,
-                "tree_depth": 2,
-                "tree": [[0], [1], [0, 0]],
-                "cache_length": 2048,
-                "template": "vicuna",
+                "greedy": True, "max_new_tokens": 64, "num_nodes": 64, "tree_depth": 2, "tree": [[0], [1], [0, 0]],
+                "cache_length": 2048, "template": "vicuna",
             },
             "head": {"hidden_size": 256},
             "repeats": 1,
         },
         "provenance": {
-            "git_sha": "abc",
-            "git_dirty": False,
-            "command": ["bench/run.py", "--greedy"],
-            "utc": "2030-01-01T00:00:00+00:00",
-            "device": "cpu",
-            "device_name": "a processor",
-            "threads": 2,
+            "git_sha": "abc", "git_dirty": False, "command": ["bench/run.py", "--greedy"],
+            "utc": "2030-01-01T00:00:00+00:00", "device": "cpu", "device_name": "a processor", "threads": 2,
         },
         "checkpoint": {
-            "path": "runs/gated_rnn/a/checkpoint",
-            "sha256": "beef",
-            "parameters": 123,
-            "train_steps": 10,
-            "train_tokens": 1000,
-            "train_s": 1.5,
-            "seed": 0,
+            "path": "runs/gated_rnn/a/checkpoint", "sha256": "beef", "parameters": 123, "train_steps": 10,
+            "train_tokens": 1000, "train_s": 1.5, "seed": 0,
         },
         "data": {"path": "prompts/question.jsonl", "sha256": "cafe", "num_prompts": len(rows), "dropped": {}},
         "baseline": {"tokens_per_s": 2.5, "pass_s": 0.4, "total_s": 8.0, "tokens": 24},
@@ -109,7 +88,7 @@ def build_record(rows=None, **changes):
         "categories": categories,
         "per_prompt": rows,
         "head_stats": {"experts": [0.25, 0.75]},
-    }
+    }  # fmt: skip
     return json.loads(json.dumps(set_fields(Record.parse(record).model_dump(mode="json"), changes)))
 
 

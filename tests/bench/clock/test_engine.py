@@ -93,7 +93,7 @@ def test_the_memory_of_a_backbone_counts_from_before_it_was_built():
 
 def test_random_weights_made_on_the_device_give_passes_that_are_finite():
     """The shapes as a GPU builds and times them, emulated at a small size."""
-    config = small_config()
+    config, dtype = small_config(), "float16"
     with emulated_cuda():
         backbone = shapes.build_backbone("small", config, dtype)
         cache = backbone.new_cache(20)

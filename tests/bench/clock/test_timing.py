@@ -18,6 +18,8 @@ def test_functions_take_turns_and_each_round_begins_with_another():
     seconds = timing.interleave(functions, repeats=3, turn_s=0)
     assert "".join(called) == "aabbcc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    elsewhere = {"there": lambda: 2.5, "here": lambda: None}  # a function may bring its own seconds
+    assert timing.interleave(elsewhere, 1, turn_s=0)["there"] == [2.5]
 
 
 def test_short_calls_are_repeated_within_a_turn_and_long_ones_are_not(monkeypatch):
@@ -34,10 +36,6 @@ def test_short_calls_are_repeated_within_a_turn_and_long_ones_are_not(monkeypatc
     assert len(calls["short"]) == 2 + 2 * (1 + 5)  # warm-up, and per turn one that brings the caches back
     assert len(calls["long"]) == 2 + 2
     assert seconds["short"] == pytest.approx([0.01, 0.01]) and seconds["long"] == pytest.approx([1.0, 1.0])
-
-
-def test_a_function_may_bring_its_own_seconds():
-    assert timing.interleave({"there": lambda: 2.5, "here": lambda: None}, 1, turn_s=0)["there"] == [2.5]
 
 
 def test_the_spread_is_the_median_and_the_quartiles():

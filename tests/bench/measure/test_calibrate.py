@@ -7,10 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-import backbone.model
 import bench.calibrate
 import bench.measure.texts
-import bench.run
 from backbone.tokenizer import load_tokenizer
 from bench.measure.calibrate import choose, improve, interval, sample
 from bench.measure.latency import bundle, row_counts
@@ -22,16 +20,15 @@ from decoding.acceptance import RankedText, replay
 from decoding.generate import generate, generate_autoregressive
 from decoding.search import Candidate, LatencyCurve, refine
 from decoding.tree import Tree, default_tree
-from heads.checkpoint import save_checkpoint
 from heads.registry import build
 from runtime import jt
-from tests.bench.helpers import call, write_prompts
+from tests.bench.helpers import call
+from tests.bench.measure.runs import NEW_TOKENS, run
 from tests.small import small_backbone
 from trainer.data.conversations import load_conversations
 from trainer.data.splits import split_held_out
 from trainer.data.tokens import encode_conversations
 
-NEW_TOKENS = 10
 TREES = [Tree.chain(1), Tree.chain(3), Tree.from_paths([[0], [1], [1, 0]]), default_tree(12, 3)]
 
 
@@ -177,13 +174,9 @@ def test_the_interval_draws_prompts_with_all_their_turns():
     assert interval(same, list("abcdef")) == pytest.approx((same.accept_length, same.accept_length))
 
 
-def test_timed_texts_stand_for_all_by_their_length():
+def test_timed_texts_stand_for_all_by_their_length_and_trees_by_their_shape():
     texts = [GreedyText(str(n), [1], [0] * length, []) for n, length in enumerate((2, 11, 2, 91))]
     assert sample(texts, 1) == [3] and sample(texts, 12) == [1, 3] and sample(texts, 500) == [0, 1, 2, 3]
-    assert sample(texts[:1], 3) == [0]
-
-
-def test_what_is_timed():
     assert bundle(2, 2) == Tree.from_paths([[0], [1], [0, 0], [1, 0]])
     assert row_counts(64)[-3:] == [32, 48, 64] and row_counts(5) == [1, 2, 3, 4, 5] and row_counts(1) == [1]
 
@@ -192,24 +185,11 @@ def test_what_is_timed():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Prompts, the runs of an untrained head, and that head calibrated."""
-    folder = tmp_path_factory.mktemp("calibrate")
-    turns = (["Please book a table for two."], ["What films do you like?", "And music?"], ["Tell me a story."])
-    write_prompts(folder / "prompts.jsonl", turns)
-    frozen, options = backbone.model.load_backbone(None, "float16"), {"num_depths": 2, "inner_size": 16}
-    config = {
-        "head": "gated_rnn",
-        "head_config": {**options, "cell": "gated"},
-        "backbone": {"fingerprint": frozen.fingerprint, "path": None},
-        "tokenizer": {"fingerprint": load_tokenizer().fingerprint},
-        "metrics": {"tree": [[0], [1], [0, 0]]},
-    }
-    directory = folder / "runs" / "gated_rnn" / "first" / "checkpoint"
-    save_checkpoint(directory, build("gated_rnn", options, frozen), config, {})
+def calibrated(folder):
+    """The untrained head of the folder, calibrated: the file, stdout and stderr."""
     status, out, err = calibrate(folder, "--head", "gated_rnn")
     assert status == 0, err
-    return folder, directory, out, err
+    return folder / "runs" / "gated_rnn" / "first" / "checkpoint" / "calibration.json", out, err
 
 
 def calibrate(folder, *arguments):
@@ -218,21 +198,16 @@ def calibrate(folder, *arguments):
     return call(bench.calibrate.main, *given)
 
 
-def measure(folder, *arguments):
-    given = ("--runs", folder / "runs", "--prompts", folder / "prompts.jsonl", "--max-new-tokens", NEW_TOKENS)
-    return call(bench.run.main, "--greedy", *given, *arguments)
-
-
-def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(folder):
-    _, directory, out, err = folder
-    found = Calibration.read(directory / "calibration.json")
-    assert json.loads(out.splitlines()[-1]) == json.loads((directory / "calibration.json").read_text())
+def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(calibrated):
+    path, out, err = calibrated
+    found = Calibration.read(path)
+    assert json.loads(out.splitlines()[-1]) == json.loads(path.read_text())
     assert found.subject.head == "gated_rnn" and found.subject.dtype == "float16"
     assert (found.texts.prompts, found.texts.texts) == (3, 4) and found.texts.max_new_tokens == NEW_TOKENS
     assert found.loop == {"texts": 2, "repeats": 1, "agreeing": 2}
     assert found.latency.rows == [1, 2, 3, 4, 6] and len(found.latency.verify_s) == 5
-    assert found.latency.widths == [1, 4] and np.shape(found.latency.draft_s) == (2, 2)
-    assert len(found.latency.chain_s) == 2 and min(found.latency.chain_s) > 0
+    assert found.latency.widths == [1, 4] and np.shape(found.latency.draft_s) == (2, 3)
+    assert len(found.latency.chain_s) == 3 and min(found.latency.chain_s) > 0
     assert found.latency.draft_dtype == "float16"
     assert min(found.latency.verify_s) > 0 and np.min(found.latency.draft_s) > 0
     assert len(found.candidates) == 3 and found.candidates[0].tree == [] and found.candidates[0].accept_length == 1
@@ -244,35 +219,36 @@ def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(folde
     assert "no draft" in out and "(chosen)" in out and "autoregressive" in out and "written to" in err
 
 
-def test_the_accept_length_of_every_candidate_is_what_a_run_measures_and_auto_takes_the_chosen_one(folder, tmp_path):
+def test_the_accept_length_of_every_candidate_is_what_a_run_measures_and_auto_takes_the_chosen_one(
+    folder, calibrated, tmp_path
+):
     """On the calibration's own prompts the replay is exact, whatever the machine does."""
-    root, directory, _, _ = folder
-    for number, each in enumerate(Calibration.read(directory / "calibration.json").candidates):
+    found = Calibration.read(calibrated[0])
+    for number, each in enumerate(found.candidates):
         tree = tmp_path / f"{number}.tree"
         tree.write_text(json.dumps(each.tree))
-        status, _, err = measure(root, "--head", "gated_rnn", "--tree", tree, "--out", tmp_path / "out.json")
+        status, _, err = run(folder, "--head", "gated_rnn", "--tree", tree, "--out", tmp_path / "out.json")
         assert status == 0, err
         record = Record.read(tmp_path / "out.json")
         assert record.metrics.accept_length == pytest.approx(each.accept_length)
         assert record.prediction.accept_length == each.accept_length and record.prediction.same_machine
         assert "prediction gated_rnn: accept length" in err and "measured / predicted 1.00" in err
         assert "made on these very prompts" in err
-    status, _, err = measure(root, "--head", "gated_rnn", "--tree", "auto", "--out", tmp_path / "out.json")
+    status, _, err = run(folder, "--head", "gated_rnn", "--tree", "auto", "--out", tmp_path / "out.json")
     assert status == 0, err
-    chosen, record = Calibration.read(directory / "calibration.json").best, Record.read(tmp_path / "out.json")
+    chosen, record = found.best, Record.read(tmp_path / "out.json")
     assert record.config.decoding.tree == chosen.tree and record.parity.identical == 3
     assert record.prediction.tokens_per_s == chosen.measured_tokens_per_s
 
 
 def test_a_head_without_a_checkpoint_is_calibrated_under_the_runs(folder, tmp_path):
-    root, *_ = folder
     asked = ("--runs", tmp_path, "--head", "prompt_lookup")
-    status, _, err = measure(root, *asked, "--tree", "auto", "--out", tmp_path / "out.json")
+    status, _, err = run(folder, *asked, "--tree", "auto", "--out", tmp_path / "out.json")
     assert status == 2 and "run python bench/calibrate.py --head prompt_lookup" in err
-    status, _, err = calibrate(root, *asked)
+    status, _, err = calibrate(folder, *asked)
     assert status == 0, err
     assert Calibration.read(tmp_path / "prompt_lookup" / "calibration.json").subject.weights_sha256 is None
-    status, _, err = measure(root, *asked, "--tree", "auto", "--out", tmp_path / "out.json")
+    status, _, err = run(folder, *asked, "--tree", "auto", "--out", tmp_path / "out.json")
     assert status == 0 and Record.read(tmp_path / "out.json").prediction is not None, err
 
 

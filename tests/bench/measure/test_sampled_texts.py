@@ -12,7 +12,6 @@ from bench.measure.attempts import Setup
 from bench.measure.side_by_side import Measurement
 from bench.record.schema import Record
 from bench.run import main
-from bench.tables.comparison import doubts
 from bench.tables.results import load_results
 from decoding.generate import generate_autoregressive
 from decoding.options import Acceptance
@@ -105,7 +104,7 @@ def test_typical_acceptance_reports_its_distance(tmp_path):
     assert distance in err and distance in call(bench.compare.main, tmp_path / "results" / "prompt_lookup.json")[2]
 
 
-def test_a_head_that_changes_the_backbone_has_no_third_side_when_texts_are_sampled(write_result, make_row):
+def test_a_head_that_changes_the_backbone_has_no_third_side_when_texts_are_sampled(make_row):
     frozen = SimpleNamespace(config="a", dtype="float16")
     head = SimpleNamespace(decoding_backbone=SimpleNamespace(config="a", dtype="float16"))
     sampling = Acceptance("lossless", Sampler())
@@ -113,8 +112,3 @@ def test_a_head_that_changes_the_backbone_has_no_third_side_when_texts_are_sampl
     assert Setup(frozen, None, None, 8, head=head, acceptance=sampling).sides == ("baseline", "head")
     found = Measurement(rows=[make_row(identical=None)], adapts=True).adaptation({"rank": 4})
     assert found.stats == {"rank": 4} and found.greedy_agreement is found.token_agreement is None
-    path = write_result("a.json", [make_row("p0", identical=None)], adaptation=found.model_dump(), parity=None)
-    frame = load_results([path])
-    assert frame["adapted"].item() and frame["greedy_agreement"].isna().item()
-    trust, original = doubts(frame)
-    assert trust.startswith("parity was not checked") and "its speedup is over the original" in original

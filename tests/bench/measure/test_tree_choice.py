@@ -12,7 +12,7 @@ from bench.record.calibration import FILE, calibration_path
 from decoding.generate import generate, generate_autoregressive
 from decoding.options import AUTO
 from decoding.tree import Tree, default_tree
-from heads.base import Head
+from heads.registry import build
 from tests.bench.helpers import CALIBRATED_PATHS as PATHS
 from tests.small import small_backbone
 
@@ -113,32 +113,20 @@ def test_stored_paths_that_make_no_tree_are_refused(choose, stored):
 # A tree of one node --------------------------------------------------------------------------------------------------
 
 
-class IdleHead(Head):
-    """Must not be called; it needs a layer, which would cost something."""
-
-    Config, layers = SimpleNamespace, (1,)
-
-    def begin(self, features, token_ids, state=None):
-        raise AssertionError("a head with nothing to draft was begun")
-
-    step = begin
-
-
 def test_a_tree_of_one_node_runs_what_autoregressive_decoding_runs(monkeypatch):
     backbone = small_backbone()
-    head, calls, right = IdleHead(SimpleNamespace(num_depths=2), backbone), [], backbone.forward
-    head.eval()
+    head, calls, right = build("eagle3", {"num_depths": 2}, backbone), [], backbone.forward
+    head.begin = lambda *arguments: pytest.fail("a head with nothing to draft was begun")
 
     def forward(token_ids, **options):
         calls.append((np.shape(token_ids), options["layers"]))
         return right(token_ids, **options)
 
     monkeypatch.setattr(backbone, "forward", forward)
-    prompt = [5, 9, 7]
-    alone = generate_autoregressive(backbone, prompt, max_new_tokens=9)
-    expected, calls = calls, []
-    given = generate(backbone, head, prompt, Tree.autoregressive(), max_new_tokens=9)
+    alone, expected = generate_autoregressive(backbone, [5, 9, 7], max_new_tokens=9), list(calls)
+    calls.clear()
+    given = generate(backbone, head, [5, 9, 7], Tree.autoregressive(), max_new_tokens=9)
     assert given.token_ids == alone.token_ids and given.num_passes == 8 and given.timers.draft_s == 0
-    assert calls == expected and all(layers == () for _, layers in calls)
-    with pytest.raises(AssertionError, match="nothing to draft"):  # with two nodes the head is begun
-        generate(backbone, head, prompt, Tree.chain(1), max_new_tokens=9)
+    assert head.layers and calls == expected and all(layers == () for _, layers in calls)
+    with pytest.raises(pytest.fail.Exception, match="nothing to draft"):  # with two nodes the head is begun
+        generate(backbone, head, [5, 9, 7], Tree.chain(1), max_new_tokens=9)

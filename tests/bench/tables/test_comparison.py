@@ -47,19 +47,24 @@ def test_a_failed_parity_check_refuses_the_speedup_everywhere(write_result, make
     assert written["head_to_head"][0]["accept_length"] is not None
 
 
-def test_an_unchecked_parity_shows_its_speedup_with_a_warning(write_result, make_row, capsys):
-    rows = [make_row("p0", identical=None), make_row("p1", identical=None)]
-    assert main([write_result("a.json", rows, metrics__speedup=1.23)]) == 0
-    out, err = capsys.readouterr()
-    assert "1.23" in out and "not checked" in out
-    assert "parity was not checked" in err
+ADAPTATION = {"stats": {"perplexity_after": 3.5}, "greedy_agreement": 0.5, "token_agreement": 0.75}
 
 
-def test_an_interrupted_result_is_marked(write_result, capsys):
-    assert main([write_result("a.json", status="interrupted", data__num_prompts=80)]) == 0
+def test_what_makes_a_result_less_than_it_seems_is_shown_and_warned_about(write_result, make_row, tmp_path, capsys):
+    unchecked = [make_row("p0", identical=None), make_row("p1", identical=None)]
+    paths = [
+        write_result("a.json", unchecked, metrics__speedup=1.23),
+        write_result("b.json", head="mlp", status="interrupted", data__num_prompts=80),
+        write_result("c.json", head="lora", adaptation=ADAPTATION),
+    ]
+    assert main([*paths, "--json", str(tmp_path / "out.json")]) == 0
     out, err = capsys.readouterr()
-    assert "gated_rnn (interrupted)" in out and "2/80" in out
-    assert "interrupted after 2 of 80 prompts" in err
+    assert "1.23" in out and "not checked" in out and "parity was not checked" in err
+    assert "mlp (interrupted)" in out and "2/80" in out and "interrupted after 2 of 80 prompts" in err
+    (warning,) = [line for line in err.splitlines() if "changes the backbone" in line]
+    assert "c.json" in warning and "50% of its texts are the original's, 75.0% of the tokens" in warning
+    written = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [row["greedy_agreement"] for row in written] == [None, None, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -136,26 +141,9 @@ def test_what_a_head_costs_is_shown_and_null_where_unknown(write_result, tmp_pat
     unknown = write_result("b.json", head="mlp", checkpoint=None, timing__draft_s=None)
     assert main([known, unknown, "--json", str(tmp_path / "out.json")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "float16" in line]
-    cells = [cells_of(line)[-5:-1] for line in lines]
-    assert cells == [["0.0%", "0.25", "4.46", "119.5"], ["-", "-", "-", "-"]]
+    assert [cells_of(line)[-5:-1] for line in lines] == [["0.0%", "0.25", "4.46", "119.5"], ["-", "-", "-", "-"]]
     written = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [(row["parameters"], row["draft_ms"], row["train_s"]) for row in written] == [
-        (4_457_472, 0.25, 119.52),
-        (None, None, None),
-    ]
-
-
-ADAPTATION = {"stats": {"perplexity_after": 3.5}, "greedy_agreement": 0.5, "token_agreement": 0.75}
-
-
-def test_a_head_that_changes_the_backbone_is_warned_about(write_result, tmp_path, capsys):
-    paths = [write_result("a.json"), write_result("b.json", head="mlp", adaptation=ADAPTATION)]
-    assert main([*paths, "--json", str(tmp_path / "out.json")]) == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "changes the backbone" in line]
-    assert len(warnings) == 1 and "b.json" in warnings[0]
-    assert "50% of its texts are the original's, 75.0% of the tokens" in warnings[0]
-    written = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert [(row["greedy_agreement"], row["token_agreement"]) for row in written] == [(None, None), (0.5, 0.75)]
+    assert [row["draft_ms"] for row in written] == [0.25, None]
 
 
 def test_sorting_puts_the_best_first_and_the_unknown_last(write_result):
@@ -220,16 +208,14 @@ def test_numbers_are_printed_with_three_figures(value, interval, text):
     assert format_number(value, interval) == text
 
 
-SAMPLED = {"greedy": False, "accept": "lossless", "temperature": 0.7, "top_p": 0.9, "top_k": 0}
-
-
 def test_results_with_different_rules_are_warned_about(write_result, make_record, make_row):
     rows = [make_row("p0", identical=None), make_row("p1", identical=None)]
-    decoding = make_record()["config"]["decoding"]
+    sampled = {"greedy": False, "accept": "lossless", "temperature": 0.7, "top_p": 0.9, "top_k": 0}
+    sampled = {**make_record()["config"]["decoding"], **sampled}
     paths = [write_result("greedy.json")]
     for name, changes in (("a", {}), ("b", {"temperature": 1.0}), ("c", {"draft": "sampled"})):
-        changed = {**decoding, **SAMPLED, **changes}
-        paths.append(write_result(f"{name}.json", rows, head=name, parity=None, config__decoding=changed))
+        decoding = {**sampled, **changes}
+        paths.append(write_result(f"{name}.json", rows, head=name, parity=None, config__decoding=decoding))
     frame = load_results(paths)
     (sentence,) = differences(frame)
     assert sentence.startswith("acceptance differs: greedy in ")

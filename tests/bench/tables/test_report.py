@@ -26,24 +26,11 @@ def test_a_row_holds_the_numbers_of_its_file_and_names_it(write_result, tmp_path
     out = tmp_path / "pages" / "README.md"
     assert main([path, "--out", str(out)]) == 0
     header, row = rows_of(out)
-    assert dict(zip(header, row, strict=True)) == {
-        "head": "gated_rnn",
-        "backbone": "tiny-vicuna",
-        "device": "a processor",
-        "dtype": "float16",
-        "data": "prompts/question.jsonl",
-        "prompts": "2",
-        "nodes": "64",
-        "accept length [95%]": "3.00 [2.50, 3.50]",
-        "tokens/s": "123.5",
-        "speedup [95%]": "1.93 [1.81, 2.04]",
-        "overhead": "1.31",
-        "draft share": "25.0%",
-        "draft ms": "156.2",
-        "parameters [M]": "0.000123",
-        "parity": "2/2",
-        "file": "[a.json](../a.json)",
-    }
+    assert header[7:10] == ["accept length [95%]", "tokens/s", "speedup [95%]"]
+    assert row == [
+        "gated_rnn", "tiny-vicuna", "a processor", "float16", "prompts/question.jsonl", "2", "64", "3.00 [2.50, 3.50]",
+        "123.5", "1.93 [1.81, 2.04]", "1.31", "25.0%", "156.2", "0.000123", "2/2", "[a.json](../a.json)",
+    ]  # fmt: skip
 
 
 def test_refused_and_interrupted_results_say_so_in_the_language_of_the_page(write_result, make_row, tmp_path):

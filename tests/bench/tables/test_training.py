@@ -7,7 +7,7 @@ import pytest
 
 import bench.compare
 from bench.record.schema import Record
-from bench.tables.training import describe_prediction, read_train_records
+from bench.tables.training import describe_prediction
 from tests.bench.helpers import cells_of, status_of
 from trainer.config import TrainConfig
 from trainer.report.record import make_record
@@ -82,10 +82,18 @@ def test_a_missed_promise_is_reported_with_both_trees(write_result, write_train_
     )
 
 
-def test_a_calibrated_result_needs_no_train_record(write_result, write_train_record, capsys):
-    path = write_result("a.json", prediction=PREDICTION)
-    assert main([path]) == 0
-    assert cells(capsys.readouterr().out, "gated_rnn")[-3:] == ["10", "3.10", "0.97"]
+def test_a_result_with_a_prediction_or_a_scored_checkpoint_needs_no_train_record(
+    write_result, write_train_record, capsys
+):
+    path, scored = write_result("a.json", prediction=PREDICTION), {"checkpoint__expected_accept_length": 2.9}
+    paths = [
+        write_result(f"{nodes}.json", head=head, **scored, checkpoint__tree_nodes=nodes)
+        for head, nodes in (("moe", 64), ("mlp", 16))  # decoded with 64: of that the second one promised nothing
+    ]
+    assert main([path, *paths]) == 0
+    out = capsys.readouterr().out
+    assert cells(out, "gated_rnn")[-3:] == ["10", "3.10", "0.97"]
+    assert cells(out, "moe")[-3:] == ["10", "2.90", "1.03"] and cells(out, "mlp")[-3:] == ["-", "-", "-"]
     assert main([path, write_train_record("train.json", 2.9)]) == 0
     assert cells(capsys.readouterr().out, "gated_rnn")[-3:] == ["1,500", "2.90", "1.03"]
 
@@ -113,22 +121,6 @@ def test_train_records_alone_broken_ones_and_overwriting_one_are_refused(
     ):
         assert main(words) == 2
         assert complaint in capsys.readouterr().err
-
-
-def test_files_that_are_no_train_records_are_left_to_others(write_result, tmp_path):
-    (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "broken.json").write_text("{")
-    paths = [write_result("a.json"), str(tmp_path / "list.json"), str(tmp_path / "broken.json"), "nowhere.json"]
-    assert read_train_records(paths) == (paths, [])
-
-
-def test_a_result_holds_the_promise_of_its_checkpoint(write_result, capsys):
-    own = {"checkpoint__expected_accept_length": 2.9, "checkpoint__tree_nodes": 64}
-    other = {**own, "head": "mlp", "checkpoint__tree_nodes": 16}  # decoded with 64: nothing was promised of that
-    assert main([write_result("a.json", **own), write_result("b.json", **other)]) == 0
-    out, _ = capsys.readouterr()
-    assert cells(out, "gated_rnn")[-3:] == ["10", "2.90", "1.03"]
-    assert cells(out, "mlp")[-3:] == ["-", "-", "-"]
 
 
 def test_predictions_are_set_beside_what_was_measured(make_record):
