@@ -15,24 +15,11 @@ from tests.bench.helpers import CALIBRATED_PATHS, set_fields
 def build_row(prompt_id="p0", **changes):
     """A row of depth 2: 10 tokens in 4 passes and 2 s against 10 passes and 4 s; accept length 2.5, speedup 2."""
     fields = {
-        "prompt_id": prompt_id,
-        "category": "writing",
-        "turns": 1,
-        "prompt_tokens": 7,
-        "tokens": 10,
-        "passes": 4,
-        "accepted_by_depth": [4, 2],
-        "reached_by_depth": [4, 4],
-        "accept_length": 2.5,
-        "time_s": 2.0,
-        "baseline_tokens": 10,
-        "baseline_passes": 10,
-        "baseline_time_s": 4.0,
-        "draft_s": 0.5,
-        "verify_s": 1.0,
-        "identical": True,
-        "finish_reason": "stop",
-    }
+        "prompt_id": prompt_id, "category": "writing", "turns": 1, "prompt_tokens": 7, "tokens": 10, "passes": 4,
+        "accepted_by_depth": [4, 2], "reached_by_depth": [4, 4], "accept_length": 2.5, "time_s": 2.0,
+        "baseline_tokens": 10, "baseline_passes": 10, "baseline_time_s": 4.0, "draft_s": 0.5, "verify_s": 1.0,
+        "identical": True, "finish_reason": "stop",
+    }  # fmt: skip
     return PromptRow(**{**fields, **changes})
 
 

@@ -13,7 +13,6 @@ from bench.clock import machine, passes, shapes
 from bench.clock.footprint import describe_memory, pass_calls
 from bench.clock.passes import (
     Work,
-    bounded,
     cache_rows,
     describe_host,
     fill,
@@ -25,12 +24,6 @@ from bench.record.engine import EngineRecord
 from ops.kernel import emulated_cuda
 from runtime.entry import run_entry
 from tests.small import small_config
-
-
-def test_shares_of_the_worked_example():
-    time = {"ms": 100.0, "ms_low": 90.0, "ms_high": 110.0}
-    found = bounded(4, time, flops=10**9, moved=2 * 10**9, read_gb_s=40.0, peak_gflop_s=100.0)
-    assert found["bandwidth_share"] == pytest.approx(0.5) and found["peak_share"] == pytest.approx(0.1)
 
 
 def test_a_filled_cache_has_keys_in_every_row_and_padding_stays_zero():

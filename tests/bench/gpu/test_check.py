@@ -303,13 +303,9 @@ def test_a_card_is_described_by_its_tools(monkeypatch):
         return SimpleNamespace(stdout=answers[words[0]])
 
     monkeypatch.setattr(check.subprocess, "run", answer)
-    found = check.describe_gpu()
-    assert found == {
-        "gpu": "NVIDIA H100 80GB HBM3",
-        "driver": "580.95",
-        "gpu_memory_bytes": 81559 << 20,
-        "nvcc": "13.0, V13.0.88",
-    }
+    assert check.describe_gpu() == {
+        "gpu": "NVIDIA H100 80GB HBM3", "driver": "580.95", "gpu_memory_bytes": 81559 << 20, "nvcc": "13.0, V13.0.88",
+    }  # fmt: skip
     answers.clear()
     assert set(check.describe_gpu().values()) == {None}
 

@@ -107,13 +107,6 @@ def test_one_node_decodes_without_the_head(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
 
 
-def test_a_checkpoint_with_fewer_paths_than_asked_for_is_noted(folder, tmp_path):
-    status, _, err = run(folder, "--head", "gated_rnn", "--nodes", 9, "--num-prompts", 1, "--out-dir", tmp_path)
-    assert status == 0 and "6 nodes instead of 9" in err
-    assert [path.name for path in tmp_path.iterdir()] == ["gated_rnn.json"]  # no baseline: not all prompts
-    assert Record.read(tmp_path / "gated_rnn.json").config.decoding.num_nodes == 6
-
-
 def test_a_wrong_verification_is_seen_and_its_speedup_refused(folder, tmp_path, monkeypatch):
     right = decoding.rules.verify_greedy
 

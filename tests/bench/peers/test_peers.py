@@ -72,12 +72,6 @@ def test_a_step_runs_one_row_after_the_context_again_and_again(monkeypatch):
     assert (call() != call()).any()  # the control: a cache that grows shows
 
 
-def test_a_model_that_does_not_fit_is_not_tried():
-    config = SHAPES["1.1b"]
-    assert torch_llama.fits(config, "float32", 5 * 10**9) and not torch_llama.fits(config, "float32", 4 * 10**9)
-    assert torch_llama.fits(config, "bfloat16", 4 * 10**9)
-
-
 @pytest.mark.parametrize("trial_ms", [2000.0, 200.0])
 def test_both_engines_stand_in_the_file_and_a_busy_machine_is_doubted(monkeypatch, tmp_path, trial_ms):
     monkeypatch.setitem(SHAPES, "small", small_config())
@@ -101,11 +95,15 @@ def test_both_engines_stand_in_the_file_and_a_busy_machine_is_doubted(monkeypatc
     assert len(doubts) == (trial_ms < 2000)
 
 
-def test_without_torch_there_is_a_note_and_no_figure(monkeypatch):
+def test_where_torch_or_the_memory_is_missing_there_is_a_note_and_no_figure(monkeypatch):
+    small, large, notes = small_config(), SHAPES["1.1b"], []
+    assert torch_llama.fits(large, "float32", 5 * 10**9) and not torch_llama.fits(large, "float32", 4 * 10**9)
+    assert torch_llama.fits(large, "bfloat16", 4 * 10**9)
+    monkeypatch.setattr(torch_llama, "available_memory", lambda: 0)
+    assert torch_llama.find_peer("small", small, None, 4, 5, 1, notes) is None
+    assert "small: no memory for transformers in float16" in notes
     monkeypatch.setattr(torch_llama.importlib.util, "find_spec", lambda name: None)
-    notes = []
-    assert torch_llama.find_peer("small", small_config(), None, 4, 5, 1, notes) is None
-    assert notes == [torch_llama.MISSING]
+    assert torch_llama.find_peer("small", small, None, 4, 5, 1, notes) is None and notes[-1] == torch_llama.MISSING
 
 
 def test_the_text_of_transformers_is_ours():

@@ -95,23 +95,16 @@ def test_options_tell_the_variants_of_a_head_apart(write_run):
         find_group(groups, "meo")
 
 
-def test_runs_are_partners_by_seed(write_run):
+def test_runs_are_partners_by_seed_and_a_head_with_nothing_to_train_is_the_partner_of_every_seed(write_run):
     mlp = [write_run("mlp", seed) for seed in (2, 0, 1)]
-    moe = [write_run("moe", seed) for seed in (1, 5, 2)]
-    first, second = group_runs(read(*mlp, *moe))
+    first, second = group_runs(read(*mlp, *(write_run("moe", seed) for seed in (1, 5, 2))))
     pairs = partners(first, second)
     assert pairs["seed"].tolist() == [1, 2] and all("moe" in path for path in pairs["path_reference"])
-
-
-def test_a_head_with_nothing_to_train_is_the_partner_of_every_seed(write_run):
-    for changes in ({"checkpoint": None}, {"checkpoint__parameters": 0}):
-        seeds = (0, 1) if "checkpoint__parameters" in changes else (None,)
-        paths = [write_run("mlp", seed) for seed in (3, 4)]
-        paths += [write_run("lookup", seed, **changes) for seed in seeds]
-        trained, floor = group_runs(read(*paths))
+    for seeds, changes in ((None,), {"checkpoint": None}), ((0, 1), {"checkpoint__parameters": 0}):
+        trained, floor = group_runs(read(*mlp, *(write_run("lookup", seed, **changes) for seed in seeds)))
         assert (trained.trained, floor.trained) == (True, False)
-        assert partners(trained, floor)["seed"].tolist() == [3, 4]
-        assert partners(floor, trained)["seed_reference"].tolist() == [3, 4]
+        assert partners(trained, floor)["seed"].tolist() == [0, 1, 2]
+        assert partners(floor, trained)["seed_reference"].tolist() == [0, 1, 2]
 
 
 def test_two_single_runs_are_compared_whatever_their_seeds(write_run, capsys):
