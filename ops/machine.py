@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ops.kernel import launch, on_cpu
+from runtime.types import Var
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
