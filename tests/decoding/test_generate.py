@@ -118,12 +118,6 @@ def test_one_new_token_needs_no_pass(backbone, case):
         assert result.finish_reason == "length"
 
 
-def test_a_one_token_prompt(backbone, case):
-    head, prompt, continuation = case("sequential-all", 0)
-    assert len(prompt) == 1
-    assert generate(backbone, head, prompt, CHAIN, max_new_tokens=11).token_ids == continuation[:11]
-
-
 def test_a_stop_token_inside_an_accepted_path_ends_the_text(backbone, case):
     for number in range(12):
         head, prompt, continuation = case("sequential-all", number)
