@@ -17,7 +17,7 @@ from trainer.config import parse
 
 
 def list_heads() -> None:
-    """One line per head: its name, how it drafts, and what it says of itself, or why it cannot be used."""
+    """Print one line per head: its name, how it drafts, and its summary, or why it cannot be used."""
     for name in available():
         try:
             head = head_class(name)
@@ -29,14 +29,14 @@ def list_heads() -> None:
 
 
 def main(arguments) -> int:
-    """The command line. Returns 0, or 130 when Ctrl-C ended the run early (its best checkpoint is kept)."""
+    """The command line. Returns 0, or 130 when Ctrl-C ended the run early (its best checkpoint is saved)."""
     config = parse(arguments)
     if config is None:
         list_heads()
         return 0
     from trainer.data.splits import load_splits
 
-    splits = load_splits(config)  # mistakes in the text come before Jittor compiles anything
+    splits = load_splits(config)  # mistakes in the text are reported before Jittor compiles anything
 
     import runtime
     from trainer.dry_run.run import dry_run
@@ -48,7 +48,7 @@ def main(arguments) -> int:
     outcome = train(config, setting=setting)
     result = outcome.result
     summary_line = {
-        "status": "interrupted; best kept, --resume goes on" if result.interrupted else "done",
+        "status": "interrupted; best checkpoint saved, --resume continues" if result.interrupted else "done",
         "checkpoint": str(outcome.out / CHECKPOINT),
         "expected_accept_length": round(result.best.expected_accept_length, 4),
         "tree_nodes": config.tree_nodes,

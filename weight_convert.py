@@ -1,11 +1,11 @@
-"""Convert a backbone or a draft head from one format to another, without loss and without guessing.
+"""Convert a backbone or a draft head from one format to another, without loss.
 
 python weight_convert.py SOURCE --to safetensors --out DIR
 python weight_convert.py llama-2-7b --to jittor-pkl --out llama.pkl --dtype float16 --verify
 python weight_convert.py --list
 
-What SOURCE is follows from its files. The result appears whole or not at all; notes go to stderr, the last line of
-stdout is JSON. Exit status: 0, 1 when --verify found a difference above the tolerance, 2 for a mistake.
+The format of SOURCE follows from its files. The result appears complete or not at all; notes go to stderr, the last
+line of stdout is JSON. Exit status: 0, 1 if --verify found a difference above the tolerance, 2 for a mistake.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def head_formats() -> dict[str, str]:
 def build_parser() -> Parser:
     """The options of this entry."""
     parser = Parser(prog="weight_convert.py", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a folder or a file; its format is recognised")
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a folder or a file; its format is recognized")
     parser.add_argument("--to", metavar="FORMAT", help="the format to write; --list prints all")
     parser.add_argument("--out", metavar="PATH", help="where to write: a folder, or a file for formats of one file")
     parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="read SOURCE as this format")
@@ -48,20 +48,20 @@ def build_parser() -> Parser:
         "--shard-size",
         default="5GB",
         metavar="SIZE",
-        help="largest weight file, 500MB or 2GiB say (default: %(default)s)",
+        help="largest weight file, such as 500MB or 2GiB (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote to --out")
     parser.add_argument("--verify", action="store_true", help="compare every tensor and the logits of both sides")
     parser.add_argument(
         "--tolerance", type=float, metavar="T",
-        help="largest difference that --verify allows, as a part of the largest magnitude of a tensor or of the logits "
-        "(default: 0 where types are equal, else the rounding of the narrower type)",
+        help="largest difference that --verify allows, relative to the largest magnitude of a tensor or of the logits "
+        "(default: 0 if types are equal, else the rounding of the narrower type)",
     )  # fmt: skip
     parser.add_argument(
         "--backbone", metavar="DIR", help="the backbone that a head belongs to (default: the embedded one)"
     )
     parser.add_argument(
-        "--merge", action="store_true", help="write whole language-model heads where a head has none or low-rank ones"
+        "--merge", action="store_true", help="write complete language-model heads for a head with none or low-rank ones"
     )
     parser.add_argument("--list", action="store_true", help="print every format and leave")
     return parser
@@ -92,12 +92,12 @@ def list_formats() -> None:
 
 
 def note(text: str) -> None:
-    """A line for the person at the terminal."""
+    """A line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def is_backbone(source: str, source_format: str | None) -> bool:
-    """Whether SOURCE is a backbone: as --from says, or from its files where that leaves both open."""
+    """Whether SOURCE is a backbone: by --from, or by its files if --from allows both."""
     if source_format is not None:
         kinds = [source_format in formats for formats in (FORMATS, head_formats())]
         if not any(kinds):

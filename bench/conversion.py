@@ -1,169 +1,44 @@
-"""What converting a large backbone takes: seconds and peak memory of each step, in a process of its own.
+"""What converting a large backbone takes: seconds and peak memory of each step, in a separate process.
 
     python bench/conversion.py --scratch DIR --size 2GB --out results/conversion.json
 
 Makes a random Llama in sharded pytorch_model files and converts it to safetensors, to Meta's format and to a .pkl, each
-from the one before; in the end every bit is compared with the first. Needs twice the size in DIR, where nothing stays.
-Peak memory is the resident set's (ru_maxrss), pages of mapped files included. The last line of stdout is the JSON.
+from the one before; at the end every bit is compared with the first. Needs twice the size in DIR, and leaves nothing
+there. Peak memory is the resident set's (ru_maxrss), pages of mapped files included. The last line of stdout is the
+JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-
-import runtime
-from backbone.config import CONFIG, BackboneConfig, parse_config
-from backbone.files.layout import BIN, META, PICKLE, SAFETENSORS, SINGLE
-from backbone.files.lazy import LazyTensor
-from backbone.files.meta import feed_forward_size
-from backbone.formats import open_source
-from backbone.formats.containers import write_torch
-from backbone.formats.shards import parse_size, plan_shards
-from backbone.weights import expected_shapes
-from bench.record.schema import check_writable, write_atomically
+from bench.clock.conversion import measure
+from bench.record.files import publish
+from runtime.atomic import check_writable
 from runtime.entry import Parser, run_entry
-
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = (SAFETENSORS, META, PICKLE)
-# (bytes from which on, hidden_size, vocab_size): as wide as a 7B, as a 1B, and narrow.
-WIDTHS = ((4_000_000_000, 4096, 32000), (400_000_000, 2048, 32000), (0, 256, 4096))
-HEAD_DIM, HEADS_PER_KEY = 64, 4
-# A process begins with the peak of the one that started it: this one starts small.
-LAUNCHER = """
-import json, resource, subprocess, sys, time
-begin = time.monotonic()
-status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
-print(json.dumps([status, time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
-"""
-
-
-def model_config(size: int) -> dict:
-    """config.json of a float16 Llama of about ``size`` bytes: its depth follows from it, two layers at least."""
-    hidden, vocab = next((hidden, vocab) for least, hidden, vocab in WIDTHS if size >= least)
-    heads = hidden // HEAD_DIM
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": feed_forward_size(hidden, 256, None),
-        "num_hidden_layers": 1,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // HEADS_PER_KEY,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "max_position_embeddings": 4096,
-        "torch_dtype": "float16",
-    }
-    shapes = expected_shapes(parse_config(config))
-    layer = sum(2 * np.prod(shape) for name, shape in shapes.items() if ".layers." in name)
-    rest = sum(2 * np.prod(shape) for name, shape in shapes.items() if ".layers." not in name)
-    return config | {"num_hidden_layers": max(2, round((size - rest) / layer))}
-
-
-def random_tensor(seed: int, shape: tuple[int, ...]) -> LazyTensor:
-    """float16 numbers that are drawn when they are asked for."""
-    generator = np.random.default_rng(seed)
-
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        drawn = generator.standard_normal((stop - start, *shape[1:]), dtype=np.float32)
-        return (drawn * np.float32(0.02)).astype(np.float16)
-
-    return LazyTensor(np.dtype(np.float16), shape, read_rows)
-
-
-def make_model(folder: Path, raw: dict, shard_size: int) -> None:
-    """The random model as sharded pytorch_model files."""
-    folder.mkdir()
-    config: BackboneConfig = parse_config(raw)
-    shapes = expected_shapes(config).items()
-    tensors = {name: random_tensor(seed, shape) for seed, (name, shape) in enumerate(shapes)}
-    plan = plan_shards(tensors, SINGLE[BIN], shard_size)
-    for file, names in plan.items():
-        write_torch(folder / file, {name: tensors[name] for name in names})
-    weight_map = {name: file for file, names in plan.items() for name in names}
-    (folder / f"{SINGLE[BIN]}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / CONFIG).write_text(json.dumps(raw))
-
-
-def digest(path: Path) -> str:
-    """sha256 over every tensor's bits, by name."""
-    total = hashlib.sha256()
-    for name, tensor in open_source(path).tensors.items():
-        total.update(name.encode())
-        for block in tensor.blocks():
-            total.update(block.reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
-
-
-def convert_in_child(source: Path, to: str, out: Path, shard_size: str) -> dict:
-    """One conversion by the entry in a process of its own. Raises ValueError when it fails."""
-    words = ["weight_convert.py", source, "--to", to, "--out", out, "--shard-size", shard_size]
-    command = [sys.executable, "-S", "-c", LAUNCHER, sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    status, seconds, kilobytes = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (-1, 0, 0)
-    if status:
-        raise ValueError(f"converting to {to} ended with status {status}; the reason stands above")
-    return {"to": to, "seconds": round(seconds, 2), "peak_bytes": kilobytes * 1024}
-
-
-def measure(options: argparse.Namespace) -> dict:
-    """The whole run, JSON-ready."""
-    raw = model_config(parse_size(options.size))
-    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="conversion-") as scratch:
-        source, steps = Path(scratch) / BIN, []
-        make_model(source, raw, parse_size(options.shard_size))
-        size = sum(tensor.nbytes for tensor in open_source(source).tensors.values())
-        before = digest(source)
-        for to in STEPS:
-            out = Path(scratch) / (f"{to}.pkl" if to == PICKLE else to)
-            steps.append({"from": open_source(source).layout, **convert_in_child(source, to, out, options.shard_size)})
-            print(f"{steps[-1]}", file=sys.stderr, flush=True)
-            shutil.rmtree(source)
-            source = out
-        identical = digest(source) == before
-    return {
-        "schema_version": 1,
-        "kind": "conversion",
-        "model_bytes": size,
-        "layers": raw["num_hidden_layers"],
-        "shard_size": options.shard_size,
-        "steps": steps,
-        "identical": identical,
-        "provenance": runtime.provenance(0),
-    }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns 0, or 1 when a bit was lost."""
-    parser = Parser(prog="bench/conversion.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--scratch", required=True, metavar="DIR", help="an existing folder on the disk to measure")
-    parser.add_argument("--size", default="2GB", help="of the model's weights (default: %(default)s)")
-    parser.add_argument("--shard-size", default="500MB", metavar="SIZE", help="of a weight file (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="write the JSON here too")
+    """The command line. Returns 0, or 1 if a bit was lost."""
+    parser = Parser(prog="bench/conversion.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--scratch", required=True, metavar="DIR", help="an existing folder on the disk to measure")
+    add("--size", default="2GB", help="of the model's weights (default: %(default)s)")
+    add("--shard-size", default="500MB", metavar="SIZE", help="of a weight file (default: %(default)s)")
+    add("--out", metavar="FILE", help="write the JSON here too")
     options = parser.parse_args(arguments)
     if not Path(options.scratch).is_dir():
         raise ValueError(f"--scratch {options.scratch} is not a folder; name an existing one")
     if options.out:
         check_writable(options.out)
-    record = json.dumps(measure(options))
-    if options.out:
-        write_atomically(options.out, record + "\n")
-    print(record)
-    return 0 if json.loads(record)["identical"] else 1
+    record = measure(options.scratch, options.size, options.shard_size)
+    publish(record, options.out)
+    return 0 if record["identical"] else 1
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Corpora that the backbone writes itself. Door: `write.py`, run by `python -m corpus`."""
+"""Corpora that the backbone generates. Door: `write.py`, run by `python -m corpus`."""

@@ -1,9 +1,9 @@
-"""An unfinished corpus on disk, so that a run that was broken off goes on where it was.
+"""An unfinished corpus on disk, so that an interrupted run can be resumed.
 
-While FILE is written, FILE.partial/ lies beside it: ``begun.json`` says what decides the corpus, ``talks.jsonl`` has a
-line for each conversation that is over, kept or not, in order. A run that is killed loses the conversations in flight
-alone. They depend on the seed and their index, so they are simply begun again, and the finished file is that of a run
-that was never broken off.
+While FILE is being written, FILE.partial/ is beside it: ``begun.json`` holds what decides the corpus, ``talks.jsonl`` a
+line for each conversation that is over, accepted or not, in order. A killed run loses only the conversations in
+progress. They depend on the seed and their index, so they are generated again, and the finished file is that of an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,60 +18,50 @@ from typing import Any
 
 import numpy as np
 
-from corpus.dialogue import Prompt, Talk
+from corpus.dialogue import Dialogue
+from corpus.prompts import Prompt
+from runtime.atomic import atomic_file, check_writable, write_file
+from runtime.records import read_json
 
 BEGUN, TALKS = "begun.json", "talks.jsonl"
-# Of a conversation that is over; the rest of a Talk serves while it is written.
+# Stored of a conversation that is over; the other fields serve while it is generated.
 STORED = ("index", "category", "greedy", "num_tokens", "loops", "dropped", "messages")
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the unfinished corpus lies."""
+    """The folder of the unfinished corpus."""
     return out.with_name(f"{out.name}.partial")
 
 
-def check_writable(out: Path) -> None:
-    """Raises ValueError when ``out`` cannot be written. Leaves nothing behind."""
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a directory; expected a file, such as {out / 'corpus.jsonl.gz'}")
-    folder = partial_folder(out)
-    if folder.is_dir():
-        return
-    try:
-        folder.mkdir()
-        folder.rmdir()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
-
-
 def check_begun(out: Path, terms: dict[str, Any]) -> None:
-    """Raises ValueError when an unfinished ``out`` was begun on other terms, naming those that differ.
+    """Raises ValueError when an unfinished ``out`` was begun with other terms, naming those that differ.
 
-    terms: what decides the corpus, JSON-ready, by the option that sets it; a part of it is enough.
+    terms: some or all of what decides the corpus, JSON-ready, by the option that sets it.
     """
     path = partial_folder(out) / BEGUN
     if not path.exists():
         return
     try:
-        begun = json.loads(path.read_text())
+        begun = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to begin anew") from error
+        raise ValueError(f"{error}; delete {path.parent} to start over") from error
     differing = [f"{name}: {begun.get(name)}, now {value}" for name, value in terms.items() if begun.get(name) != value]
     if differing:
         raise ValueError(
-            f"{path.parent} was begun on other terms: {'; '.join(differing)}; repeat the command that began it to go "
-            "on, or delete the folder to begin anew"
+            f"{path.parent} was begun with other options: {'; '.join(differing)}; repeat the original command to "
+            "resume it, or delete the folder to start over"
         )
 
 
 class Journal:
-    """The conversations that are over. ``count``: how many of them; ``folder``: where they lie.
+    """The conversations that are over. ``count``: how many; ``folder``: where they are stored.
 
-    As a context it ends with the folder closed, or gone if it holds no conversation. One process at a time has it.
+    Leaving the context closes the folder, and removes it if it holds no conversation. One process can open it at a
+    time.
     """
 
     def __init__(self, out: Path, terms: dict[str, Any]):
-        """Begin ``out``, or go on with it. Raises ValueError when it cannot be written, when it was begun on other
+        """Begin or resume ``out``. Raises OSError when it cannot be written, ValueError when it was begun with other
         terms (see ``check_begun``) and while another process writes it."""
         check_writable(out)
         self.folder = partial_folder(out)
@@ -84,7 +73,7 @@ class Journal:
             check_begun(out, terms)
             if not (self.folder / BEGUN).exists():
                 self._file.truncate(0)
-                replace_text(self.folder / BEGUN, json.dumps(terms, indent=2) + "\n")
+                write_file(self.folder / BEGUN, json.dumps(terms, indent=2) + "\n")
             self.count = self._recover()
         except BaseException:
             self._file.close()
@@ -100,14 +89,14 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that ends, however it does, lets go
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except BlockingIOError as error:
             raise ValueError(
                 f"another process is writing {self.folder}; wait for it or choose another --out"
             ) from error
 
     def _recover(self) -> int:
-        """Cut off a last line that was not written whole; returns the number of lines."""
+        """Cut off an incomplete last line; returns the number of lines."""
         count = end = 0
         with open(self._path, "rb") as file:
             for line in file:
@@ -117,54 +106,44 @@ class Journal:
         self._file.truncate(end)
         return count
 
-    def append(self, talk: Talk) -> None:
-        """Note a conversation; when this returns, no end of the process can take it back."""
-        assert talk.index == self.count, (talk.index, self.count)
-        line = json.dumps({name: getattr(talk, name) for name in STORED}, ensure_ascii=False) + "\n"
-        left = line.encode()
-        while left:
-            left = left[self._file.write(left) :]
+    def append(self, dialogue: Dialogue) -> None:
+        """Store a conversation; once this returns, killing the process does not lose it."""
+        assert dialogue.index == self.count, (dialogue.index, self.count)
+        line = json.dumps({name: getattr(dialogue, name) for name in STORED}, ensure_ascii=False) + "\n"
+        rest = line.encode()
+        while rest:
+            rest = rest[self._file.write(rest) :]
         self.count += 1
 
-    def talks(self, prompts: list[Prompt] | None) -> Iterator[Talk]:
-        """The conversations as they were when they were over. Raises ValueError for a damaged file."""
+    def dialogues(self, prompts: list[Prompt] | None) -> Iterator[Dialogue]:
+        """The stored conversations, as they were when they ended. Raises ValueError for a damaged file."""
         with open(self._path, "rb") as file:
             for index in range(self.count):
                 try:
                     stored = json.loads(next(file))
                     if stored["index"] != index:
-                        raise ValueError(f"conversation {stored['index']} stands there")
-                    talk = Talk(uniforms=np.zeros(0), **{name: stored[name] for name in STORED})
+                        raise ValueError(f"it holds conversation {stored['index']}")
+                    dialogue = Dialogue(uniforms=np.zeros(0), **{name: stored[name] for name in STORED})
                 except (ValueError, KeyError, TypeError, StopIteration) as error:
                     raise ValueError(
-                        f"{self._path} line {index + 1} is damaged ({error}); delete {self.folder} to begin anew"
+                        f"{self._path} line {index + 1} is damaged ({error}); delete {self.folder} to start over"
                     ) from error
-                talk.questions = prompts[index].turns if prompts is not None else None
-                yield talk
+                dialogue.questions = prompts[index].turns if prompts is not None else None
+                yield dialogue
 
     def finish(self, out: Path, records: Iterable[dict[str, Any]]) -> None:
-        """Write the records to ``out``, whole or not at all."""
-        write_lines(self.folder / "finished", records, zipped=out.suffix == ".gz")
-        os.replace(self.folder / "finished", out)
+        """Write the records to ``out``, atomically, one a line.
+
+        The bytes depend on the records only: gzip stores no time and no name.
+        """
+        with atomic_file(out) as partial, open(partial, "wb") as raw:
+            file = gzip.GzipFile("", "wb", 9, raw, mtime=0) if out.suffix == ".gz" else raw
+            for record in records:
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+            if file is not raw:
+                file.close()
 
     def discard(self) -> None:
-        """Delete the folder: the corpus is finished, or will never be."""
+        """Delete the folder: the corpus is finished, or cannot be finished."""
         shutil.rmtree(self.folder)
         self.count = 0
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]], zipped: bool) -> None:
-    """One record a line. The bytes depend on the records alone: gzip stores no time and no name."""
-    with open(path, "wb") as raw:
-        file = gzip.GzipFile("", "wb", 9, raw, mtime=0) if zipped else raw
-        for record in records:
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        if zipped:
-            file.close()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.new")
-    partial.write_text(text)
-    os.replace(partial, path)

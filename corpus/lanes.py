@@ -1,4 +1,4 @@
-"""Many conversations in one pass of the backbone: each has a lane, its own stretch of the cache."""
+"""Generates many conversations at once: one backbone pass serves all, each in a lane of the cache."""
 
 from __future__ import annotations
 
@@ -7,50 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corpus.dialogue import DECIDE, Talk, Writer
+from corpus.dialogue import DECIDE, Dialogue, Writer
+from corpus.options import NUM_CANDIDATES
+from decoding.sampling import Sampler, draw, softmax
 from runtime.interrupt import check_interrupt
 
-# Jittor is loaded where it is used: a mistyped option is answered at once.
+# Jittor is loaded where it is used: a mistyped option is reported at once.
 if TYPE_CHECKING:
     from backbone.model import Backbone
-    from ops.row_plan import RowPlan
-
-# Sampling looks at this many candidates: enough for top-p 0.95 at temperature 0.8 in nearly every row, and cheap.
-NUM_CANDIDATES = 64
-
-
-def lane_plan(lanes: np.ndarray, fed: np.ndarray, counts: np.ndarray, capacity: int) -> RowPlan:
-    """New rows for several sequences in one cache, each in its own stretch of ``capacity`` slots.
-
-    Worked example with capacity 10: lanes [0, 2], fed [3, 0], counts [1, 2] give slots [3, 20, 21], positions
-    [3, 0, 1], starts [0, 20, 20] and contiguous [4, 1, 2].
-    """
-    from ops.row_plan import RowPlan
-
-    rows = np.arange(counts.sum())
-    positions = rows - np.repeat(np.cumsum(counts) - counts - fed, counts)
-    starts = np.repeat(lanes * capacity, counts)
-    plan = RowPlan.__new__(RowPlan)
-    plan._build(positions, starts + positions, starts, positions + 1, [[]] * len(rows))
-    return plan
-
-
-def sample(values: np.ndarray, temperatures: np.ndarray, top_p: float, uniforms: np.ndarray) -> np.ndarray:
-    """A column for each row: the first where the temperature is 0, else drawn from the smallest set of columns that
-    holds ``top_p`` of the probability. values: (rows, columns), descending. Returns (rows,) int64.
-
-    A row's result does not depend on the other rows.
-    """
-    columns = np.zeros(len(values), np.int64)
-    drawn = np.flatnonzero(temperatures > 0)
-    if len(drawn):
-        scores = values[drawn].astype(np.float64)
-        p = np.exp((scores - scores[:, :1]) / temperatures[drawn, None])
-        p /= p.sum(1, keepdims=True)
-        p = np.where(p.cumsum(1) - p < top_p, p, 0.0)
-        edges = p.cumsum(1)
-        columns[drawn] = (edges <= uniforms[drawn, None] * edges[:, -1:]).sum(1)
-    return columns
 
 
 class Batch:
@@ -58,73 +22,88 @@ class Batch:
 
     def __init__(self, backbone: Backbone, writer: Writer, num_lanes: int):
         """Raises ValueError for conversations longer than the backbone's positions."""
-        from backbone.cache import KVCache
+        from backbone.cache import BatchCache
 
-        self.backbone, self.writer, self.num_lanes, self.generated = backbone, writer, num_lanes, 0
         options = writer.options
         if options.max_length > backbone.config.max_positions:
             raise ValueError(
                 f"--max-length is {options.max_length}, the backbone has {backbone.config.max_positions} positions"
             )
-        self.capacity = options.max_length
-        # One stretch of slots per lane: more slots than positions, which is why new_cache does not serve here.
-        self.cache = KVCache(backbone.config, num_lanes * self.capacity, backbone.dtype)
+        self.backbone, self.writer, self.num_lanes, self.generated = backbone, writer, num_lanes, 0
+        self.samplers = {t: Sampler(t, options.top_p) for t in (options.temperature_user, options.temperature) if t}
+        self.cache = BatchCache(backbone.config, num_lanes, options.max_length, backbone.dtype)
 
-    def run(self, talks: Iterator[Talk], first: int = 0) -> Iterator[Talk]:
-        """Each conversation once it is over, in the order of their indices, which count up from ``first``.
+    def run(self, dialogues: Iterator[Dialogue], first: int = 0) -> Iterator[Dialogue]:
+        """Yield each conversation once it is over, in the order of their indices, which count up from ``first``.
 
         Ctrl-C takes effect between two passes.
         """
         free = list(range(self.num_lanes))[::-1]
-        active: dict[int, Talk] = {}
-        finished: dict[int, Talk] = {}
+        active: dict[int, Dialogue] = {}
+        finished: dict[int, Dialogue] = {}
         awaited = next_index = first
         while True:
-            while free and (talk := next(talks, None)) is not None:
-                assert talk.index == next_index, (talk.index, next_index)
+            while free and (dialogue := next(dialogues, None)) is not None:
+                assert dialogue.index == next_index, (dialogue.index, next_index)
                 next_index += 1
-                if talk.messages or talk.ids:  # one whose prompt did not fit is over before it began
-                    active[free.pop()] = talk
+                if dialogue.messages or dialogue.ids:  # one whose prompt did not fit is over before it began
+                    active[free.pop()] = dialogue
                 else:
-                    finished[talk.index] = talk
+                    finished[dialogue.index] = dialogue
             while awaited in finished:
                 yield finished.pop(awaited)
                 awaited += 1
             if not active:
                 return
             for lane in self._step(active):
-                talk = active.pop(lane)
-                finished[talk.index] = talk
+                dialogue = active.pop(lane)
+                finished[dialogue.index] = dialogue
                 free.append(lane)
             check_interrupt()
 
-    def _step(self, active: dict[int, Talk]) -> list[int]:
+    def _step(self, active: dict[int, Dialogue]) -> list[int]:
         """One pass over what is new in every lane, one token more for each. Returns the lanes that are done."""
-        from ops.select import top_k
-
-        lanes, talks = list(active), list(active.values())
-        fed = np.array([talk.fed for talk in talks])
-        counts = np.array([len(talk.ids) for talk in talks]) - fed
-        token_ids = np.array([token for talk in talks for token in talk.ids[talk.fed :]], np.int32)
-        plan = lane_plan(np.array(lanes), fed, counts, self.capacity)
-        hidden = self.backbone.forward(token_ids[None], cache=self.cache, attend=plan, logits=None).hidden
-        hidden = hidden.reshape(len(token_ids), -1)
-        if len(token_ids) > len(lanes):
-            hidden = hidden[(counts.cumsum() - 1).astype(np.int32)]
-        logits = self.backbone.lm_logits(hidden)
-        values, indices = (v.numpy() for v in top_k(logits, min(NUM_CANDIDATES, logits.shape[1])))
-        temperatures = np.array([self.writer.temperature(talk) for talk in talks])
-        uniforms = np.array([talk.uniform() if t > 0 else 0.0 for talk, t in zip(talks, temperatures, strict=True)])
-        columns = sample(values, temperatures, self.writer.options.top_p, uniforms)
         done = []
-        for row, (lane, talk) in enumerate(zip(lanes, talks, strict=True)):
-            talk.fed = len(talk.ids)
+        values, ids = self._candidates(active)
+        columns = self._choose(values, list(active.values()))
+        for row, (lane, dialogue) in enumerate(active.items()):
+            dialogue.fed = len(dialogue.ids)
             probability = 0.0
-            if talk.phase == DECIDE:
-                p = np.exp(values[row].astype(np.float64) - values[row, 0])
-                probability = float(p[indices[row] == talk.awaited].sum() / p.sum())
+            if dialogue.phase == DECIDE:
+                probability = float(softmax(values[row : row + 1], 1.0)[0, ids[row] == dialogue.awaited].sum())
             else:
                 self.generated += 1
-            if self.writer.take(talk, int(indices[row, columns[row]]), probability):
+            if self.writer.take(dialogue, int(ids[row, columns[row]]), probability):
                 done.append(lane)
         return done
+
+    def _candidates(self, active: dict[int, Dialogue]) -> tuple[np.ndarray, np.ndarray]:
+        """The largest logits after each lane's last token, (lanes, candidates) descending, and their tokens."""
+        from ops.row_plan import RowPlan
+        from ops.select import top_k
+
+        lanes = list(active)
+        new = [dialogue.ids[dialogue.fed :] for dialogue in active.values()]
+        self.cache.lengths[lanes] = [dialogue.fed for dialogue in active.values()]
+        plan = self.cache.plan(lanes, [RowPlan.chain(len(ids)) for ids in new])
+        token_ids = np.array([token for ids in new for token in ids], np.int32)
+        hidden = self.backbone.forward(token_ids[None], cache=self.cache.slots, attend=plan, logits=None).hidden
+        hidden = hidden.reshape(len(token_ids), -1)
+        if len(token_ids) > len(lanes):
+            hidden = hidden[np.cumsum([len(ids) for ids in new], dtype=np.int32) - 1]
+        logits = self.backbone.lm_logits(hidden)
+        values, ids = (v.numpy() for v in top_k(logits, min(NUM_CANDIDATES, logits.shape[1])))
+        self.cache.commit([np.arange(len(ids)) for ids in new])
+        return values, ids
+
+    def _choose(self, values: np.ndarray, dialogues: list[Dialogue]) -> np.ndarray:
+        """The column of each conversation's next token, (lanes,): the first where it is greedy, else drawn with the
+        conversation's own random numbers. values: see ``_candidates``."""
+        columns = np.zeros(len(values), np.int64)
+        temperatures = np.array([self.writer.temperature(dialogue) for dialogue in dialogues])
+        for temperature, sampler in self.samplers.items():
+            rows = np.flatnonzero(temperatures == temperature)
+            if len(rows):
+                for row, probabilities in zip(rows, sampler.probabilities(values[rows]), strict=True):
+                    columns[row] = draw(probabilities, dialogues[row])
+        return columns

@@ -15,7 +15,15 @@ import numpy as np
 from decoding.draft import draft, draft_sampled
 from decoding.sampling import Sampler, draw
 from decoding.tree import Tree
-from decoding.verify import Distribution, check_thresholds, verify_greedy, verify_lossless, verify_typical
+from decoding.verify import (
+    ALPHA,
+    EPSILON,
+    Distribution,
+    check_thresholds,
+    verify_greedy,
+    verify_lossless,
+    verify_typical,
+)
 
 
 class Rule(abc.ABC):
@@ -113,7 +121,7 @@ class Typical(Lossless):
     [0, 1] and an alpha that is negative or not finite.
     """
 
-    def __init__(self, sampler: Sampler, epsilon: float = 0.09, alpha: float = 0.3, seed: int | Sequence[int] = 0):
+    def __init__(self, sampler: Sampler, epsilon: float = EPSILON, alpha: float = ALPHA, seed: int | Sequence[int] = 0):
         check_thresholds(epsilon, alpha)
         self.epsilon, self.alpha = epsilon, alpha
         super().__init__(sampler, seed)

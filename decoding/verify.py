@@ -8,6 +8,7 @@ import numpy as np
 
 from decoding.sampling import draw
 
+EPSILON, ALPHA = 0.09, 0.3  # of typical acceptance, as in Medusa's code
 Distribution = Callable[[int], np.ndarray]  # node -> (vocab,) float64; called for visited nodes alone
 
 

@@ -86,7 +86,7 @@ def copy_gb_s(source) -> float:
     return 8 * source.shape[0] / copy(source)[0] / 1e9
 
 
-def copy(source) -> tuple[float, object]:
+def copy(source) -> tuple[float, Var]:
     """(seconds of the second copy into the same place, the copy)."""
     seconds, target = _launch(
         [(1,), tuple(source.shape)],

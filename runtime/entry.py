@@ -44,6 +44,11 @@ class Parser(argparse.ArgumentParser):
             raise unknown_option(self, unknown)
         return options
 
+    def _check_value(self, action: argparse.Action, value) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0] if action.option_strings else action.dest
+            raise suggest(name, str(value), action.choices)
+
 
 def run_entry(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit status.

@@ -1,1 +1,1 @@
-"""Training: data, features, losses, optimizer and the one loop that serves every head."""
+"""Training: data, features, losses, optimizer and the one loop of every head. Door: `session.py`."""

@@ -1,4 +1,7 @@
-"""The options of a training run: defaults, the head's recipe, a YAML file and the command line, in this order."""
+"""The options of a training run, read from four places: defaults, the head's recipe, a YAML file, the command line.
+
+Later places win. Loads no Jittor.
+"""
 
 from __future__ import annotations
 
@@ -6,131 +9,132 @@ import argparse
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from backbone.engines import ENGINES, HELP, JITTOR, prepare_engine
+from backbone.engines import JITTOR, prepare_engine
+from backbone.options import BackboneOptions
 from heads.registry import available, head_class, head_folder, make_config
 from runtime.entry import Parser, suggest
+from runtime.options import add_options, check_options, option, option_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_CORPUS = ROOT / "assets" / "corpus" / "chat.jsonl.gz"
-
-
-CHOICES = {
-    "backbone_engine": ENGINES,
-    "features": ("cache", "online"),
-    "loss": ("ce", "kl", "mix"),
-    "loss_on": ("assistant", "all"),
-    "optimizer": ("adamw", "lion", "muon"),
-    "schedule": ("cosine", "linear", "wsd", "constant"),
-}
-
-
-def _option(default, help: str):
-    if isinstance(default, list):
-        return field(default_factory=list, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+LOSSES = ("ce", "kl", "mix")
+OPTIMIZERS = ("adamw", "lion", "muon")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 @dataclass
-class TrainConfig:
-    """Everything that decides a run, but for the head's own options in ``head_options``."""
+class TextOptions(BackboneOptions):
+    """Which text is read, how it is tokenized, and how much of it is held out."""
 
-    head: str = _option("", "which head to train; see --list-heads")
-    backbone: str | None = _option(None, "Hugging Face directory of the backbone; default: the embedded tiny-vicuna")
-    dtype: str = _option("float16", "of the backbone's weights and features: float16 or float32")
-    load_in_8bit: bool = _option(False, "keep the matrices of the backbone's layers in int8, a scale per row")
-    load_in_4bit: bool = _option(False, "keep them in 4 bits, a scale per 64 weights")
-    backbone_engine: str = _option(JITTOR, HELP)
-    template: str | None = _option(None, "chat template by name; default: the tokenizer's own")
-    data: list[str] = _option(
+    data: list[str] = option(
         [],
-        "ShareGPT or text records as JSON, JSON lines or Parquet, plain .txt (.gz too, but for Parquet), datasets "
-        "folders (FOLDER:split); default: the embedded corpus",
+        "ShareGPT or text records as JSON, JSON lines or Parquet, plain .txt (.gz too, except for Parquet), datasets "
+        "folders (FOLDER:split); without: the embedded corpus",
     )
-    data_weights: list[float] = _option([], "how often an epoch takes each of the files; default: once")
-    block_size: int = _option(1024, "tokens that plain text is cut into")
-    loss_on: str = _option("assistant", "whose tokens carry loss: assistant, or all; plain text carries it everywhere")
-    out: str | None = _option(None, "directory of the run; default: runs/<head>/<time>")
-    overwrite: bool = _option(False, "replace the checkpoint that --out already holds")
-    resume: bool = _option(False, "go on with the run in --out (default: the head's newest) where its last state is")
-    dry_run: bool = _option(False, "load everything, take one step, print what the run will need, and stop")
-    epochs: float = _option(1.0, "passes over the training text")
-    max_steps: int = _option(0, "stop after this many optimizer steps; 0: the epochs decide")
-    tokens_per_step: int = _option(2048, "tokens of text per optimizer step, over all passes and ranks")
-    accumulate: int = _option(1, "passes forward and back that make an optimizer step, on each rank")
-    max_length: int = _option(512, "tokens of a conversation that are used")
-    held_out: int = _option(256, "conversations kept out of training to score on")
-    score_every: int = _option(250, "steps between scores on the held-out text")
-    save_every: int = _option(250, "steps between states to resume from; 0: none")
-    keep_last: int = _option(1, "states that are kept, the newest ones")
-    loss: str = _option("mix", "of each depth: ce (the text's token), kl (the backbone's distribution), or mix of both")
-    kl_share: float = _option(0.5, "share of the backbone's distribution in the loss with --loss mix")
-    kl_top: int = _option(32, "likeliest tokens of the backbone's distribution that --loss kl and mix look at")
-    teacher: str | None = _option(None, "top-k file that corpus.write wrote; default: the backbone on the fly")
-    optimizer: str = _option("adamw", "adamw, lion or muon (matrices by muon, the rest by adamw)")
-    learning_rate: float = _option(2e-3, "peak of the schedule")
-    schedule: str = _option("cosine", "of the learning rate after the warm-up: cosine, linear, wsd or constant")
-    decay_share: float = _option(0.2, "share of the steps over which --schedule wsd falls at the end")
-    final_rate: float = _option(0.05, "learning rate at the end, as a share of the peak")
-    warmup: float = _option(0.05, "share of the steps over which the rate rises")
-    weight_decay: float = _option(0.05, "decoupled from the gradient, on matrices alone")
-    beta1: float = _option(0.9, "of AdamW and Lion; the momentum of Muon")
-    beta2: float = _option(0.95, "of AdamW and Lion")
-    ema: float = _option(0.0, "decay of a moving average of the weights, which is then scored and kept; 0: none")
-    clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
-    skip_limit: int = _option(3, "updates in a row that may be skipped because they are not finite")
-    depth_weight: float = _option(0.9, "weight of depth k in the loss is this to the power k")
-    features: str = _option("cache", "cache: backbone features written to disk once; online: computed at every step")
-    cache_dir: str = _option(str(Path(".cache") / "features"), "where feature caches lie")
-    tree_nodes: int = _option(16, "node budget of the expected accept length, root included")
-    tensorboard: bool = _option(False, "write TensorBoard events into the run's directory too")
-    seed: int = _option(0, "of the initial weights and of the order of the data")
-    head_options: dict = field(default_factory=dict)
+    data_weights: list[float] = option(
+        [], "how often an epoch takes the sequences of each file; without: once", metavar="N"
+    )
+    block_size: int = option(1024, "tokens of the blocks that plain text is cut into", least=3)
+    loss_on: str = option(
+        "assistant",
+        "tokens that carry loss: the assistant's, or all; in plain text all of them always do",
+        choices=("assistant", "all"),
+    )
+    max_length: int = option(512, "tokens after which a conversation is truncated", least=3)
+    held_out: int = option(256, "conversations kept out of training to score on", above=0)
 
-    def check(self) -> None:
-        """Raises ValueError for values that make no run."""
-        positive = (
-            *("epochs", "tokens_per_step", "accumulate", "held_out", "score_every", "learning_rate", "tree_nodes"),
-            *("max_length", "kl_top", "keep_last", "skip_limit"),
-        )
-        for name in (n for n, f in FIELDS.items() if TYPES[n] is float):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"--{name.replace('_', '-')} must be a number, got {getattr(self, name)}")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "clip", "weight_decay", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("max_length", "block_size"):
-            if getattr(self, name) < 3:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 3, got {getattr(self, name)}")
-        for name in ("warmup", "final_rate", "beta1", "beta2", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.depth_weight <= 1:
-            raise ValueError(f"--depth-weight must lie in (0, 1], got {self.depth_weight}")
-        for name in ("kl_share", "decay_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
-        for name, words in CHOICES.items():
-            if getattr(self, name) not in words:
-                raise suggest(f"--{name.replace('_', '-')}", str(getattr(self, name)), words)
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("--load-in-8bit and --load-in-4bit exclude each other; choose one")
+    def check_text(self) -> None:
+        """Raises ValueError for options that exclude each other and for weights that do not fit the files."""
+        self.check_storage()
         if self.data_weights and len(self.data_weights) != len(self.data):
             raise ValueError(f"--data-weights has {len(self.data_weights)} numbers, --data {len(self.data)} files")
         if any(not (math.isfinite(w) and w > 0) for w in self.data_weights):
             raise ValueError(f"--data-weights must be numbers above 0, got {self.data_weights}")
+
+
+@dataclass
+class OutputOptions:
+    """Where a run's files go and what happens to those of an earlier run. None of these changes what is trained."""
+
+    out: str | None = option(None, "directory of the run; without: runs/<head>/<time>")
+    overwrite: bool = option(False, "replace the checkpoint that --out already holds")
+    resume: bool = option(False, "resume the run in --out (without: the head's newest) from its last state")
+    dry_run: bool = option(False, "load everything, take one step, print what the run will need, and stop")
+    cache_dir: str = option(str(Path(".cache") / "features"), "directory of the feature caches")
+    save_every: int = option(250, "steps between states to resume from; 0: none", least=0)
+    keep_last: int = option(1, "number of states kept, the newest ones", above=0)
+    tensorboard: bool = option(False, "also write TensorBoard events into the run's directory")
+
+
+@dataclass
+class TrainConfig(OutputOptions, TextOptions):
+    """Everything that decides a run. The head's own options are in ``head_options``."""
+
+    head: str = option("", "which head to train; see --list-heads")
+    epochs: float = option(1.0, "passes over the training text", above=0)
+    max_steps: int = option(0, "stop after this many optimizer steps; 0: --epochs decides", least=0)
+    tokens_per_step: int = option(2048, "tokens of text per optimizer step, over all passes and ranks", above=0)
+    accumulate: int = option(1, "forward and backward passes per optimizer step, on each rank", above=0)
+    score_every: int = option(250, "steps between scores on the held-out text", above=0)
+    loss: str = option(
+        "mix",
+        "of each depth: ce (the text's token), kl (the backbone's distribution), or mix of both",
+        choices=LOSSES,
+    )
+    kl_share: float = option(0.5, "weight of the backbone's distribution in --loss mix", least=0, most=1)
+    kl_top: int = option(32, "most probable tokens of the backbone's distribution that --loss kl and mix use", above=0)
+    teacher: str | None = option(
+        None, "top-k file written by python -m corpus; without: the backbone computes the distributions"
+    )
+    optimizer: str = option("adamw", "adamw, lion or muon (matrices by muon, the rest by adamw)", choices=OPTIMIZERS)
+    learning_rate: float = option(2e-3, "peak of the schedule", above=0)
+    schedule: str = option(
+        "cosine", "of the learning rate after the warm-up: cosine, linear, wsd or constant", choices=SCHEDULES
+    )
+    decay_share: float = option(0.2, "share of the steps over which --schedule wsd decays at the end", least=0, most=1)
+    final_rate: float = option(0.05, "learning rate at the end, as a share of the peak", least=0, below=1)
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises", least=0, below=1)
+    weight_decay: float = option(0.05, "decoupled from the gradient, on matrices only", least=0)
+    beta1: float = option(0.9, "of AdamW and Lion; the momentum of Muon", least=0, below=1)
+    beta2: float = option(0.95, "of AdamW and Lion", least=0, below=1)
+    ema: float = option(
+        0.0, "decay of a moving average of the weights, which is then scored and saved; 0: none", least=0, below=1
+    )
+    clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", least=0)
+    skip_limit: int = option(3, "consecutive updates that may be skipped because they are not finite", above=0)
+    depth_weight: float = option(0.9, "weight of depth k in the loss is this to the power k", above=0, most=1)
+    features: str = option(
+        "cache",
+        "cache: backbone features are written to disk once; online: computed at every step",
+        choices=("cache", "online"),
+    )
+    tree_nodes: int = option(16, "node budget of the expected accept length, root included", above=0)
+    seed: int = option(0, "of the initial weights and of the order of the data")
+    head_options: dict = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ValueError for values that make no run."""
+        check_options(self)
+        self.check_text()
         make_config(self.head, self.head_options)
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "head_options"}
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """ "name was X, is Y" for every option that differs, except those of the output. A missing one counts as None."""
+    names = sorted((set(before) | set(after)) - OUTPUT)
+    pairs = [(name, before.get(name), after.get(name)) for name in names]
+    return [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
+
+
+FIELDS = option_fields(TrainConfig)
+OUTPUT = frozenset(option_fields(OutputOptions))
 TYPES = typing.get_type_hints(TrainConfig)
 
 
@@ -145,14 +149,19 @@ def _set(config: TrainConfig, key: str, value, source: str) -> None:
     if name not in FIELDS:
         raise suggest(f"key in {source}:", key, [*FIELDS, "head.<option>"])
     wanted = TYPES[name]
-    plain = {float: (int, float), list[str]: list, list[float]: list, (str | None): (str, type(None))}.get(
-        wanted, wanted
-    )
-    fits = isinstance(value, plain) and not (isinstance(value, bool) and wanted is not bool)
-    items = {list[str]: str, list[float]: (int, float)}.get(wanted, object)
-    if not fits or (isinstance(value, list) and not all(isinstance(item, items) for item in value)):
+    if not _has_type(value, wanted):
         raise ValueError(f"{source}: {key} takes {getattr(wanted, '__name__', wanted)}, got {value!r}")
     setattr(config, name, float(value) if wanted is float else value)
+
+
+def _has_type(value, wanted) -> bool:
+    """Whether a YAML value has the type of an option. An integer is accepted for a float."""
+    if typing.get_origin(wanted) is list:
+        [item] = typing.get_args(wanted)
+        return isinstance(value, list) and all(_has_type(each, item) for each in value)
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, int | float if wanted is float else wanted)
 
 
 def read_yaml(path: Path) -> dict:
@@ -167,10 +176,10 @@ def read_yaml(path: Path) -> dict:
 
 
 def recipe(head: str) -> tuple[str, dict]:
-    """The head's measured defaults, ``recipe.yaml`` in its folder, empty where it has none, and where they stand."""
+    """The path of the head's ``recipe.yaml``, which holds its measured defaults, and its content, {} without one."""
     path = head_folder(head) / "recipe.yaml"
-    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return str(where), read_yaml(path) if path.exists() else {}
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return str(shown), read_yaml(path) if path.exists() else {}
 
 
 def _convert_head_option(head: str, key: str, text: str):
@@ -191,19 +200,7 @@ def _parser(head: str | None) -> Parser:
     parser = Parser(prog="train.py", description="Train one draft head.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of the options below; the command line wins")
     parser.add_argument("--list-heads", action="store_true", help="print the heads and exit")
-    for name, f in FIELDS.items():
-        flag, wanted = f"--{name.replace('_', '-')}", TYPES[name]
-        default = "" if f.default is dataclasses.MISSING or f.default in ("", None) else f" (default: {f.default})"
-        shared = {"dest": name, "default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
-        if wanted is bool:
-            parser.add_argument(flag, action="store_true", **shared)
-        elif wanted == list[str]:
-            parser.add_argument(flag, nargs="+", metavar="FILE", **shared)
-        elif wanted == list[float]:
-            parser.add_argument(flag, nargs="+", type=float, metavar="N", **shared)
-        else:
-            kind = {int: int, float: float}.get(wanted, str)
-            parser.add_argument(flag, type=kind, metavar=name.upper(), **shared)
+    add_options(parser, TrainConfig, suppress=True)
     for name in [head] if head else available():
         group = parser.add_argument_group(f"options of head {name}")
         try:
@@ -214,11 +211,10 @@ def _parser(head: str | None) -> Parser:
             group.description = f"broken: {error}"
             continue
         for f in options:
-            flag = f"--head.{f.name}"
-            if flag in parser._option_string_actions:
+            if f"--head.{f.name}" in parser._option_string_actions:
                 continue  # without --head, an option that several heads have is listed with the first
             text = f"{f.metadata.get('help', '')} (default: {f.default})"
-            group.add_argument(flag, dest=f"head.{f.name}", default=argparse.SUPPRESS, help=text)
+            group.add_argument(f"--head.{f.name}", dest=f"head.{f.name}", default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -240,7 +236,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     prepare_engine(str(named or JITTOR))  # before the head's class loads Jittor
     head = known.head or file_options.get("head")
     if head is not None:
-        head_class(str(head))  # an unknown head is answered before anything else
+        head_class(str(head))  # an unknown head is reported before anything else
     parser = _parser(head)
     if head is None and not {"-h", "--help"} & set(arguments):
         raise ValueError(f"--head NAME is needed; available: {', '.join(available())}")

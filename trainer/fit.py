@@ -1,5 +1,4 @@
-"""The one training loop, for every head: features in, losses of all depths down, the best checkpoint kept, and a state
-to go on from."""
+"""The training loop of every head: it scores, saves the best checkpoint, and saves states to resume from."""
 
 from __future__ import annotations
 
@@ -19,13 +18,15 @@ import psutil
 import runtime
 from heads.base import Stage
 from heads.checkpoint import save_checkpoint, update_config
+from runtime.atomic import write_file
 from runtime.interrupt import acknowledge_interrupt, check_interrupt, deferred_interrupts
+from runtime.records import finite
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData, batches
 from trainer.guard import Guard
 from trainer.loss import Objective
 from trainer.optim.average import Average
-from trainer.optim.optimizer import NonFinite, Optimizer, make_optimizer
+from trainer.optim.optimizer import OPTIMIZERS, NonFinite, Optimizer
 from trainer.optim.schedule import rate
 from trainer.scoring import Score, own_tokens, score_head
 from trainer.state import State, save_state
@@ -33,18 +34,18 @@ from trainer.step import gradients
 
 LOG, CHECKPOINT = "log.jsonl", "checkpoint"
 LOG_EVERY = 10  # steps between lines of the log
-# What a state keeps of a run beside its best score and its seconds.
+# Attributes of a run that a state stores, besides its best score and its seconds.
 COUNTERS = ("step", "tokens", "skipped", "skipped_in_row", "best_step", "history", "sessions")
 
 
 class Pruned(Exception):
-    """Raised by ``on_score`` to end a run that is not worth its time."""
+    """Raised by ``on_score`` to end an unpromising run."""
 
 
 @dataclass
 class FitResult:
-    """What a run came to. ``interrupted``: Ctrl-C or a pruner ended it; the best checkpoint until then was kept.
-    skipped: updates that were left out; history: {"step", "expected_accept_length", "loss"} of every score; sessions:
+    """The result of a run. ``interrupted``: Ctrl-C or a pruner ended it; the best checkpoint until then was saved.
+    skipped: skipped updates; history: {"step", "expected_accept_length", "loss"} of every score; sessions:
     {"first_step", "last_step", "provenance"} of every start and resumption."""
 
     best: Score
@@ -61,9 +62,9 @@ class FitResult:
 class Run:
     """One training run: its counters, its log, its best score, and where checkpoints and states go.
 
-    base_config: what a checkpoint says beside the trainer's options and metrics; identity: what a state must have in
-    common with the run that goes on from it, see ``trainer.state.check_identity``; on_score(step, score) is called
-    after every score and may raise ``Pruned``.
+    base_config: what a checkpoint stores besides the trainer's options and metrics; identity: what a state must have
+    in common with the run that resumes it, see ``trainer.state.check_identity``; on_score(step, score) is called after
+    every score and may raise ``Pruned``.
     """
 
     def __init__(
@@ -88,56 +89,54 @@ class Run:
 
     @property
     def train_s(self) -> float:
-        """Seconds of training, those before a resumption included."""
+        """Seconds of training, those of earlier sessions included."""
         return self.earlier_s + time.perf_counter() - self.started
 
     def counters(self) -> dict:
-        """What a state keeps of the run itself, JSON-ready."""
+        """What a state stores of the run, JSON-ready."""
         best = dataclasses.asdict(self.best) if self.best else None
         self.sessions[-1]["last_step"] = self.step
         return {name: getattr(self, name) for name in COUNTERS} | {"train_s": self.train_s, "best": best}
 
     def resume(self, state: State) -> None:
-        """Take over what a state says; what the log tells of later steps is removed."""
-        kept = state.progress
+        """Restore a state, and remove later steps from the log."""
+        counters = state.progress
         state.restore_head(self.head)
-        self.best = Score(**kept["best"]) if kept["best"] else None
-        here = {**self.sessions[0], "first_step": kept["step"], "last_step": kept["step"]}
+        self.best = Score(**counters["best"]) if counters["best"] else None
+        session = {**self.sessions[0], "first_step": counters["step"], "last_step": counters["step"]}
         for name in COUNTERS:
-            setattr(self, name, kept[name])
-        self.sessions.append(here)
-        self.earlier_s, self.started = kept["train_s"], time.perf_counter()
+            setattr(self, name, counters[name])
+        self.sessions.append(session)
+        self.earlier_s, self.started = counters["train_s"], time.perf_counter()
         if self.average:
             self.average.load_state(state.average())
         if runtime.is_main():
-            self._forget_log_behind(self.step)
+            self._drop_log_after(self.step)
 
-    def _forget_log_behind(self, step: int) -> None:
+    def _drop_log_after(self, step: int) -> None:
         path = self.out / LOG
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if (record := _parsed(line)) and record.get("step", step + 1) <= step]
-        partial = path.with_name(f".{LOG}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
+        earlier = [line for line in lines if (record := _parsed(line)) and record.get("step", step + 1) <= step]
+        write_file(path, "".join(f"{line}\n" for line in earlier))
 
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
         if runtime.is_main():
             with open(self.out / LOG, "a") as file:
-                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def score(self, data: TokenizedData, source) -> Score:
-        """Score the head, with its averaged weights where they are averaged; save it when it beats all before it."""
+        """Score the head, with the averaged weights if there are any; save it when it has the best score so far."""
         with self.average.swapped() if self.average else contextlib.nullcontext():
             if self.own is None:
                 self.own = own_tokens(self.head.borrowed, data, source)
             score = score_head(self.head, data, source, self.config.tree_nodes, self.own)
-            self._keep_if_best(score)
+            self._save_if_best(score)
         short = {"expected_accept_length": score.expected_accept_length, "loss": score.loss}
         self.history.append({"step": self.step, **short})
         return score
 
-    def _keep_if_best(self, score: Score) -> None:
+    def _save_if_best(self, score: Score) -> None:
         metrics = {**dataclasses.asdict(score), "tree_nodes": self.config.tree_nodes}
         self.log({"step": self.step, "held_out": {k: v for k, v in metrics.items() if k != "tree"}})
         if self.best and score.expected_accept_length <= self.best.expected_accept_length:
@@ -154,39 +153,28 @@ class Run:
         save_checkpoint(self.out / CHECKPOINT, self.head, config, runtime.provenance(self.config.seed))
 
     def save_state(self, optimizer: Optimizer) -> None:
-        """Write a state, if the run keeps any."""
+        """Write a state, if the run has any."""
         if self.config.save_every and runtime.is_main():
-            average = self.average.state() if self.average else None
-            arrays, keep = optimizer.state(), self.config.keep_last
-            save_state(self.out, self.head, arrays, average, self.counters(), self.identity, keep)
+            arrays, average = optimizer.state(), self.average.state() if self.average else None
+            save_state(self.out, self.head, arrays, average, self.counters(), self.identity, self.config.keep_last)
 
     def finish(self, interrupted: bool) -> FitResult:
-        """Note in the checkpoint and in the log what the whole run took, which may have gone on after its best step."""
+        """Write the totals of the run, which may have continued after its best step, to the checkpoint and the log."""
         self.sessions[-1]["last_step"] = self.step
         totals = {"steps": self.step, "tokens": self.tokens, "train_s": self.train_s}
         if runtime.is_main():
             update_config(self.out / CHECKPOINT, {"run": {**totals, "interrupted": interrupted}})
         self.log({"finished": not interrupted, **totals})
-        more = {"interrupted": interrupted, "skipped": self.skipped}
-        more |= {"history": self.history, "sessions": self.sessions}
-        return FitResult(self.best, self.best_step, **totals, **more)
+        flags = {"interrupted": interrupted, "skipped": self.skipped}
+        return FitResult(self.best, self.best_step, **totals, **flags, history=self.history, sessions=self.sessions)
 
 
 def _parsed(line: str) -> dict | None:
-    """A line of the log; None for one that a kill cut off."""
+    """A line of the log; None for an incomplete one, which a kill leaves."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
-
-
-def _finite(value):
-    """The value with null for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count_steps(config: TrainConfig, data: TokenizedData, head) -> int:
@@ -202,7 +190,7 @@ def count_steps(config: TrainConfig, data: TokenizedData, head) -> int:
 
 @dataclass
 class Stretch:
-    """A stage of the head's training as steps of this run: ``first`` up to and without ``last``."""
+    """A stage of the head's training as steps of this run, from ``first`` up to but not including ``last``."""
 
     stage: Stage
     first: int
@@ -210,7 +198,7 @@ class Stretch:
 
 
 def stretches(stages: Sequence[Stage], num_steps: int) -> list[Stretch]:
-    """The stages as steps; one that comes to no step is left out.
+    """The stages as steps; a stage without a step is left out.
 
     Worked example: shares 0.6 and 0.4 of 5 steps are the steps 0 to 2 and 3 to 4.
     """
@@ -221,11 +209,16 @@ def stretches(stages: Sequence[Stage], num_steps: int) -> list[Stretch]:
     return [stretch for stretch in found if stretch.last > stretch.first]
 
 
+def vocab_sizes(head) -> set[int]:
+    """The sizes of the vocabularies that a parameter of the head may range over."""
+    return {head.vocab_size, head.num_draftable}
+
+
 def stage_optimizer(config: TrainConfig, head, stage: Stage) -> Optimizer:
     """The optimizer over the parameters that this stage trains."""
     rates = {name: multiple for name in head.trainable() if (multiple := stage.rate(name)) is not None}
     chosen = {name: p for name, p in head.trainable().items() if name in rates}
-    return make_optimizer(config, chosen, rates, {head.vocab_size, head.num_draftable})
+    return OPTIMIZERS[config.optimizer](config, chosen, rates, vocab_sizes(head))
 
 
 def fit(
@@ -238,13 +231,13 @@ def fit(
     objective: Objective | None = None,
     state: State | None = None,
 ) -> FitResult:
-    """Train ``run.head``, keep its best checkpoint in ``run.out / "checkpoint"`` and states in ``run.out / "states"``.
+    """Train ``run.head``, save its best checkpoint in ``run.out / "checkpoint"`` and states in ``run.out / "states"``.
 
     source(indices), held_out_source(indices) -> Features of those conversations. progress(step, num_steps, record) is
-    called after every step. objective: what the depths learn from, default the text's tokens. state: go on from there.
-    The stages of the head follow each other, each with an optimizer and a rate schedule of its own. Ctrl-C, looked for
-    after every step, scores what there is, keeps it if best, writes a state and returns. Raises FloatingPointError when
-    several updates in a row are not finite, see ``trainer.guard``; the best checkpoint until then stays.
+    called after every step. objective: what the depths learn, by default the text's tokens. state: to resume from. The
+    head's stages follow one another, each with its own optimizer and rate schedule. Ctrl-C takes effect after the
+    current step: the head is scored, saved if best, a state is written, and the call returns. Raises
+    FloatingPointError when several updates in a row are not finite, see ``trainer.guard``; the best checkpoint stays.
     """
     with deferred_interrupts():
         return _Loop(run, data, held_out, source, held_out_source, progress, objective or Objective()).go(state)
@@ -282,17 +275,17 @@ class _Loop:
         except (KeyboardInterrupt, Pruned):
             interrupted = True
         if not (run.history and run.history[-1]["step"] == run.step):
-            with contextlib.suppress(Pruned):  # it ends here anyway
+            with contextlib.suppress(Pruned):  # the run ends here anyway
                 run.on_score(run.step, run.score(*self.held_out))
         if optimizer is not None:
             run.save_state(optimizer)
         return run.finish(interrupted)
 
     def between(self, optimizer: Optimizer) -> None:
-        """What is due after a step: a score, a state."""
+        """Score the head and save a state where they are due after a step."""
         run, config = self.run, self.config
         if run.step == self.num_steps:
-            return  # the end sees to both
+            return  # ``go`` does both at the end
         if run.step % config.score_every == 0:
             run.on_score(run.step, run.score(*self.held_out))
         if config.save_every and run.step % config.save_every == 0:
@@ -301,14 +294,16 @@ class _Loop:
     def step(self, optimizer: Optimizer, stretch: Stretch, indices: list[int]) -> None:
         run, config, length = self.run, self.config, stretch.last - stretch.first
         done = run.step - stretch.first
-        # What a head draws at random depends on the seed and the step alone, so that a resumed run draws the same.
+        # A head's random draws depend on the seed and the step only, so that a resumed run draws the same.
         runtime.set_seed(int(np.random.SeedSequence([config.seed, run.step]).generate_state(1)[0]))
         run.head.enter(stretch.stage.name, done / length)
         shape = (config.learning_rate, config.warmup, config.final_rate, config.decay_share)
         planned = rate(config.schedule, done, length, *shape)
         record = {"step": run.step + 1, "stage": stretch.stage.name, "rate": planned}
         parameters = list(optimizer.parameters.values())
-        grads, found, batches = gradients(run.head, parameters, self.data, indices, self.source, config, self.objective)
+        grads, metrics, batches = gradients(
+            run.head, parameters, self.data, indices, self.source, config, self.objective
+        )
         if grads is not None:
             try:
                 record["grad_norm"] = optimizer.update(grads, planned)
@@ -319,13 +314,13 @@ class _Loop:
             else:
                 if run.average:
                     run.average.update()
-            record["loss"] = [round(x, 4) for x in found.losses]
-            record |= {"top1": found.top1, "top5": found.top5, "aux": found.aux}
+            record["loss"] = [round(x, 4) for x in metrics.losses]
+            record |= {"top1": metrics.top1, "top5": metrics.top5, "aux": metrics.aux}
         run.skipped_in_row = self.guard.in_row
         run.step += 1
         run.tokens += int(self.data.lengths[indices].sum())
         self.report(record)
-        if found.interrupted:
+        if metrics.interrupted:
             acknowledge_interrupt()
             raise KeyboardInterrupt
         if runtime.world_size() == 1:
@@ -344,6 +339,6 @@ class _Loop:
 
 
 def _batch_order(data: TokenizedData, config: TrainConfig) -> Iterator[list[int]]:
-    """The conversations of one step after another, epoch after epoch, without end."""
+    """The conversations of every step, epoch after epoch, without end."""
     for epoch in itertools.count():
         yield from batches(data, config.tokens_per_step, seed=config.seed, epoch=epoch)

@@ -1,5 +1,5 @@
-"""What happens when an update is not finite: it is left out and counted; several in a row end the run, and what they
-were made of is kept."""
+"""Updates that are not finite are skipped and counted; too many in a row end the run, and the last step's data are
+saved."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from trainer.loss import Batch
 
 
 class Guard:
-    """Counts the updates in a row that were left out. limit: so many may be."""
+    """Counts consecutive skipped updates. limit: the most that are tolerated."""
 
     def __init__(self, out: Path, limit: int):
         self.out, self.limit, self.in_row = Path(out), limit, 0
 
     def passed(self) -> None:
-        """An update was made."""
+        """Note an update that was made."""
         self.in_row = 0
 
     def skipped(
         self, error: FloatingPointError, step: int, batches: list[Batch], data: TokenizedData, indices: Sequence[int]
     ) -> None:
-        """An update was left out. Raises FloatingPointError when one too many was: with the file that the step's text
-        and features were written to, and the sequences whose features are not finite, if that is the reason."""
+        """Count a skipped update. Raises FloatingPointError when there are too many, naming the file with the step's
+        text and features and, if that is the reason, the features that are not finite."""
         self.in_row += 1
         if self.in_row <= self.limit:
             return
@@ -36,7 +36,7 @@ class Guard:
         raise FloatingPointError(f"{error}, step {step}, the {self.in_row}th update in a row; {reason}; see {path}")
 
     def save(self, step: int, batches: list[Batch], data: TokenizedData, indices: Sequence[int]) -> Path:
-        """The step's sequences and this rank's features, readable by ``numpy.load``."""
+        """Write the step's sequences and this rank's features, for ``numpy.load``; returns the path."""
         rank = f"-rank{runtime.rank()}" if runtime.world_size() > 1 else ""
         path = self.out / f"bad-step-{step}{rank}.npz"
         part = data.select(indices)

@@ -1,5 +1,5 @@
-"""The training loss: cross-entropy of every depth at the positions that carry a label, or the divergence from what the
-backbone says there, and what the head adds."""
+"""The training loss: of every depth the cross-entropy at labelled positions, the divergence from the backbone's
+distribution there, or both; plus the head's own terms."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from heads.base import Features, Projection
 from ops.linear_loss import linear_cross_entropy, soft_cross_entropy
 from ops.training import cross_entropy
 from runtime import jt
-from trainer.data.tokens import IGNORE, TokenizedData, targets, useful_positions
-
-KINDS = ("ce", "kl", "mix")
+from runtime.types import Var
+from trainer.config import LOSSES
+from trainer.data.tokens import IGNORE, TokenizedData, labelled_positions
 
 
 @dataclass
 class Batch:
     """Some conversations laid end to end, all of an optimizer step or a part of them.
 
-    token_ids: (1, tokens + depths) int32; positions: (num,) int32, those whose draft can be scored; labels: (depths,
-    num) int32, -100 where a depth has none; label_counts: (depths,) int64, labels of the whole step; share: of the
-    step's positions that are here.
+    token_ids: (1, tokens + depths) int32; positions: (num,) int32, those that carry loss; labels: (depths, num) int32,
+    -100 where a depth has none; label_counts: (depths,) int64, labels of all of the step; share: of the step's
+    positions that are in this batch.
     """
 
     features: Features
@@ -39,41 +39,28 @@ def make_batch(
 ) -> Batch:
     """The batch of these conversations with features from ``source``.
 
-    A position counts when the token after it is the assistant's (while decoding, the root always is) and at least
-    one depth has a label. step_indices: all conversations of the optimizer step, when ``indices`` are a part of them.
+    step_indices: all conversations of the optimizer step, when ``indices`` are a part of them.
     """
     part = data.select(indices)
-    positions, labels = _labelled(part, num_depths)
-    whole = labels if step_indices is None else _labelled(data.select(step_indices), num_depths)[1]
+    positions, labels = labelled_positions(part, num_depths)
+    all_labels = labels if step_indices is None else labelled_positions(data.select(step_indices), num_depths)[1]
     padded = np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)])
     return Batch(
         source(indices),
         padded[None],
         positions,
         labels,
-        (whole != IGNORE).sum(1),
-        1.0 if step_indices is None else len(positions) / max(1, whole.shape[1]),
+        (all_labels != IGNORE).sum(1),
+        1.0 if step_indices is None else len(positions) / max(1, all_labels.shape[1]),
     )
-
-
-def _labelled(data: TokenizedData, num_depths: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions that count, (num,) int32, and their labels, (depths, num) int32."""
-    labels = targets(data.mask, data.token_ids, data.offsets, num_depths)
-    root_is_reply = np.append(data.mask[1:], False)
-    positions = useful_positions(labels)
-    positions = positions[root_is_reply[positions]].astype(np.int32)
-    return positions, np.ascontiguousarray(labels[:, positions])
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a depth learns to say at a position: the token that stands there (ce), the backbone's distribution there
+    """What a depth learns at a position: the token that follows in the text (ce), the backbone's distribution of it
     (kl), or both (mix): (1 - kl_share) CE + kl_share KL(backbone || head).
 
-    teacher(features, token_ids (tokens,) int32, offsets (sequences + 1,) int64) -> (ids (tokens, k) int32 Var,
-    probabilities (tokens, k) float32 Var): row r is the backbone's distribution of token r + 1 given the tokens up to
-    r, on its k likeliest tokens; id -1 fills up. A row that lists nothing has no divergence. Raises ValueError for an
-    unknown kind, a share outside 0 to 1, and a divergence without a teacher.
+    teacher: see ``trainer.features.teacher``; needed for kl and mix. A row of it without tokens has no divergence.
     """
 
     kind: str = "ce"
@@ -81,12 +68,8 @@ class Objective:
     teacher: Callable | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"the loss must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.kl_share <= 1:
-            raise ValueError(f"kl_share must lie in 0 to 1, got {self.kl_share}")
-        if self.kind != "ce" and self.teacher is None:
-            raise ValueError(f"the loss {self.kind!r} needs a teacher, got none; give one, or train with 'ce'")
+        assert self.kind in LOSSES and 0 <= self.kl_share <= 1, (self.kind, self.kl_share)
+        assert self.kind == "ce" or self.teacher is not None, self.kind
 
     @property
     def soft_share(self) -> float:
@@ -99,21 +82,21 @@ CROSS_ENTROPY = Objective()
 
 @dataclass
 class LossParts:
-    """total: the scalar to minimise; depth_losses: one Var per depth that has logits, its cross-entropy in nats summed
+    """total: the scalar to minimize; depth_losses: one Var per depth that has logits, its cross-entropy in nats summed
     over the batch and divided by the step's labels, so that the parts of a step add up; ranks: Vars (num,) int32 per
     such depth, the vocabulary's size for a label that the head cannot draft; aux: the head's own terms; stats: its
     figures to report."""
 
-    total: object
-    depth_losses: list
-    ranks: list
-    aux: dict
+    total: Var
+    depth_losses: list[Var]
+    ranks: list[Var]
+    aux: dict[str, Var]
     stats: dict
 
 
 def head_loss(head, batch: Batch, depth_weight: float, objective: Objective = CROSS_ENTROPY) -> LossParts:
     """sum_k depth_weight^k L_k / sum_k depth_weight^k + share sum aux, with L_k the sum of depth k's losses over the
-    batch divided by its labels in the whole step: the totals of the parts of a step add up to the step's.
+    batch divided by its labels in all of the step, so that the totals of the parts of a step add up to the step's.
 
     The sums run over the depths that the head gave logits for. A label outside the head's draft vocabulary has no loss.
     Raises ValueError for a label outside the vocabulary.
@@ -132,14 +115,18 @@ def head_loss(head, batch: Batch, depth_weight: float, objective: Objective = CR
     total, losses, ranks = 0, {}, {}
     for group in _groups(output.logits, given):
         row_weights = np.repeat([scales[depth] for depth in group], labels.shape[1]).astype(np.float32)
-        known = jt.array(labels[group].reshape(-1)), jt.array(row_weights), soft.at(group) if soft else None
-        one, several, places = _rows_loss([output.logits[d] for d in group], *known, objective.soft_share)
-        total = total + one
+        targets = jt.array(labels[group].reshape(-1)), jt.array(row_weights), soft.at(group) if soft else None
+        group_total, row_losses, row_ranks = _rows_loss(
+            [output.logits[d] for d in group], *targets, objective.soft_share
+        )
+        total = total + group_total
         for i, depth in enumerate(group):
             rows = slice(i * labels.shape[1], (i + 1) * labels.shape[1])
-            losses[depth] = several[rows].sum() / float(counts[depth])
-            lost = (labels[depth] == IGNORE) & (batch.labels[depth] != IGNORE)
-            ranks[depth] = jt.where(jt.array(lost), head.vocab_size, places[rows]) if lost.any() else places[rows]
+            losses[depth] = row_losses[rows].sum() / float(counts[depth])
+            ranks[depth] = row_ranks[rows]
+            outside = (labels[depth] == IGNORE) & (batch.labels[depth] != IGNORE)  # of the draft vocabulary
+            if outside.any():
+                ranks[depth] = jt.where(jt.array(outside), head.vocab_size, ranks[depth])
     for term in output.aux.values():
         total = total + (term if batch.share == 1 else term * batch.share)
     return LossParts(total, [losses[d] for d in given], [ranks[d] for d in given], output.aux, output.stats)
@@ -155,7 +142,7 @@ def _check_labels(labels: np.ndarray, vocab_size: int) -> None:
 
 
 def _groups(logits: list, given: list[int]) -> list[list[int]]:
-    """Depths whose losses are computed together: those that share all weights. Their gradient is then made once."""
+    """Depths whose losses are computed together: those that share all weights. Their gradient is computed once."""
     groups: dict[tuple, list[int]] = {}
     for depth in given:
         entry = logits[depth]
@@ -164,8 +151,8 @@ def _groups(logits: list, given: list[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _rows_loss(entries: list, labels, row_weights, soft, soft_share: float):
-    """The weighted total, the cross-entropies and the ranks of depths that share their weights, end to end."""
+def _rows_loss(entries: list, labels: Var, row_weights: Var, soft: tuple | None, soft_share: float):
+    """The weighted total, the cross-entropies and the ranks of depths that share their weights, laid end to end."""
     if isinstance(entries[0], Projection):
         parts = zip(*(entry.terms for entry in entries), strict=True)
         terms = [([hidden for hidden, _ in each], each[0][1]) for each in parts]
@@ -192,24 +179,24 @@ class _SoftTargets:
                 self._to_columns(jt.array(columns))
         self.positions, self.last = batch.positions, len(tokens) - 1
 
-    def _to_columns(self, columns) -> None:
-        """Tokens become columns of the logits; those that have none are dropped, and the rest adds up to 1 again."""
+    def _to_columns(self, columns: Var) -> None:
+        """Replace tokens by columns of the logits; drop those without one and renormalize the rest to 1."""
         columns = jt.where(self.ids < 0, -1, columns[jt.maximum(self.ids, 0)])
-        kept = self.probabilities * (columns >= 0).float32()
-        sums = kept.sum(1, keepdims=True)
-        self.ids, self.probabilities = columns, kept / jt.where(sums > 0, sums, jt.ones_like(sums))
+        draftable = self.probabilities * (columns >= 0).float32()
+        sums = draftable.sum(1, keepdims=True)
+        self.ids, self.probabilities = columns, draftable / jt.where(sums > 0, sums, jt.ones_like(sums))
 
     def at(self, depths: list[int]) -> tuple:
-        """ids and probabilities, (depths * num, k) each. Depth k at position t scores token t + 2 + k, of which row
-        t + 1 + k of the teacher tells."""
+        """ids and probabilities, (depths * num, k) each. Depth k at position t scores token t + 2 + k, whose
+        distribution is row t + 1 + k of the teacher."""
         rows = [np.minimum(self.positions + 1 + depth, self.last) for depth in depths]
         index = jt.array(np.concatenate(rows).astype(np.int32))
         return self.ids[index], self.probabilities[index]
 
 
 def label_columns(head) -> np.ndarray | None:
-    """The column of the logits that stands for each token, -100 for one that the head cannot draft, (vocab,) int32;
-    None when every token has its own."""
+    """The column of the logits of each token, -100 for one that the head cannot draft, (vocab,) int32; None when every
+    token has its own."""
     if head.draft_vocab is None:
         return None
     columns = np.full(head.vocab_size, IGNORE, np.int32)

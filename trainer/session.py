@@ -1,4 +1,4 @@
-"""A training from its options to its record: what the command line, a sweep and a dry run all go through."""
+"""A training from its options to its record, for the command line, sweeps and dry runs."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from pathlib import Path
 import numpy as np
 
 import runtime
-from backbone.engines import load_engine
 from heads.checkpoint import weights_sha256
 from heads.registry import build
 from runtime.ranks import barrier, share_from_main, text_from_main
-from trainer.config import TrainConfig
+from trainer.config import OUTPUT, TrainConfig
 from trainer.data.splits import Splits, data_files, load_splits
 from trainer.features.cache import OnlineFeatures, open_cache
 from trainer.features.teacher import open_teacher
 from trainer.fit import CHECKPOINT, LOG, FitResult, Run, count_steps, fit
 from trainer.loss import Objective
 from trainer.report.events import Events
-from trainer.report.record import make_record, write_train_record
+from trainer.report.record import FILE, make_record
 from trainer.report.watch import Watch, card
 from trainer.scoring import Score
-from trainer.state import FREE, STATES, State, check_identity, newest_state
+from trainer.state import STATES, State, check_identity, newest_state
 
-# Options that a state compares by what they lead to (fingerprints, hashes) rather than by their words.
+# Options that a state compares by their effect (fingerprints, hashes) instead of their values.
 BY_CONTENT = frozenset({"backbone", "data", "template", "head_options"})
 
 
 @dataclass
 class Setting:
-    """All that a run works on. base: what its checkpoints say of it."""
+    """All that a run needs. base: its description in checkpoints."""
 
     config: TrainConfig
     backbone: object
@@ -44,31 +43,30 @@ class Setting:
 
     @property
     def identity(self) -> dict:
-        """What a run that goes on must have in common with the one before."""
-        options = {k: v for k, v in asdict(self.config).items() if k not in FREE | BY_CONTENT}
-        told = {key: self.base[key] for key in ("head", "head_config", "tokenizer")}
+        """What a resumed run must have in common with the interrupted one."""
+        options = {k: v for k, v in asdict(self.config).items() if k not in OUTPUT | BY_CONTENT}
+        parts = {key: self.base[key] for key in ("head", "head_config", "tokenizer")}
         backbone = {key: self.base["backbone"][key] for key in ("fingerprint", "storage")}
-        return {"options": options, **told, "backbone": backbone, "data": self.base["data"]["sha256"]}
+        return {"options": options, **parts, "backbone": backbone, "data": self.base["data"]["sha256"]}
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run."""
         return count_steps(self.config, self.splits.training, self.head)
 
 
 def prepare(config: TrainConfig, splits: Splits | None = None) -> Setting:
-    """Load text, backbone and a fresh head. splits: the text, if it is there already.
+    """Load text, backbone and a new head. splits: the text, if it is already loaded.
 
-    Raises ValueError for what does not fit together.
+    Raises ValueError where they do not fit together.
     """
     splits = splits or load_splits(config)
     if len(splits.training) < runtime.world_size():
         raise ValueError(
-            f"{runtime.world_size()} ranks share {len(splits.training)} training sequences: each needs one; "
-            "start fewer ranks or give more text"
+            f"{runtime.world_size()} ranks share {len(splits.training)} training sequences, and each needs one; "
+            "start fewer ranks or add text"
         )
-    kept = config.load_in_8bit, config.load_in_4bit
-    backbone = load_engine(config.backbone_engine, config.backbone, config.dtype, *kept)
+    backbone = config.load()
     runtime.set_seed(config.seed)
     head = build(config.head, config.head_options, backbone)
     replies = splits.training.token_ids[splits.training.mask]
@@ -100,7 +98,7 @@ def prepare(config: TrainConfig, splits: Splits | None = None) -> Setting:
 
 
 def run_directory(config: TrainConfig) -> Path:
-    """Where a run's files go, the same on every rank: --out, else a new one, with --resume the head's newest."""
+    """The directory of a run, the same on every rank: --out, else a new one or, with --resume, the head's newest."""
     if config.out:
         return Path(config.out)
     root = Path("runs") / config.head
@@ -114,7 +112,7 @@ def run_directory(config: TrainConfig) -> Path:
 
 
 def enter_directory(config: TrainConfig, out: Path) -> State | None:
-    """Make the run's directory ready; with --resume, the state to go on from, if the run got as far as one.
+    """Prepare the run's directory; with --resume, return the newest state, if there is one.
 
     Raises ValueError when it already holds a checkpoint and neither --overwrite nor --resume was given.
     """
@@ -124,22 +122,17 @@ def enter_directory(config: TrainConfig, out: Path) -> State | None:
             return state
     elif (out / CHECKPOINT).exists() and not config.overwrite:
         raise ValueError(f"{out} already holds a checkpoint; choose another --out, or pass --overwrite or --resume")
-    barrier()  # every rank has looked before rank 0 changes anything
+    barrier()  # every rank has checked before rank 0 changes anything
     if runtime.is_main():
         out.mkdir(parents=True, exist_ok=True)
-        (out / LOG).write_text("")  # every run begins its own log
-        remove_states(out)
+        (out / LOG).write_text("")
+        if (out / STATES).exists():  # of an earlier run
+            shutil.rmtree(out / STATES)
     return None
 
 
-def remove_states(out: Path) -> None:
-    """Forget the states of an earlier run in the same place."""
-    if (out / STATES).exists():
-        shutil.rmtree(out / STATES)
-
-
 def open_sources(setting: Setting, watch: Watch) -> list:
-    """Where the features of the training and of the held-out text come from."""
+    """The sources of the features of the training and of the held-out text."""
     config, layers = setting.config, tuple(setting.head.layers)
     parts = (setting.splits.training, setting.splits.held_out)
     if config.features == "online" or not setting.head.trained:
@@ -153,7 +146,7 @@ def open_sources(setting: Setting, watch: Watch) -> list:
 
 
 def make_objective(setting: Setting) -> Objective:
-    """What the depths learn from."""
+    """What the depths learn."""
     config = setting.config
     if config.loss == "ce":
         return Objective()
@@ -164,7 +157,7 @@ def make_objective(setting: Setting) -> Objective:
 
 @dataclass
 class Outcome:
-    """What a training came to, and where it lies."""
+    """The result of a training and the directory of its files."""
 
     result: FitResult
     out: Path
@@ -176,7 +169,7 @@ def train(
     """Train one head in this process, all ranks together.
 
     on_score(step, score) is called after every score and may raise ``trainer.fit.Pruned``; setting: what
-    ``prepare(config)`` gave, if it is there already. Raises ValueError for options that make no run.
+    ``prepare(config)`` gave, if it was called already. Raises ValueError for options that make no run.
     """
     setting = setting or prepare(config)
     out = run_directory(config)
@@ -218,19 +211,11 @@ def _write_record(setting: Setting, result: FitResult, out: Path) -> None:
     config = setting.config
     record = make_record(
         config,
+        result,
         data={**setting.base["data"], "report": setting.splits.report.as_dict()},
         provenance=runtime.provenance(config.seed),
         parameters=setting.head.num_parameters,
-        steps=result.steps,
-        tokens=result.tokens,
-        train_s=result.train_s,
-        skipped_updates=result.skipped,
-        best=result.best,
-        best_step=result.best_step,
         checkpoint=out / CHECKPOINT,
         weights_sha256=weights_sha256(out / CHECKPOINT),
-        history=result.history,
-        interrupted=result.interrupted,
-        sessions=result.sessions,
     )
-    write_train_record(record, out)
+    record.write(out / FILE)

@@ -1,8 +1,8 @@
-"""States of a run: all it takes to go on bit for bit, written whole or not at all, believed only if unharmed.
+"""States of a run: all that an exact resumption needs, written atomically and checked when read.
 
-A state is a directory ``states/step-00000250`` with ``head.safetensors`` (parameters and buffers as trained, before any
-averaging), ``optimizer.safetensors``, ``average.safetensors`` where the weights are averaged, and ``state.json``, which
-holds the counters, the best score so far, what the run was made of, and the hash of every other file.
+A state is a directory ``states/step-00000250`` with ``head.safetensors`` (parameters and buffers before averaging),
+``optimizer.safetensors``, ``average.safetensors`` if the weights are averaged, and ``state.json``, which holds the
+counters, the best score so far, the identity of the run, and the hash of every other file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters
 from runtime.atomic import atomic_directory, sha256_of
+from runtime.records import read_json
+from trainer.config import differences
 
 FORMAT = 1
-STATES, HEAD, OPTIMIZER, AVERAGE, META = (
-    *("states", "head.safetensors", "optimizer.safetensors"),
-    *("average.safetensors", "state.json"),
-)
-# Options that may differ when a run goes on: they change where things lie, not what comes out.
-FREE = frozenset({"out", "overwrite", "resume", "dry_run", "cache_dir", "tensorboard", "keep_last", "save_every"})
+STATES, META = "states", "state.json"
+HEAD, OPTIMIZER, AVERAGE = "head.safetensors", "optimizer.safetensors", "average.safetensors"
 
 
 @dataclass
@@ -37,7 +35,7 @@ class State:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were done."""
+        """Optimizer steps done."""
         return int(self.meta["progress"]["step"])
 
     @property
@@ -46,23 +44,16 @@ class State:
         return self.meta["progress"]
 
     def restore_head(self, head) -> None:
-        """Give the head the weights it had."""
+        """Load the head's weights."""
         load_parameters(head, self.directory / HEAD)
 
     def optimizer(self) -> dict[str, np.ndarray]:
         """What ``Optimizer.state`` gave."""
-        return _load(self.directory / OPTIMIZER)
+        return load_file(self.directory / OPTIMIZER)
 
     def average(self) -> dict[str, np.ndarray]:
-        """What ``Average.state`` gave. Raises ValueError when the run did not average."""
-        return _load(self.directory / AVERAGE)
-
-
-def _load(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        """What ``Average.state`` gave."""
+        return load_file(self.directory / AVERAGE)
 
 
 def save_state(
@@ -71,7 +62,7 @@ def save_state(
     """Write the state of a step under ``out / "states"`` and remove all but the ``keep`` newest ones.
 
     optimizer, average: arrays by name; progress: counters, JSON-ready; identity: what ``check_identity`` compares.
-    Raises OSError naming the place when the disk is full; the earlier states are whole then.
+    Raises OSError naming the directory when the disk is full; the earlier states are then intact.
     """
     directory = Path(out) / STATES / f"step-{progress['step']:08d}"
     try:
@@ -85,9 +76,9 @@ def save_state(
             meta = json.loads(json.dumps(meta))
             (partial / META).write_text(json.dumps({**meta, "digest": config_digest(meta)}, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
-        kept = list_states(out)
-        earlier = f"the state of step {_step_of(kept[-1])} is whole" if kept else "there is no earlier state"
-        raise OSError(f"{directory} cannot be written: {error}; {earlier}, --resume goes on from there") from error
+        states = list_states(out)
+        earlier = f"--resume continues from step {_step_of(states[-1])}" if states else "there is no earlier state"
+        raise OSError(f"{directory} cannot be written: {error}; {earlier}") from error
     for old in list_states(out)[:-keep]:
         shutil.rmtree(old)
     return directory
@@ -103,13 +94,12 @@ def list_states(out: Path) -> list[Path]:
 
 
 def newest_state(out: Path) -> State | None:
-    """The newest state of a run, None when it has none. Raises ValueError naming the file of a state that is damaged,
-    with what to do."""
+    """The newest state of a run, None when it has none. Raises ValueError naming a damaged file and what to do."""
     found = list_states(out)
     if not found:
         return None
     directory = found[-1]
-    earlier = f"resume from step {_step_of(found[-2])}" if len(found) > 1 else "begin anew"
+    earlier = f"resume from step {_step_of(found[-2])}" if len(found) > 1 else "start over"
     try:
         return State(directory, _read_meta(directory))
     except ValueError as error:
@@ -119,8 +109,8 @@ def newest_state(out: Path) -> State | None:
 def _read_meta(directory: Path) -> dict:
     path = directory / META
     try:
-        meta = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        meta = read_json(path)
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(meta, dict) or meta.get("digest") != config_digest(meta):
         raise ValueError(f"{path} is damaged: its digest does not fit")
@@ -133,16 +123,12 @@ def _read_meta(directory: Path) -> dict:
 def check_identity(state: State, identity: dict) -> None:
     """Raises ValueError naming everything in which the run of a state differs from this one."""
     then, now = state.meta["identity"], json.loads(json.dumps(identity))
-    told = []
+    found = []
     for part in sorted(set(then) | set(now)):
         before, after = then.get(part), now.get(part)
         if isinstance(before, dict) and isinstance(after, dict):
-            told += [
-                f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
-                for key in sorted(set(before) | set(after))
-                if key not in FREE and before.get(key) != after.get(key)
-            ]
+            found += differences(before, after)
         elif before != after:
-            told.append(f"{part} was {before!r}, is {after!r}")
-    if told:
-        raise ValueError(f"{state.directory} belongs to another run: {'; '.join(told[:6])}; give the same options")
+            found.append(f"{part} was {before!r}, is {after!r}")
+    if found:
+        raise ValueError(f"{state.directory} belongs to another run: {'; '.join(found[:6])}; use the same options")

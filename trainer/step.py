@@ -1,4 +1,4 @@
-"""One optimizer step: its sequences dealt out to passes and ranks, gradients summed, one reduction, one update."""
+"""The gradients of one optimizer step: its sequences are dealt out to passes and ranks, and reduced once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import runtime
 from runtime import jt
 from runtime.interrupt import interrupt_requested
 from runtime.ranks import all_reduce_sum
+from runtime.types import Var
 from trainer.data.tokens import TokenizedData
 from trainer.loss import Batch, head_loss, make_batch
 
@@ -18,10 +19,10 @@ AUX_SLOTS = 8  # extra losses of a head that are reported; the heads here have a
 
 
 def split(indices: Sequence[int], lengths: np.ndarray, num_parts: int) -> list[list[int]]:
-    """The sequences of a step in ``num_parts`` parts of about equally many tokens; each comes exactly once.
+    """The sequences of a step in ``num_parts`` parts of about equally many tokens.
 
-    The longest goes first, always to the part that has least (the earlier of two). Within a part they keep their order.
-    With fewer sequences than parts the last parts are empty. lengths: tokens of every sequence of the data.
+    The longest is dealt first, always to the part with the fewest tokens (the earlier of two). Within a part they keep
+    their order. With fewer sequences than parts the last parts are empty. lengths: tokens of all sequences.
 
     Worked example: sequences 5, 7, 8 of 4, 9 and 6 tokens in two parts: [7], [5, 8].
     """
@@ -37,10 +38,10 @@ def split(indices: Sequence[int], lengths: np.ndarray, num_parts: int) -> list[l
 
 @dataclass
 class Metrics:
-    """What the passes of a step said, summed over them and over the ranks.
+    """The figures of a step, summed over its passes and the ranks.
 
     losses, top1, top5: per depth that has a loss, nats and shares of the labelled positions; aux: extra losses;
-    interrupted: someone pressed Ctrl-C on one of the ranks.
+    interrupted: Ctrl-C was pressed on one of the ranks.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -51,19 +52,19 @@ class Metrics:
 
 
 class _Sums:
-    """The figures of this rank's passes as one array, so that they travel with the gradients."""
+    """The figures of this rank's passes as one array, so that they are reduced with the gradients."""
 
     def __init__(self, num_depths: int):
         self.depths = np.zeros((3, num_depths))  # loss, first, among the first five: shares of the step's labels
         self.aux, self.names = np.zeros(AUX_SLOTS), []
         self.used = 0
-        self._waiting: list[tuple[Batch, list]] = []  # what is not read yet of passes: losses, ranks, further losses
+        self._waiting: list[tuple[Batch, list]] = []  # of passes: figures that are not read yet
 
     def add(self, batch: Batch, parts) -> None:
-        """Take in a pass. Its figures are computed, and read when all are wanted, so that no pass waits for them."""
+        """Add a pass. Its figures are computed now and read at the end, so that no pass waits for them."""
         self.used, self.names = len(parts.ranks), list(parts.aux)
         assert len(self.names) <= AUX_SLOTS, self.names
-        # Detached, or they would hold the pass's graph, and with it all its activations.
+        # Detached: else they would hold the pass's graph, and with it all its activations.
         figures = [each.detach() for each in (*parts.depth_losses, *parts.ranks, *parts.aux.values())]
         jt.sync(figures)
         self._waiting.append((batch, figures))
@@ -93,11 +94,11 @@ class _Sums:
 
 
 def gradients(
-    head, parameters: list, data: TokenizedData, indices: Sequence[int], source, config, objective
-) -> tuple[list | None, Metrics, list[Batch]]:
+    head, parameters: list[Var], data: TokenizedData, indices: Sequence[int], source, config, objective
+) -> tuple[list[Var] | None, Metrics, list[Batch]]:
     """The gradients of one step's loss, the same on every rank, whatever the number of passes and ranks.
 
-    parameters: the Vars that this step trains; indices: the sequences of the whole step; source(indices) -> Features.
+    parameters: the Vars that this step trains; indices: all sequences of the step; source(indices) -> Features.
     Returns (gradients in the order of the parameters, figures, this rank's batches); the gradients are None when no
     position of the step carries loss.
     """
@@ -110,18 +111,18 @@ def gradients(
         batch = make_batch(data, part, source, head.num_depths, indices)
         if not len(batch.positions):
             continue
-        said = head_loss(head, batch, config.depth_weight, objective)
-        grads = jt.grad(said.total, parameters)
+        loss = head_loss(head, batch, config.depth_weight, objective)
+        grads = jt.grad(loss.total, parameters)
         total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
         jt.sync(total)
-        sums.add(batch, said)
+        sums.add(batch, loss)
         batches.append(batch)
     if world == 1:
         return total, sums.metrics(sums.flat()), batches
     return *_reduce(total, parameters, sums), batches
 
 
-def _reduce(grads: list | None, parameters: list, sums: _Sums) -> tuple[list | None, Metrics]:
+def _reduce(grads: list[Var] | None, parameters: list[Var], sums: _Sums) -> tuple[list[Var] | None, Metrics]:
     """Gradients and figures summed over the ranks, in one reduction."""
     if grads is None:
         pieces = [jt.zeros((int(p.numel()),)) for p in parameters]
@@ -129,15 +130,15 @@ def _reduce(grads: list | None, parameters: list, sums: _Sums) -> tuple[list | N
         pieces = [g.reshape(-1) for g in grads]
     active = jt.array(np.array([grads is not None], np.float32))
     figures = sums.flat()
-    whole = all_reduce_sum(jt.concat([*pieces, jt.array(figures), active]))
-    whole.sync()
-    tail = whole[int(whole.numel()) - len(figures) - 1 :].numpy()
+    reduced = all_reduce_sum(jt.concat([*pieces, jt.array(figures), active]))
+    reduced.sync()
+    tail = reduced[int(reduced.numel()) - len(figures) - 1 :].numpy()
     if not tail[-1]:
         return None, sums.metrics(tail[:-1])
     found, first = [], 0
     for parameter in parameters:
         last = first + int(parameter.numel())
-        found.append(whole[first:last].reshape(tuple(parameter.shape)))
+        found.append(reduced[first:last].reshape(tuple(parameter.shape)))
         first = last
     jt.sync(found)
     return found, sums.metrics(tail[:-1])

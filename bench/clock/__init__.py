@@ -1,1 +1,1 @@
-"""What a pass costs, beside what the machine gives. Door: `passes.py`."""
+"""What passes, kernels, losses and conversions cost, beside what the machine allows. Door: `engine.py`."""

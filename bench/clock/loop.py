@@ -1,5 +1,5 @@
-"""What the decoding loop costs outside the kernels, whether its timers account for its wall clock, and whether it
-grows. On the embedded backbone, where a pass is so short that anything around it shows."""
+"""What the decoding loop costs outside the kernels, whether its timers add up to the wall clock, and whether its memory
+grows. On the embedded backbone, whose passes are so short that everything around them shows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 from backbone.config import BackboneConfig
 from backbone.model import Backbone, load_backbone
 from backbone.tokenizer import load_tokenizer
-from bench.clock.engine_record import Loop, Soak, Stages, Time
-from bench.clock.footprint import kernels_since, pass_calls
+from bench.clock.footprint import pass_calls
+from bench.clock.memory import rss
 from bench.clock.shapes import TINY, random_weights
+from bench.clock.timing import interleave, spread_ms
 from bench.measure.attempts import Setup
-from bench.measure.gauges import interleave, rss, spread_ms
-from bench.measure.measure import loaded_kernels, warm_up
+from bench.measure.warmup import kernels_since, loaded_kernels, warm_up
+from bench.record.engine import Loop, Soak, Stages, Time
 from decoding.generate import Generation, generate, generate_autoregressive
 from decoding.tree import default_tree
 from heads.base import Head
@@ -31,24 +32,24 @@ STAGES = ("prefill_s", "draft_s", "verify_s", "accept_s", "cache_s", "host_s")  
 
 
 def cheap_head() -> str:
-    """The first of the registered heads that drafts all depths at once and leaves the backbone as it is."""
+    """The first registered head that drafts all depths at once and does not change the backbone."""
     for name in available():
         kind = head_class(name)
         if kind.parallel and kind.trained and kind.decoding_backbone is Head.decoding_backbone:
             return name
-    raise ValueError("no registered head drafts all depths at once; the loop is measured with one that does")
+    raise ValueError("no registered head drafts all depths at once; the loop is measured with such a head")
 
 
 def measure_loop(dtype: str, tokens: int, repeats: int, soak_steps: int) -> Loop:
-    """Decode texts of ``tokens`` tokens without a head and with a tree, in turns; then ``soak_steps`` steps, 0: none.
+    """Decode texts of ``tokens`` tokens without a head and with a tree, in turns; then ``soak_steps`` steps.
 
-    The head is untrained: what it drafts is as much work as what a trained one drafts. Raises ValueError when a text
-    does not fit behind its prompt.
+    The head is untrained: drafting is as much work as with a trained one. Raises ValueError if a text does not fit
+    after its prompt.
     """
     backbone = load_backbone(dtype=dtype)
     room = backbone.config.max_positions - PROMPT - NODES
     if tokens > room:
-        raise ValueError(f"--tokens {tokens} do not fit behind a prompt of {PROMPT}: the backbone has room for {room}")
+        raise ValueError(f"--tokens {tokens} do not fit after a prompt of {PROMPT}: the backbone has room for {room}")
     name, tree = cheap_head(), default_tree(NODES, DEPTHS)
     head = build(name, {"num_depths": DEPTHS}, backbone)
     head.eval()
@@ -87,7 +88,7 @@ def empty_pass(config: BackboneConfig, dtype: str, repeats: int) -> Time:
 def time_texts(
     calls: dict[int, Callable], prompt: np.ndarray, tokens: int, repeats: int
 ) -> dict[int, list[tuple[float, Generation]]]:
-    """nodes -> (seconds by a clock outside, what the call gave) of each repeat, the sides in turns after a warm-up."""
+    """nodes -> (wall-clock seconds, generation) of each repeat, in turns after a warm-up."""
     samples: dict[int, list] = {nodes: [] for nodes in calls}
     for repeat in range(repeats + 1):
         for nodes in sorted(calls, reverse=repeat % 2 == 1):
@@ -101,7 +102,7 @@ def time_texts(
 
 
 def stages(nodes: int, samples: list[tuple[float, Generation]]) -> Stages:
-    """Per step, the median over the repeats of each stage; the gap is the largest of any repeat.
+    """Per step, the median over the repeats of each stage; the gap is the largest of all repeats.
 
     Worked example: stages of 1, 2, 3, 1, 1 and 1.8 s, 9.8 together, in a call of 10 s: a gap of 2 percent.
     """
@@ -132,8 +133,8 @@ def stages(nodes: int, samples: list[tuple[float, Generation]]) -> Stages:
 
 
 def run_soak(calls: dict[int, Callable], config: BackboneConfig, steps: int) -> Soak:
-    """Texts from prompts of random lengths until the cache is full, with and without a head in turns, until ``steps``
-    passes are done. The first two texts are the warm-up."""
+    """Decode texts from prompts of random lengths until the cache is full, with and without a head in turns, until
+    ``steps`` passes are done. The first two texts are the warm-up."""
     random = np.random.default_rng(1)
 
     def text(index: int) -> int:

@@ -1,9 +1,8 @@
-"""What the machine allows, read again and again in turns with what is measured: both meet the same neighbours.
+"""What the machine allows, read repeatedly in turns with what is measured: both have the same neighbors.
 
-"The memory" is the one that the kernels read: the host's, or with CUDA the device's.
-
-On a shared machine the memory's bandwidth may halve from one minute to the next, so a pass is held against readings of
-its own minutes, and their median; the best reading of the whole run says what the machine can do.
+"The memory" is the one that the kernels read: the host's, or with CUDA the device's. On a shared machine its bandwidth
+may halve from one minute to the next, so a pass is compared with the median of the readings beside it; the best reading
+of the run shows what the machine can do.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import runtime
-from bench.clock.engine_record import Bounds, Machine
-from bench.measure.gauges import available_memory
+from bench.clock.memory import available_memory
+from bench.record.engine import Bounds, Machine
 from ops.kernel import on_cpu
 from ops.machine import (
     copy_gb_s,
@@ -32,8 +31,8 @@ from runtime import jt
 
 @dataclass(frozen=True)
 class Load:
-    """How much work a reading is. buffer: bytes at least of what is read from memory; four times the last-level cache
-    where that is more. cache_sweeps: over half of that cache, after one that is not timed. fma, mma: iterations."""
+    """How much work a reading is. buffer: least bytes read from memory; four times the last-level cache if that is
+    more. cache_sweeps: over half of that cache, after one that is not timed. fma, mma: iterations."""
 
     buffer: int
     cache_sweeps: int
@@ -42,31 +41,31 @@ class Load:
 
 
 CPU = Load(256 << 20, 20, 1_000_000, 0)  # 5 ms of multiply-adds
-CUDA = Load(1 << 30, 200, 20_000, 20_000)  # what lasts a millisecond or so: a device's clock is coarse
+CUDA = Load(1 << 30, 200, 20_000, 20_000)  # about a millisecond: a device's clock is coarse
 
 
 def free_memory() -> int:
-    """Bytes that may still be taken where backbones lie: of the host's memory, with CUDA of the device's."""
+    """Bytes that are free for backbones: of the host's memory, with CUDA of the device's."""
     return free_device_memory() if runtime.device == "cuda" else available_memory()
 
 
 def free_device_memory() -> int:
-    """Bytes of the device that nobody holds, as its driver tells. Raises OSError where it does not.
+    """Free bytes of the device, from its driver. Raises OSError if that fails.
 
-    To be asked first: where the device is full, Jittor goes on in memory that host and device share, many times slower.
+    To be checked first: if the device is full, Jittor continues in memory shared by host and device, many times slower.
     """
-    jt.gc()  # blocks that Jittor keeps for reuse
+    jt.gc()  # blocks that Jittor holds for reuse
     jt.zeros((1,)).sync(True)  # the driver answers for the device of the thread, which Jittor's first kernel sets
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     status = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     if status:
-        raise OSError(f"the driver does not tell the device's memory: CUresult {status}")
+        raise OSError(f"the driver does not report the device's memory: CUresult {status}")
     return free.value
 
 
 class Readings:
-    """Bandwidths and multiply-adds, one figure of each per ``sample``; with CUDA's bodies those of the device, and
-    those of its tensor cores and launches too."""
+    """Bandwidths and multiply-adds, one figure of each per ``sample``; with CUDA's bodies those of the device, its
+    tensor cores and its launches included."""
 
     def __init__(self, load: Load | None = None):
         self.on_cpu = on_cpu()
@@ -79,7 +78,7 @@ class Readings:
         self.read, self.copy, self.cache_read, self.fma, self.mma, self.launches = [], [], [], [], [], []
 
     def sample(self) -> None:
-        """Read the machine once; some 50 ms on a CPU."""
+        """Take one reading of each kind; about 50 ms on a CPU."""
         self.fma.append(fma_gflop_s(self.load.fma))
         self.read.append(read_gb_s(self._memory))
         self.copy.append(copy_gb_s(self._memory))
@@ -100,12 +99,12 @@ class Readings:
         )
 
     def release(self) -> None:
-        """Give the buffers back; the figures stay."""
+        """Free the buffers; the figures stay."""
         self._memory = self._small = None
 
 
 def best(several: Iterable[Readings]) -> Machine:
-    """The best reading of each kind: whatever else ran can only have made one worse."""
+    """The best reading of each kind: other work can only make a reading worse."""
     several = list(several)
     cache_reads = [value for each in several for value in each.cache_read]
     launches = [pair for each in several for pair in each.launches]

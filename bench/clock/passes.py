@@ -1,7 +1,7 @@
-"""Times the passes of a backbone by rows and context, beside what the machine could do at best.
+"""Times the passes of a backbone by rows and context, beside what the machine allows.
 
-A clock that stops when a call returns stops on a GPU when its kernels are launched: every timed call waits for the
-device, but those that measure the launching itself.
+A GPU call returns when its kernels are launched, so every timed call waits for the device, except those that measure
+the launching itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import copy
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -18,9 +19,9 @@ import runtime
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig
 from backbone.model import Backbone
-from bench.clock.engine_record import Bounded, Host, Matrix, Memory, Pass, Peer, Shape, Time
-from bench.clock.footprint import footprint, kernels_since, pass_calls
+from bench.clock.footprint import footprint, pass_calls
 from bench.clock.machine import Readings, free_memory
+from bench.clock.memory import rss
 from bench.clock.shapes import (
     ITEM_BYTES,
     TINY,
@@ -34,9 +35,9 @@ from bench.clock.shapes import (
     usual_contexts,
     weight_bytes,
 )
-from bench.measure.gauges import available_memory, interleave, rss, spread_ms
-from bench.measure.measure import loaded_kernels
-from bench.peers import torch_llama
+from bench.clock.timing import interleave, spread_ms
+from bench.measure.warmup import kernels_since, loaded_kernels
+from bench.record.engine import Bounded, Host, Matrix, Memory, Pass, Peer, Shape, Time
 from decoding.generate import generate_autoregressive
 from ops.linear import PackedLinear
 from ops.row_plan import RowPlan
@@ -44,27 +45,49 @@ from runtime import jt, synchronize, warm
 
 DOUBTFUL = 1.5  # transformers' time in turns with ours over its trial's
 PROMPT = 40  # tokens, of the text that transformers and our engine both continue
-QUEUED = 8  # passes that are handed over before the first is waited for
-WHOLE = 128  # a cache's rows are a multiple of this
+QUEUED = 8  # passes that are launched before the first is waited for
+# The sizes of a shape that its record holds.
+SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+ROW_UNIT = 128  # a cache's rows are a multiple of this
+
+
+class PeerCall(Protocol):
+    """Another engine's fastest way to do our work: calling it does the work once and gives the seconds it took.
+    trials_ms: milliseconds of a trial by dtype, None if it does not run; best_ms: of the fastest."""
+
+    versions: dict[str, str]
+    dtype: str
+    sleeping: bool
+    best_ms: float
+    trials_ms: dict[str, float | None]
+
+    def __call__(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+# (name and config of the shape, prompt of a text or None for a pass of one row, tokens of the text, context of the row,
+# threads, notes to add to) -> the peer, None with a note if it cannot be measured.
+FindPeer = Callable[[str, BackboneConfig, np.ndarray | None, int, int, int, list[str]], PeerCall | None]
 
 
 @dataclass
 class Work:
-    """What is asked of every shape. rows, contexts: ascending, contexts None for the shape's usual ones; tokens: of the
-    text that both engines continue; transformers: whether to measure it."""
+    """What is measured of every shape. rows, contexts: ascending, contexts None for the shape's usual ones; tokens: of
+    the text that both engines continue; find_peer: another engine to measure beside ours."""
 
     rows: list[int]
     contexts: list[int] | None
     repeats: int
     dtype: str
     tokens: int
-    transformers: bool
+    find_peer: FindPeer | None = None
 
 
 @dataclass
 class Timed:
     """A shape's raw figures: seconds by ("pass", rows, context), ("linear", rows), "ours" and "theirs", and on a GPU
-    ("host", rows) and ("queued", rows). choice: how transformers ran; None where it was not measured."""
+    ("host", rows) and ("queued", rows). peer: None if none was measured."""
 
     name: str
     config: BackboneConfig
@@ -72,7 +95,7 @@ class Timed:
     seconds: dict
     memory: Memory
     readings: Readings
-    choice: torch_llama.Choice | None = field(default=None)
+    peer: PeerCall | None = None
 
 
 def asked_contexts(config: BackboneConfig, work: Work) -> list[int]:
@@ -81,20 +104,20 @@ def asked_contexts(config: BackboneConfig, work: Work) -> list[int]:
 
 
 def cache_rows(config: BackboneConfig, work: Work) -> int:
-    """Rows of the cache that all contexts share: room for the longest one and its pass, rounded up to whole 128."""
+    """Rows of the cache that all contexts share: room for the longest one and its pass, in units of ROW_UNIT."""
     needed = max(fitting_contexts(config, work)) + max(work.rows)
-    return min(config.max_positions, -(-needed // WHOLE) * WHOLE)
+    return min(config.max_positions, -(-needed // ROW_UNIT) * ROW_UNIT)
 
 
 def fitting_contexts(config: BackboneConfig, work: Work) -> list[int]:
-    """The contexts behind which the most rows still have positions."""
+    """The contexts after which the most rows still have positions."""
     return [each for each in asked_contexts(config, work) if each + max(work.rows) <= config.max_positions]
 
 
 def check_shapes(names: list[str], work: Work) -> list[str]:
-    """Make sure that every shape can be measured, before the first is; returns notes on contexts that are left out.
+    """Check that every shape can be measured, before the first is; returns notes on contexts that are left out.
 
-    Raises ValueError for an unknown shape, one without a context that fits, and one that the memory does not hold.
+    Raises ValueError for an unknown shape, one without a context that fits, and one that does not fit into memory.
     """
     notes = []
     for name in names:
@@ -114,13 +137,13 @@ def check_shapes(names: list[str], work: Work) -> list[str]:
 
 
 def time_shape(name: str, work: Work, threads: int, notes: list[str]) -> Timed:
-    """Weigh a backbone, on the CPU in a process of its own, then build it here and time its passes, its largest product
-    and transformers in turns."""
+    """Measure the memory of a backbone, on the CPU in a separate process, then build it here and time its passes, its
+    largest product and the peer in turns."""
     config, on_gpu = shape_config(name), runtime.device == "cuda"
     contexts, length = fitting_contexts(config, work), cache_rows(config, work)
     memory = None if on_gpu else footprint(name, config, work.dtype, work.rows, length)
     gc.collect()
-    jt.gc()  # what an earlier shape left behind
+    jt.gc()  # what an earlier shape left
     before, host_before = device_bytes(), rss()
     backbone = build_backbone(name, config, work.dtype)
     cache = backbone.new_cache(length)
@@ -134,12 +157,14 @@ def time_shape(name: str, work: Work, threads: int, notes: list[str]) -> Timed:
     functions |= linear_calls(config, work)
     readings = Readings()
     functions["machine"] = readings.sample
-    choice = None
-    if work.transformers and on_gpu:
-        notes.append("transformers is measured on the CPU alone: it was left out")
-    elif work.transformers:
-        ours, choice = peer_calls(name, backbone, cache, contexts[0], work, threads, notes)
-        functions |= {"ours": ours, "theirs": choice.call} if choice else {}
+    peer = None
+    if work.find_peer and on_gpu:
+        notes.append("transformers is measured on the CPU only: it was left out")
+    elif work.find_peer:
+        prompt = text_prompt(config) if name == TINY else None
+        peer = work.find_peer(name, config, prompt, work.tokens, contexts[0], threads, notes)
+        if peer:
+            functions |= {"ours": our_call(name, backbone, cache, contexts[0], work.tokens), "theirs": peer}
     for call in functions.values():
         call()
     warm()
@@ -147,14 +172,14 @@ def time_shape(name: str, work: Work, threads: int, notes: list[str]) -> Timed:
     seconds = interleave(functions, work.repeats)
     memory = memory.model_copy(update={"late_kernels": kernels_since(kernels)})
     readings.release()
-    if choice:
-        choice.call.close()
-        notes.extend(doubt(name, choice.best_ms, spread_ms(seconds["theirs"])["ms"]))
-    return Timed(name, config, work.dtype, seconds, memory, readings, choice)
+    if peer:
+        peer.close()
+        notes.extend(doubt(name, peer.best_ms, spread_ms(seconds["theirs"])["ms"]))
+    return Timed(name, config, work.dtype, seconds, memory, readings, peer)
 
 
 def waiting(call: Callable) -> Callable:
-    """The call, then waiting until the device has done all that it was given; on the CPU that costs a microsecond."""
+    """The call, then waiting until the device has finished; on the CPU that costs a microsecond."""
 
     def wait():
         result = call()
@@ -170,8 +195,8 @@ def device_bytes() -> int:
 
 
 def device_memory(config: BackboneConfig, dtype: str, length: int, before: int, host_before: int) -> Memory:
-    """What building a backbone and running its passes has taken of the device since it held ``before`` bytes and this
-    process ``host_before``. Jittor keeps the blocks that it has taken, so what it holds now is the most it held."""
+    """What building a backbone and running its passes took of the device, which held ``before`` bytes, and of this
+    process, which held ``host_before``. Jittor does not free its blocks, so what it holds now is the peak."""
     held, after = weight_bytes(config, dtype) + cache_bytes(config, dtype, length), device_bytes()
     growth = max(0, after - before)
     return Memory(
@@ -189,10 +214,10 @@ def device_memory(config: BackboneConfig, dtype: str, length: int, before: int, 
 
 
 def host_calls(backbone: Backbone, cache: KVCache, rows: list[int], context: int) -> dict[tuple, Callable]:
-    """("host", rows) -> seconds until a pass of so many rows behind ``context`` is handed over; ("queued", rows) ->
-    seconds a pass where ``QUEUED`` of them are handed over before the last is waited for.
+    """("host", rows) -> seconds until a pass of these rows after ``context`` is launched; ("queued", rows) -> seconds
+    per pass if ``QUEUED`` of them are launched before the last is waited for.
 
-    The tokens lie on the device before: copying them there waits for all that came before.
+    The tokens are on the device before: copying them waits for earlier work.
     """
     view = copy.copy(cache)
     view.reserve(context)
@@ -203,19 +228,19 @@ def host_calls(backbone: Backbone, cache: KVCache, rows: list[int], context: int
         tokens = jt.array((np.arange(count, dtype=np.int32) % backbone.config.vocab_size)[None])
         tokens.sync()
 
-        def hand_over(tokens=tokens, plan=plan):
+        def launch(tokens=tokens, plan=plan):
             return backbone.forward(tokens, cache=view, attend=plan).logits.sync()
 
-        def host(hand_over=hand_over) -> float:
+        def host(launch=launch) -> float:
             begun = time.perf_counter()
-            logits = hand_over()
+            logits = launch()
             spent = time.perf_counter() - begun
             logits.sync(True)
             return spent
 
-        def queued(hand_over=hand_over) -> float:
+        def queued(launch=launch) -> float:
             begun = time.perf_counter()
-            given = [hand_over() for _ in range(QUEUED)]
+            given = [launch() for _ in range(QUEUED)]
             given[-1].sync(True)
             return (time.perf_counter() - begun) / QUEUED
 
@@ -224,10 +249,10 @@ def host_calls(backbone: Backbone, cache: KVCache, rows: list[int], context: int
 
 
 def describe_host(seconds: dict, context: int) -> list[Host]:
-    """By rows, what ``host_calls`` found beside the passes behind the same context.
+    """By rows, the figures of ``host_calls`` beside the passes after the same context.
 
-    Worked example: a pass of 5 ms, 1 ms until its call returns, 4.5 ms a pass when queued: the host is ahead, and the
-    device waits for 10% of a lone pass. Of 5 ms until the call returns, 5 ms queued: it waits all the time.
+    Worked example: a pass of 5 ms, 1 ms until its call returns, 4.5 ms per pass if queued: the host is ahead, and the
+    device waits for 10% of a lone pass. With 5 ms until the call returns and 5 ms queued, it waits all the time.
     """
     found = []
     for kind, rows in (key[:2] for key in seconds if isinstance(key, tuple) and key[0] == "host"):
@@ -243,8 +268,8 @@ def describe_host(seconds: dict, context: int) -> list[Host]:
 
 
 def doubt(name: str, trial_ms: float, measured_ms: float) -> list[str]:
-    """A note where transformers took much longer in turns with ours than in its trial: threads that do not sleep suffer
-    most from other work, and the comparison then flatters us."""
+    """A note if transformers took much longer in turns with ours than in its trial: threads that do not sleep suffer
+    most from other work, and the comparison then favors ours."""
     if measured_ms < DOUBTFUL * trial_ms:
         return []
     times = measured_ms / trial_ms
@@ -252,7 +277,7 @@ def doubt(name: str, trial_ms: float, measured_ms: float) -> list[str]:
 
 
 def fill(cache: KVCache, config: BackboneConfig) -> None:
-    """Random keys and values in every row of the cache, the same in every layer, made where the cache lies. The padding
+    """Fill every row of the cache with random keys and values, the same in every layer, made on its device. The padding
     stays zero."""
     layers, *plane = cache.data.shape
     jt.set_global_seed(0)
@@ -266,7 +291,7 @@ def fill(cache: KVCache, config: BackboneConfig) -> None:
 
 
 def linear_calls(config: BackboneConfig, work: Work) -> dict[tuple, Callable]:
-    """("linear", rows) -> the product of so many rows with the shape's largest matrix."""
+    """("linear", rows) -> the product of these rows with the shape's largest matrix."""
     _, num_out, num_in = largest_matrix(config)
     random = np.random.default_rng(0)
     linear = PackedLinear((random.random((num_out, num_in), np.float32) - 0.5).astype(work.dtype))
@@ -277,36 +302,19 @@ def linear_calls(config: BackboneConfig, work: Work) -> dict[tuple, Callable]:
     return calls
 
 
-def peer_calls(
-    name: str, backbone: Backbone, cache: KVCache, context: int, work: Work, threads: int, notes: list[str]
-) -> tuple[Callable | None, torch_llama.Choice | None]:
-    """(our call, transformers' fastest) of the same work: a text for the embedded backbone, else one row behind
-    ``context``. No choice, and a note, where transformers cannot be measured."""
-    reason = torch_llama.missing()
-    if reason:
-        notes.append(reason)
-        return None, None
-    config = backbone.config
-    dtypes = [d for d in torch_llama.DTYPES if torch_llama.fits(config, d, available_memory())]
-    for dtype in sorted(set(torch_llama.DTYPES) - set(dtypes)):
-        notes.append(f"{name}: no memory for transformers in {dtype}")
-    if name == TINY:
-        from backbone.model import EMBEDDED
+def our_call(name: str, backbone: Backbone, cache: KVCache, context: int, tokens: int) -> Callable:
+    """The work that a peer does too: a text on the embedded backbone, else one row after ``context``."""
+    if name != TINY:
+        (call,) = pass_calls(backbone, cache, [1], [context]).values()
+        return call
+    config, prompt = backbone.config, text_prompt(backbone.config)
+    room = backbone.new_cache(min(config.max_positions, PROMPT + tokens + 1))
+    return lambda: generate_autoregressive(backbone, prompt, max_new_tokens=tokens, cache=room).token_ids
 
-        prompt = np.random.default_rng(0).integers(3, config.vocab_size, PROMPT)
-        room = backbone.new_cache(min(config.max_positions, PROMPT + work.tokens + 1))
 
-        def ours():
-            return generate_autoregressive(backbone, prompt, max_new_tokens=work.tokens, cache=room).token_ids
-
-        task = torch_llama.text_task(EMBEDDED, prompt, work.tokens, threads)
-    else:
-        (ours,) = pass_calls(backbone, cache, [1], [context]).values()
-        task = torch_llama.step_task(config, context, threads)
-    choice = torch_llama.choose(task, dtypes)
-    if choice is None:
-        notes.append(f"{name}: transformers runs in none of {', '.join(dtypes) or 'its types'} here")
-    return ours, choice
+def text_prompt(config: BackboneConfig) -> np.ndarray:
+    """The prompt of that text, (PROMPT,)."""
+    return np.random.default_rng(0).integers(3, config.vocab_size, PROMPT)
 
 
 def describe(timed: Timed, work: Work) -> Shape:
@@ -333,20 +341,14 @@ def describe(timed: Timed, work: Work) -> Shape:
     return Shape(
         name=timed.name,
         dtype=timed.dtype,
-        num_layers=c.num_layers,
-        hidden_size=c.hidden_size,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        vocab_size=c.vocab_size,
+        **{name: getattr(c, name) for name in SIZES},
         weight_bytes=timed.memory.weight_bytes,
         fits_in_cache=fits,
         bounds=bounds,
         passes=passes,
         largest_matrix=Matrix(name=matrix, num_out=num_out, num_in=num_in),
         linear=linear,
-        transformers=describe_peer(timed, work) if timed.choice else None,
+        transformers=describe_peer(timed, work) if timed.peer else None,
         memory=timed.memory,
         host=describe_host(seconds, first),
     )
@@ -366,16 +368,16 @@ def bounded(rows: int, time: dict[str, float], flops: int, moved: int, read_gb_s
 
 
 def describe_peer(timed: Timed, work: Work) -> Peer:
-    """transformers beside ours, per token of a text or per pass of a row."""
-    is_text, choice = timed.name == TINY, timed.choice
+    """The peer beside ours, per token of a text or per pass of a row."""
+    is_text, peer = timed.name == TINY, timed.peer
     per = work.tokens if is_text else 1
     ours, theirs = (Time(**spread_ms(timed.seconds[side], per)) for side in ("ours", "theirs"))
     return Peer(
         what="generate" if is_text else "step",
-        versions=torch_llama.versions(),
-        dtype=choice.dtype,
-        sleeping=choice.sleeping,
-        trials_ms={name: None if ms is None else ms / per for name, ms in choice.trials_ms.items()},
+        versions=peer.versions,
+        dtype=peer.dtype,
+        sleeping=peer.sleeping,
+        trials_ms={name: None if ms is None else ms / per for name, ms in peer.trials_ms.items()},
         context=PROMPT if is_text else fitting_contexts(timed.config, work)[0],
         tokens=per,
         theirs=theirs,

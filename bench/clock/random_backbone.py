@@ -1,4 +1,4 @@
-"""A backbone of random weights that are made where they are to lie: on a GPU the host never holds them."""
+"""A backbone of random weights that are made on the device: the host never holds them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from runtime import jt
 
 
 class RandomBackbone(Backbone):
-    """A backbone to time: what a pass costs does not depend on what the weights say. Its fingerprint names the seed; no
-    file is behind it."""
+    """A backbone to time: what a pass costs does not depend on the weights. Its fingerprint names the seed; it has no
+    file."""
 
     def __init__(self, config: BackboneConfig, dtype: str, seed: int = 0):
         self.config, self.dtype, self.storage = config, dtype, dtype

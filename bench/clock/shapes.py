@@ -1,7 +1,7 @@
-"""Backbones to put on the clock: their sizes, random weights of that size, and what a pass over them must move and add.
+"""Backbones to time: their sizes, random weights of that size, and what a pass over them must read and compute.
 
-The embedded tiny-vicuna is small enough for a processor's cache; the others have the sizes of well-known Llamas and
-random weights, because what a pass costs does not depend on what the weights say.
+The embedded tiny-vicuna fits into a processor's cache; the others have the sizes of well-known Llamas and random
+weights, because what a pass costs does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runtime.memory import freed_at_once
 
 TINY = "tiny-vicuna"
 ITEM_BYTES = {"float16": 2, "float32": 4}
-# While a backbone is built some of its weights lie twice or thrice: up to 1.4 was measured for the 1.1b shape.
+# While a backbone is built, some weights exist two or three times: up to 1.4 was measured for the 1.1b shape.
 BUILD_FACTOR = 1.4
 
 
@@ -57,13 +57,13 @@ def shape_config(name: str) -> BackboneConfig:
 
 
 def usual_contexts(config: BackboneConfig) -> list[int]:
-    """Cached rows before a pass, where nobody says how many: short, usual, and as long as still leaves room for 64 rows
-    (or 1,024 rows where the positions do not reach far beyond)."""
+    """Cached rows before a pass by default: few, a usual number, and as many as leave room for 64 rows (1,024 rows if
+    there are not many more positions)."""
     return [128, 1024, 3968] if config.max_positions == 4096 else [128, 512, 1024]
 
 
 def config_from(plain: dict) -> BackboneConfig:
-    """The config that ``dataclasses.asdict`` and JSON made a dictionary of."""
+    """The config from the dictionary that ``dataclasses.asdict`` and JSON made of it."""
     return BackboneConfig(**{**plain, "eos_ids": tuple(plain["eos_ids"])})
 
 
@@ -87,27 +87,27 @@ def largest_matrix(config: BackboneConfig) -> tuple[str, int, int]:
 
 
 def _multiplied(config: BackboneConfig) -> int:
-    """Weights that every row of a pass is multiplied with: all matrices of all layers and the language-model head."""
+    """Weights that every row of a pass is multiplied by: all matrices of all layers and the language-model head."""
     sizes = {name: num_out * num_in for name, (num_out, num_in) in matrices(config).items()}
     head = sizes.pop("lm_head")
     return config.num_layers * sum(sizes.values()) + head
 
 
 def pass_flops(config: BackboneConfig, rows: int, context: int) -> int:
-    """Floating-point operations of a pass over ``rows`` rows that follow each other behind ``context`` cached ones.
+    """Floating-point operations of a pass over a chain of ``rows`` rows after ``context`` cached ones.
 
     2 for each weight of a product and row, 4 for each coordinate of a query head and key that a row sees (the score,
-    and the sum of values). Norms, rotations, the softmax and SiLU are left out: below 1% for the shapes here. Worked
+    and the sum of values). Norms, rotations, the softmax and SiLU are not counted: below 1% for the shapes here. Worked
     example: 1 layer, 2 wide, 1 head of 2, inner 3, vocabulary 5: 12 + 4 + 12 + 6 weights in the layer and 10 in the
-    head; 2 rows behind 3 see 4 + 5 keys: 2 * 2 * 44 + 4 * 2 * 9 = 248.
+    head; 2 rows after 3 see 4 + 5 keys: 2 * 2 * 44 + 4 * 2 * 9 = 248.
     """
     keys = rows * context + rows * (rows + 1) // 2
     return 2 * rows * _multiplied(config) + 4 * config.num_layers * config.num_heads * config.head_dim * keys
 
 
 def pass_bytes(config: BackboneConfig, dtype: str, rows: int, context: int) -> int:
-    """Bytes that such a pass must fetch: every weight of a product once, the norms in float32, the rows' embeddings,
-    and the keys and values of the context and of the rows. What the rows compute is left out: it fits a cache.
+    """Bytes that such a pass must read: every weight of a product once, the norms in float32, the rows' embeddings, and
+    the keys and values of the context and of the rows. Intermediate results are not counted: they stay in a cache.
 
     Worked example, the one of ``pass_flops`` in float16: 44 weights and 2 embeddings of 2, 2 bytes each: 96; 3 norms of
     2 coordinates, 4 bytes each: 24; keys and values of 5 rows, 2 coordinates, 2 bytes each: 40; together 160.
@@ -123,13 +123,13 @@ def cache_bytes(config: BackboneConfig, dtype: str, length: int) -> int:
 
 
 def weight_bytes(config: BackboneConfig, dtype: str) -> int:
-    """Bytes of all weights as the backbone holds them: matrices and embedding in ``dtype``, norms in float32."""
+    """Bytes of all weights as the backbone stores them: matrices and embedding in ``dtype``, norms in float32."""
     shapes = expected_shapes(config).values()
     return sum(int(np.prod(shape)) * (ITEM_BYTES[dtype] if len(shape) > 1 else 4) for shape in shapes)
 
 
 def check_memory(name: str, config: BackboneConfig, dtype: str, cache_length: int, available: int) -> None:
-    """Raises ValueError when a shape with a cache would not fit into ``available`` bytes."""
+    """Raises ValueError if a shape with a cache does not fit into ``available`` bytes."""
     needed = BUILD_FACTOR * weight_bytes(config, dtype) + cache_bytes(config, dtype, cache_length)
     if needed > available:
         raise ValueError(
@@ -144,7 +144,7 @@ DRAWN_ROWS = 256  # of a random matrix, at a time
 def random_weights(config: BackboneConfig, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
     """Weights by Hugging Face name in ``dtype``, uniform on a scale that keeps hidden states near one; norms are ones.
 
-    Drawn some rows at a time, so that no matrix lies in memory in float32.
+    Drawn some rows at a time, so that no matrix is in memory in float32.
     """
     random, tensors = np.random.default_rng(seed), {}
     for name, shape in expected_shapes(config).items():
@@ -159,8 +159,8 @@ def random_weights(config: BackboneConfig, dtype: str, seed: int = 0) -> dict[st
 
 
 def build_backbone(name: str, config: BackboneConfig, dtype: str):
-    """The backbone of a shape: the embedded one's own weights, random ones for the others. For the CUDA bodies those
-    are made on the device."""
+    """The backbone of a shape: the embedded one with its own weights, the others with random ones. For the CUDA bodies
+    those are made on the device."""
     from backbone.model import Backbone, load_backbone
     from bench.clock.random_backbone import RandomBackbone
     from ops.kernel import on_cpu

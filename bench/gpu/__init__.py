@@ -1,1 +1,1 @@
-"""The checks of a machine with a GPU. Door: `checks.py`."""
+"""The checks of a machine with a GPU. Door: `check.py` runs them; `steps.py` lists them."""

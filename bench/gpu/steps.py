@@ -1,163 +1,295 @@
-"""Commands run one after another, each with a log and a time limit, and what became of each."""
+"""The steps of ``bench/gpu_check.py``: what is run on a GPU, for how long at most, and which figures count."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import importlib.util
 import json
-import os
-import shlex
-import signal
-import subprocess
+import re
+import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.measure.options import project_path
+from bench.gpu.step import Step, StepFailed
+from bench.record.files import ROOT
+from runtime.start.devices import find_driver
+from runtime.start.toolkit import find_toolkits
 
-ROOT = Path(__file__).resolve().parents[2]
-NOT_RUN = "not run"  # it was wanted, and there was no GPU, no time or no patience for it
-STATUSES = ("pass", "fail", NOT_RUN, "skipped")
-DONE = ("pass", "fail")
-GRACE_S = 10.0  # between asking a step to end and ending it
-
-
-class StepFailed(ValueError):
-    """What a step left behind says that it failed, though its process ended well. ``figures``: what is known of it."""
-
-    def __init__(self, reason: str, figures: dict[str, Any] | None = None):
-        super().__init__(reason)
-        self.figures = figures or {}
-
-
-def nothing_missing() -> str | None:
-    """What most steps lack."""
-    return None
+PYTHON = sys.executable
+CUDA = {"GORGON_DEVICE": "cuda"}  # a start that falls back to the CPU is then an error, not a pass
+WORK = ROOT / "runs" / "gpu-check"
+RESULTS = ROOT / "results" / "gpu"
+REQUIREMENTS = ROOT / "requirements-cuda.txt"
+SEVEN_B = ROOT / "results" / "engine-7b.json"
+# Goals for a pass of the 7b shape, at most: a multiple of reading its bytes, a pass of 64 rows over one of 1, and the
+# host's share of a pass.
+GOAL_SHAPE = "7b"
+FLOOR, VERIFY, HOST = 1.5, 1.25, 0.10
+HEADS = ("mlp", "eagle")  # one that drafts all depths at once, one with a decoder layer and a cache of its own
+MINUTES = 60.0
+WITHOUT_GPU = ("test_emulator.py", "test_nvcc.py")  # of tests/ops: emulation and compilation
 
 
-def no_figures(log: Path) -> dict[str, Any]:
-    """The figures of a step of which only the status counts."""
-    return {}
+def usable_gpu() -> tuple[bool, str]:
+    """(whether the driver offers a device, its names or the reason)."""
+    driver = find_driver()
+    if driver.devices:
+        return True, ", ".join(device.name for device in driver.devices)
+    return False, driver.trouble or "no device"
 
 
-def join_figures(figures: Mapping[str, Any]) -> str:
-    """All figures, as they are called: "passed 12, failed 0"."""
-    return ", ".join(f"{name} {value}" for name, value in figures.items())
+def need_module(name: str):
+    """A ``missing`` for steps that run a module with ``python -m``."""
+
+    def missing() -> str | None:
+        return None if importlib.util.find_spec(name) else f"there is no {name}"
+
+    return missing
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command. read: its log -> figures with units in their names; raises StepFailed where the command ended well
-    and its result is bad. line: the figures as the table shows them. missing: why it cannot be run here, or None.
-    clears: files of an earlier run that must not be taken for this one's."""
-
-    name: str
-    command: Sequence[str]
-    limit_s: float
-    needs_gpu: bool = True
-    env: Mapping[str, str] = field(default_factory=dict)
-    read: Callable[[Path], dict[str, Any]] = no_figures
-    line: Callable[[Mapping[str, Any]], str] = join_figures
-    missing: Callable[[], str | None] = nothing_missing
-    clears: Sequence[Path] = ()
-
-    @property
-    def shown(self) -> list[str]:
-        """The command as a person would type it; a program is told by its first words."""
-        settings = [f"{name}={value}" for name, value in self.env.items()]
-        return settings + [_shown(word) for word in self.command]
+def need_wheels() -> str | None:
+    """A ``missing`` for the step that installs what a toolkit would contain."""
+    if any(not toolkit.problems for toolkit in find_toolkits()):
+        return "a complete toolkit is installed: the wheels of requirements-cuda.txt are not needed"
+    return None if REQUIREMENTS.exists() else "there is no requirements-cuda.txt"
 
 
-def _shown(word: str) -> str:
-    if word == sys.executable:
-        return "python"
-    if "\n" in word:
-        return f"'{word.split()[0]} ...'"
-    return shlex.quote(project_path(word) if Path(word).is_absolute() else word)
+def need_nvcc() -> str | None:
+    """A ``missing`` for steps that only compile."""
+    return None if shutil.which("nvcc") else "no nvcc on the PATH"
 
 
-@dataclass
-class Outcome:
-    """status: one of STATUSES. seconds: of the process. log: relative to the project where it lies inside."""
-
-    name: str
-    status: str
-    seconds: float | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
-    reason: str | None = None
-    log: str | None = None
-
-    def plain(self) -> dict:
-        """As JSON holds it."""
-        return dataclasses.asdict(self)
+def need_file(path: Path):
+    """A ``missing`` for steps that need another one's file."""
+    return lambda: None if path.exists() else f"{path.relative_to(ROOT)} is missing: the step before it has to pass"
 
 
-def run_step(step: Step, logs: Path, ends: float | None = None) -> Outcome:
-    """Run a step; its output goes to ``<logs>/<name>.log`` alone. ends: when it is to stop, by ``time.monotonic()``.
-
-    A step that outlasts its limit is ended with every process that it started. Ctrl-C ends it likewise and is raised.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{step.name}.log"
-    for path in step.clears:
-        path.unlink(missing_ok=True)
-    begun = time.monotonic()
-    left = float("inf") if ends is None else max(0.0, ends - begun)
-    limit = min(step.limit_s, left)
-    with log.open("wb") as file:
-        try:
-            process = subprocess.Popen(
-                step.command, cwd=ROOT, env={**os.environ, **step.env}, stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            return Outcome(step.name, "fail", 0.0, reason=f"cannot start: {error}", log=project_path(log))
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            end_group(process)
-    outcome = Outcome(step.name, "fail", time.monotonic() - begun, log=project_path(log))
-    if status is None and limit < step.limit_s:
-        outcome.status, outcome.reason = NOT_RUN, "stopped: the budget is spent"
-    elif status is None:
-        outcome.reason = f"stopped after its limit of {step.limit_s:g} s"
-    elif status < 0:
-        outcome.reason = f"ended by signal {-status}: {last_line(log)}"
-    elif status:
-        outcome.reason = f"exit status {status}: {last_line(log)}"
-    try:
-        figures = step.read(log) if status is not None else {}
-        json.dumps(figures, allow_nan=False)  # what is no number must not cost the whole record
-        outcome.figures = figures
-        if status == 0:
-            outcome.status = "pass"
-    except StepFailed as error:
-        outcome.figures = error.figures
-        outcome.reason = outcome.reason or str(error)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        outcome.reason = outcome.reason or f"its figures cannot be read: {error!r}"
-    return outcome
+def sanitizer() -> str | None:
+    """The path of compute-sanitizer, None if the toolkit does not contain it."""
+    usual = Path("/usr/local/cuda/bin/compute-sanitizer")
+    return shutil.which("compute-sanitizer") or (str(usual) if usual.exists() else None)
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """End a process and all that it started: asked first, then made to. Nothing happens where none is left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline:
-            process.poll()  # takes the leader's status, so that the group can become empty
-            os.killpg(process.pid, 0)  # raises ProcessLookupError once nobody is left
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def pytest_figures(log: Path) -> dict[str, Any]:
+    """Counts in pytest's last line, "3 failed, 10 passed in 4.0s". Raises StepFailed if nothing passed."""
+    tail = log.read_text(errors="replace").splitlines()[-5:]
+    counts = {word: int(n) for line in tail for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", line)}
+    if not counts.get("passed"):
+        raise StepFailed("no test passed", counts)
+    return counts
 
 
-def last_line(log: Path, longest: int = 160) -> str:
-    """The last line of a log that says something, cut to ``longest`` characters."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:longest] if lines else "it said nothing"
+def engine_figures(path: Path):
+    """A ``read`` of a file of ``bench/engine.py``: the worst of its contexts."""
+
+    def read(log: Path) -> dict[str, Any]:
+        record = json.loads(path.read_text())
+        (shape,), loop = record["shapes"], record["loop"]
+        passes = {(each["context"], each["rows"]): each for each in shape["passes"]}
+        contexts = sorted({context for context, _ in passes})
+        most = max(rows for _, rows in passes)
+        ones = [passes[context, 1] for context in contexts]
+        figures = {
+            "shape": shape["name"],
+            "pass_ms": {str(each["context"]): each["ms"] for each in ones},
+            "floor_times": max(1 / each["bandwidth_share"] for each in ones),
+            "read_gb_s": shape["bounds"]["read_gb_s"],
+            "rows": most,
+            "verify_over_one": max(passes[context, most]["ms"] / passes[context, 1]["ms"] for context in contexts),
+            "host_share": max((each["share"] for each in shape["host"]), default=None),
+            "fits_in_cache": shape["fits_in_cache"],
+            "loop_tokens_per_s": loop and loop["autoregressive"]["tokens_per_s"],
+            "loop_outside_share": loop and loop["tree"]["outside_ms"] / loop["tree"]["step_ms"],
+        }
+        if shape["memory"]["late_kernels"]:
+            raise StepFailed(f"{shape['memory']['late_kernels']} kernels were compiled on the clock", figures)
+        return figures
+
+    return read
+
+
+def engine_line(figures: Mapping[str, Any]) -> str:
+    """The figures of ``engine_figures``, those of the goals' shape beside its goals."""
+    ms = ", ".join(f"{value:.2f} after {context}" for context, value in figures["pass_ms"].items())
+    floor, verify, host = figures["floor_times"], figures["verify_over_one"], figures["host_share"]
+    compare = against if figures["shape"] == GOAL_SHAPE else lambda value, goal, text: text.format(value)
+    words = [f"pass ms: {ms}", compare(floor, FLOOR, "{:.2f} x the floor")]
+    words.append(compare(verify, VERIFY, f"verify({figures['rows']})/verify(1) {{:.2f}}"))
+    if host is not None:
+        words.append(compare(host, HOST, "host share {:.0%}"))
+    if figures["loop_outside_share"] is not None:
+        words.append(f"loop: {figures['loop_tokens_per_s']:.0f} tokens/s without a head")
+        words.append(against(figures["loop_outside_share"], HOST, "a tree step's share outside the kernels {:.0%}"))
+    return "; ".join(words)
+
+
+def against(value: float, goal: float, text: str) -> str:
+    """A figure beside its goal, which is an upper limit: "1.62 x the floor (goal 1.5: missed)"."""
+    limit = f"{goal:.0%}" if "%" in text else f"{goal:g}"
+    return f"{text.format(value)} (goal {limit}: {'met' if value <= goal else 'missed'})"
+
+
+def train_figures(path: Path):
+    """A ``read`` of ``train.json``: the held-out loss has to fall."""
+
+    def read(log: Path) -> dict[str, Any]:
+        record = json.loads(path.read_text())
+        device, losses = record["provenance"]["device"], [sum(each["loss"]) for each in record["history"]]
+        figures = {
+            "device": device,
+            "steps": record["steps"],
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+            "tokens_per_s": record["tokens_per_s"],
+        }
+        if len(losses) < 2 or not losses[-1] < losses[0]:
+            raise StepFailed(f"the held-out loss did not fall: {losses}", figures)
+        return figures
+
+    return read
+
+
+def train_line(figures: Mapping[str, Any]) -> str:
+    """The figures of ``train_figures``."""
+    return (
+        f"held-out loss {figures['loss_first']:.3f} to {figures['loss_last']:.3f} in {figures['steps']} steps, "
+        f"{figures['tokens_per_s']:.0f} tokens/s"
+    )
+
+
+def decoding_figures(path: Path):
+    """A ``read`` of a file of ``bench/run.py``: every text has to be the baseline's."""
+
+    def read(log: Path) -> dict[str, Any]:
+        record = json.loads(path.read_text())
+        metrics, parity = record["metrics"], record["parity"]
+        figures = {
+            "device": record["provenance"]["device"],
+            "accept_length": metrics["accept_length"],
+            "tokens_per_s": metrics["tokens_per_s"],
+            "baseline_tokens_per_s": record["baseline"]["tokens_per_s"],
+            "speedup": metrics["speedup"],
+            "identical": parity["identical"],
+            "prompts": parity["prompts"],
+        }
+        if parity["identical"] < parity["prompts"] or not parity["prompts"]:
+            raise StepFailed(
+                f"only {parity['identical']} of {parity['prompts']} texts are those of the baseline", figures
+            )
+        return figures
+
+    return read
+
+
+def decoding_line(figures: Mapping[str, Any]) -> str:
+    """The figures of ``decoding_figures``."""
+    return (
+        f"accept length {figures['accept_length']:.2f}, {figures['tokens_per_s']:.0f} tokens/s "
+        f"({figures['baseline_tokens_per_s']:.0f} without a head), parity {figures['identical']}/{figures['prompts']}"
+    )
+
+
+def _module(*words: str) -> list[str]:
+    return [PYTHON, "-m", *words]
+
+
+def _script(name: str, *words: str) -> list[str]:
+    return [PYTHON, str(ROOT / name), *words]
+
+
+def _engine(shape: str, out: Path, minutes: float, *more: str) -> Step:
+    command = _script("bench/engine.py", "--shape", shape, "--no-transformers", "--out", str(out), *more)
+    return Step(
+        f"engine-{shape}",
+        command,
+        minutes * MINUTES,
+        env=CUDA,
+        read=engine_figures(out),
+        line=engine_line,
+        clears=[out],
+    )
+
+
+def _head_steps(name: str) -> list[Step]:
+    run, result = WORK / name, RESULTS / f"{name}.json"
+    options = ["--max-steps", "50", "--score-every", "25", "--features", "online", "--out", str(run), "--overwrite"]
+    decode = ["--greedy", "--backbone", "assets/tiny-vicuna", "--checkpoint", str(run), "--out", str(result)]
+    cleared = [run / "train.json", run / "checkpoint" / "config.json"]
+    train = _script("train.py", "--head", name, *options)
+    trained = need_file(run / "checkpoint" / "config.json")
+    minutes = 8 * MINUTES
+    losses, texts = train_figures(run / "train.json"), decoding_figures(result)
+    decode = _script("bench/run.py", *decode)
+    return [
+        Step(f"train-{name}", train, minutes, env=CUDA, read=losses, line=train_line, clears=cleared),
+        Step(
+            f"decode-{name}",
+            decode,
+            minutes,
+            env=CUDA,
+            read=texts,
+            line=decoding_line,
+            clears=[result],
+            missing=trained,
+        ),
+    ]
+
+
+def _kernel_steps() -> list[Step]:
+    """A step for each file of tests/ops: an illegal access ends the process, and with separate ones no other tests."""
+    files = [path for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")) if path.name not in WITHOUT_GPU]
+    words = ["pytest", "-m", "not slow and not nvcc"]
+    return [
+        Step(
+            f"ops-{path.stem.removeprefix('test_')}",
+            _module(*words, str(path)),
+            15 * MINUTES,
+            env=CUDA,
+            read=pytest_figures,
+        )
+        for path in files
+    ]
+
+
+CORE = """
+import json, time
+start = time.time()
+import runtime
+from runtime import jt
+jt.matmul(jt.ones((64, 64)), jt.ones((64, 64))).sync(True)
+print(json.dumps({"device": runtime.device, "seconds": time.time() - start, "provenance": runtime.provenance()}))
+"""
+
+
+def core_figures(log: Path) -> dict[str, Any]:
+    """The last line of ``CORE``."""
+    return {"device": json.loads(log.read_text(errors="replace").splitlines()[-1])["device"]}
+
+
+MEMCHECK = ["tests/ops/test_select.py", "-k", "test_argmax_is_the_first_of_the_largest"]
+
+STEPS: tuple[Step, ...] = (
+    Step(
+        "setup", _module("pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)),
+        10 * MINUTES, missing=need_wheels,
+    ),
+    Step("doctor", _module("runtime.doctor"), 2 * MINUTES, needs_gpu=False, missing=need_module("runtime.doctor")),
+    Step("core", [PYTHON, "-c", CORE], 10 * MINUTES, env=CUDA, read=core_figures),
+    Step("gpu-tests", _module("pytest", "-m", "gpu", "tests/gpu"), 20 * MINUTES, env=CUDA, read=pytest_figures),
+    *_kernel_steps(),
+    _engine("tiny-vicuna", RESULTS / "engine-tiny-vicuna.json", 8),
+    _engine("110m", RESULTS / "engine-110m.json", 8, "--no-loop"),
+    _engine("7b", SEVEN_B, 10, "--no-loop"),
+    *(step for name in HEADS for step in _head_steps(name)),
+    Step(
+        "memcheck",
+        [sanitizer() or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes",
+         "application-only", *_module("pytest", *MEMCHECK)],
+        8 * MINUTES, env=CUDA, read=pytest_figures, missing=lambda: None if sanitizer() else "no compute-sanitizer",
+    ),
+    Step(
+        "bodies", _module("pytest", "-m", "nvcc", "tests/ops", "tests/runtime"), 20 * MINUTES, needs_gpu=False,
+        env={"GORGON_DEVICE": "cpu"}, read=pytest_figures, missing=need_nvcc,
+    ),
+)  # fmt: skip

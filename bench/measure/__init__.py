@@ -1,1 +1,1 @@
-"""How a head is measured: prompts are decoded with and without it, timed and compared. Door: `recorder.py`."""
+"""Measuring a head: prompts are decoded with it and without, timed and compared. Door: `session.py`."""

@@ -1,7 +1,7 @@
-"""Decoding one prompt by every side: what the sides share, and what an attempt gave.
+"""Decoding prompts by each side (the baseline, the head, an adapted backbone): what they share, and what they gave.
 
 Later turns of a prompt read the baseline's replies, for every side. With a batch size, the n-th turns of several
-prompts are decoded at once.
+prompts are decoded together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from backbone.cache import BatchCache, KVCache
 from backbone.model import Backbone
 from backbone.tokenizer import ChatTokenizer
-from bench.measure.rules import Acceptance
 from bench.record.prompts import Prompt
 from decoding.drafter import ChainDrafter, make_drafter
 from decoding.generate import (
@@ -27,19 +26,20 @@ from decoding.generate import (
     generate_autoregressive,
     generate_batch,
 )
+from decoding.options import Acceptance
 from decoding.rules import Rule
 from decoding.tree import DynamicTree, Tree
 from heads.base import Head
 
-# The sides: the original backbone alone, the backbone that the head changed alone, the head.
+# The sides: the original backbone alone, the backbone that the head adapted alone, the head.
 BASELINE, ADAPTED, HEAD = "baseline", "adapted", "head"
 
 
 @dataclass
 class Setup:
-    """What all sides share. backbone: the original. head: None measures the baseline alone; tree: a lone root then.
-    decoder: the backbone that the head decodes with, asked for once. batch_size: prompts that are decoded at once.
-    draft_dtype: as ``generate`` takes it."""
+    """What all sides share. backbone: the original. head: None measures the baseline alone; tree: then a lone root.
+    decoder: the backbone that the head decodes with. batch_size: prompts that are decoded together. draft_dtype: of
+    ``generate``."""
 
     backbone: Backbone
     tokenizer: ChatTokenizer
@@ -65,8 +65,8 @@ class Setup:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """Who decodes a prompt; the two on the clock first."""
-        adapted = self.adapts and self.acceptance.exact  # texts that are drawn are not compared
+        """Who decodes a prompt; the two that are timed first."""
+        adapted = self.adapts and self.acceptance.exact  # sampled texts are not compared
         return (BASELINE, *((HEAD,) if self.head is not None else ()), *((ADAPTED,) if adapted else ()))
 
     @property
@@ -84,8 +84,7 @@ class Setup:
 
     @property
     def settings(self) -> dict:
-        """When a text ends. A tokenizer goes along only where the template's end of turn is no token and has to be
-        read."""
+        """When a text ends. A tokenizer is passed only if the template's end of turn is not one token but text."""
         ending = self.tokenizer.end_of_turn
         is_text = bool(ending) and tuple(self.tokenizer.encode(ending)) not in {(i,) for i in self.tokenizer.eos_ids}
         return {
@@ -104,8 +103,8 @@ class Setup:
         return generate_autoregressive(self.backbone if side == BASELINE else self.decoder, prompt_ids, **settings)
 
     def decode_all(self, prompts: Sequence[Sequence[int]], side: str, rules: Sequence[Rule]) -> list[Generation]:
-        """A reply to each prompt, in one batch where there is to be one. The clock of a batch is its texts' together:
-        each is given a share of it that goes by its tokens, so that sums over texts are seconds."""
+        """A reply to each prompt, in one batch if ``batch_size`` is above 1. Each text of a batch gets a share of the
+        batch's seconds in proportion to its tokens, so that sums over texts are seconds."""
         if self.batch_size == 1:
             return [self.decode(ids, side, rule) for ids, rule in zip(prompts, rules, strict=True)]
         backbone, head = (self.backbone if side == BASELINE else self.decoder), (self.head if side == HEAD else None)
@@ -125,12 +124,12 @@ class Stretch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the decoding passes; a turn's first token is its prefill's."""
+        """Tokens of the decoding passes; the first token of a turn is the prefill's."""
         return sum(len(generation.token_ids) - 1 for generation in self.generations)
 
     @property
     def passes(self) -> int:
-        """Backbone passes, prefills not among them."""
+        """Backbone passes, without prefills."""
         return sum(generation.num_passes for generation in self.generations)
 
     @property
@@ -146,7 +145,7 @@ class Stretch:
 
     @property
     def total_variation(self) -> float | None:
-        """The rule's, summed over the turns; None where it is exact."""
+        """The rule's, summed over the turns; None for an exact rule."""
         found = [generation.total_variation for generation in self.generations]
         return None if None in found else sum(found)
 
@@ -157,10 +156,11 @@ class Stretch:
 
 @dataclass
 class Difference:
-    """Where a head first left its twin. before: tokens of the turns before; position: in this turn."""
+    """Where a head first differed from autoregressive decoding by its backbone. before: tokens of the turns before;
+    position: in this turn."""
 
     prompt_ids: list[int]
-    twin_ids: list[int]
+    expected_ids: list[int]
     head_ids: list[int]
     before: int
     position: int
@@ -168,8 +168,8 @@ class Difference:
 
 @dataclass
 class Attempt:
-    """One prompt, every turn by every side, once; a side that is not there has no turns. dropped_turns: turns whose
-    prompt no longer fitted into the cache."""
+    """One prompt, every turn by every side, once; an absent side has no turns. dropped_turns: turns whose prompt did
+    not fit into the cache."""
 
     baseline: Stretch
     head: Stretch
@@ -200,8 +200,8 @@ class Conversation:
         self.attempt, self.messages = Attempt(Stretch(), Stretch(), Stretch()), []
 
     def ask(self, turn: int) -> list[int] | None:
-        """The prompt's tokens up to this turn; None once the conversation is over. Raises ValueError when the first
-        turn does not fit into the cache, or does not make a prompt."""
+        """The prompt's tokens up to this turn; None once the conversation is over. Raises ValueError if the first turn
+        does not fit into the cache or makes no prompt."""
         if turn >= len(self.prompt.turns) or self.attempt.dropped_turns:
             return None
         self.messages.append({"role": "user", "content": self.prompt.turns[turn]})
@@ -214,15 +214,15 @@ class Conversation:
         return prompt_ids
 
     def take(self, prompt_ids: list[int], given: dict[str, Generation]) -> None:
-        """The replies of all sides to one turn."""
+        """Add the replies of all sides to one turn."""
         attempt, baseline = self.attempt, given[BASELINE]
-        twin = given.get(ADAPTED, baseline)
+        expected = given.get(ADAPTED, baseline)
         if HEAD in given and attempt.difference is None and self.setup.acceptance.exact:
-            position = first_difference(twin.token_ids, given[HEAD].token_ids)
+            position = first_difference(expected.token_ids, given[HEAD].token_ids)
             if position is not None:
                 earlier = (attempt.adapted if self.setup.adapts else attempt.baseline).generations
                 before = sum(len(generation.token_ids) for generation in earlier)
-                attempt.difference = Difference(prompt_ids, twin.token_ids, given[HEAD].token_ids, before, position)
+                attempt.difference = Difference(prompt_ids, expected.token_ids, given[HEAD].token_ids, before, position)
         for side, generation in given.items():
             getattr(attempt, side).generations.append(generation)
         reply = self.setup.tokenizer.decode(baseline.token_ids) if baseline.text is None else baseline.text
@@ -230,10 +230,10 @@ class Conversation:
 
 
 def attempt_all(setup: Setup, prompts: Sequence[Prompt], first: int, head_first: bool) -> list[Attempt]:
-    """All turns of some prompts, the n-th turns of all of them at once, each decoded by the sides back to back, those
-    on the clock first. first: the number of the first prompt among all.
+    """All turns of some prompts, the n-th turns of all of them together, each decoded by the sides back to back, the
+    timed ones first. first: the number of the first prompt among all.
 
-    Raises ValueError for a prompt whose first turn does not fit into the cache, or does not make a prompt.
+    Raises ValueError for a prompt whose first turn does not fit into the cache or makes no prompt.
     """
     talks = [Conversation(setup, prompt, first + place) for place, prompt in enumerate(prompts)]
     sides = (HEAD, BASELINE, *setup.sides[2:]) if head_first and HEAD in setup.sides else setup.sides
@@ -249,5 +249,5 @@ def attempt_all(setup: Setup, prompts: Sequence[Prompt], first: int, head_first:
 
 
 def check_prompt(setup: Setup, prompt: Prompt) -> None:
-    """Raises ValueError when the first turn does not fit into the cache, or does not make a prompt."""
+    """Raises ValueError if the first turn does not fit into the cache or makes no prompt."""
     Conversation(setup, prompt, 0).ask(0)

@@ -1,4 +1,4 @@
-"""How long the parts of a pass take on this machine, and how long whole passes take in the loop that users run."""
+"""How long the parts of a pass take on this machine, and how long passes take in the decoding loop."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.measure.attempts import ADAPTED, HEAD, Setup
-from bench.measure.measure import warm_up
 from bench.measure.texts import GreedyText
+from bench.measure.warmup import warm_up
 from decoding.draft import draft
 from decoding.drafter import accepted_features
 from decoding.generate import Generation, Timers
 from decoding.search import LatencyCurve
 from decoding.tree import Tree, default_tree
-from heads.base import Features
+from heads.base import Features, Head
 from heads.chains import chain_of
 from ops.select import argmax
 from runtime import jt, warm
 from runtime.interrupt import check_interrupt
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# Nodes that a depth of a draft scores: one, a few, and about what a tree of 64 nodes has at its widest depth.
+# Nodes scored at a depth of a draft: one, a few, and about as many as the widest depth of a tree of 64 nodes.
 WIDTHS = (1, 4, 16)
 ROUNDS = 7  # every part is timed once a round, and the median over the rounds counts
 WARM_RUNS = 3
-PROBE = 8  # nodes of the tree whose passes tell what is neither drafting nor verifying
+PROBE = 8  # nodes of the tree whose passes show what is neither drafting nor verifying
 
 
 def row_counts(max_nodes: int) -> list[int]:
@@ -40,9 +40,9 @@ def row_counts(max_nodes: int) -> list[int]:
 def measure_curve(
     setup: Setup, context_ids: Sequence[int], max_nodes: int, probes: Sequence[GreedyText], rounds: int = ROUNDS
 ) -> LatencyCurve:
-    """The latency curve behind a text of these tokens. setup: with the head; its tree does not matter.
+    """The latency curve after a text of these tokens. setup: with the head; its tree does not matter.
 
-    probes: texts whose loop is run to see what a pass takes besides drafting and verifying.
+    probes: texts that are decoded to see what a pass takes besides drafting and verifying.
     """
     head, cache = setup.head, setup.cache
     context = np.array(context_ids[: cache.max_length - max_nodes], np.int32)
@@ -54,14 +54,17 @@ def measure_curve(
         output = setup.decoder.forward(context[None], cache=cache, layers=head.layers, logits="last")
         root = int(argmax(output.logits[0]).numpy()[0])
         cache.commit(np.arange(len(context)))
-        told = Features(output.hidden, output.layers), jt.array(np.append(context[1:], root)[None].astype(np.int32))
+        context_features = (
+            Features(output.hidden, output.layers),
+            jt.array(np.append(context[1:], root)[None].astype(np.int32)),
+        )
         accepted = accepted_features(output, np.array([len(context) - 1], np.int32))
         depths = range(1, 1 + min(head.num_depths, max_nodes - 1))
         chains = [chain_of(head, depth, setup.draft_dtype) for depth in depths]
         verify, begin, drafts, one_call = [], [], [], []
         for number in range(rounds + 1):  # the first one warms up
             verify.append([_time_verification(setup, count) for count in rows])
-            first, levels = _time_drafting(head, told, accepted, root, widths)
+            first, levels = _time_drafting(head, context_features, accepted, root, widths)
             begin.append(first)
             drafts.append(levels)
             if chains and all(chains):
@@ -86,7 +89,7 @@ def measure_curve(
 
 
 def _time_verification(setup: Setup, num_rows: int) -> float:
-    """Seconds of one pass over ``num_rows`` rows and its argmax; the cache is left as it was."""
+    """Seconds of one pass over ``num_rows`` rows and its argmax; the cache does not change."""
     tree, tokens = default_tree(num_rows), np.zeros((1, num_rows), np.int32)
 
     def verify():
@@ -97,13 +100,15 @@ def _time_verification(setup: Setup, num_rows: int) -> float:
     return _seconds(verify)
 
 
-def _time_drafting(head, told, accepted: Features, root: int, widths: Sequence[int]) -> tuple[float, list[list[float]]]:
+def _time_drafting(
+    head: Head, context_features: tuple, accepted: Features, root: int, widths: Sequence[int]
+) -> tuple[float, list[list[float]]]:
     """(seconds of ``begin`` with one row and a draft one deep, seconds by width and depth of drafts alone).
 
-    told: what the head gets of the context. What ``begin`` computes is done when the first draft asks for it.
+    context_features: the arguments of ``begin`` for the context. ``begin`` is computed when the first draft needs it.
     """
     following = jt.array(np.array([[root]], np.int32))
-    state = head.begin(*told)
+    state = head.begin(*context_features)
 
     def begin():
         nonlocal state
@@ -118,13 +123,13 @@ def _time_drafting(head, told, accepted: Features, root: int, widths: Sequence[i
 
 
 def _time_chain(chain, accepted: Features, root: int) -> float:
-    """Seconds of a chain in one call behind an accepted row, until the host has its tokens."""
+    """Seconds of a chain in one call after an accepted row, until the host has its tokens."""
     return _seconds(lambda: chain(accepted.hidden, 0, root).numpy())
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """Seconds that ``work`` takes when it has just been done: its weights lie where the last pass left them, as in the
-    loop, and not where a larger one before it has put its own. The median of WARM_RUNS runs behind as many."""
+    """Seconds that ``work`` takes right after itself, so that its weights are cached as in the decoding loop: the
+    median of WARM_RUNS runs, after as many that are not counted."""
     seconds = []
     for _ in range(2 * WARM_RUNS):
         start = time.perf_counter()
@@ -142,7 +147,7 @@ def bundle(width: int, depth: int) -> Tree:
 
 
 def _rest(setup: Setup, probes: Sequence[GreedyText]) -> tuple[float, float]:
-    """Seconds of a pass that are neither drafting nor verifying, with a tree and without."""
+    """Seconds of a pass that are neither drafting nor verifying: (with a tree, without)."""
     tree = default_tree(min(PROBE, setup.cache.max_length - 1), setup.head.num_depths)
     drafting = dataclasses.replace(setup, tree=tree)
     warm_up(drafting)
@@ -178,10 +183,10 @@ class LoopTime:
 def time_loops(
     setup: Setup, trees: Sequence[Tree], texts: Sequence[GreedyText], repeats: int, on_text: Callable[[], None]
 ) -> tuple[list[LoopTime], LoopTime]:
-    """Decode the texts' prompts with each tree and autoregressively, in turn; returns (of each tree, of the twin).
+    """Decode the texts' prompts with each tree and autoregressively, in turn; returns (of each tree, of the baseline).
 
-    The order moves on by one from text to text and from repeat to repeat, so that a machine that grows warmer or
-    busier favours nobody. on_text: called after each text.
+    The order rotates by one from text to text and from repeat to repeat, so that a machine that grows warmer or busier
+    favors none. on_text: called after each text.
     """
     ways = [*(dataclasses.replace(setup, tree=tree) for tree in trees), None]
     for way in ways[:-1]:
@@ -196,8 +201,8 @@ def time_loops(
                 way = ways[index]
                 decoder, side = (setup, ADAPTED) if way is None else (way, HEAD)
                 taken[index].append(decoder.decode(text.prompt_ids, side))
-        for kept, generations in zip(given, taken, strict=True):
-            kept.append(generations)
+        for way, generations in zip(given, taken, strict=True):
+            way.append(generations)
         on_text()
         check_interrupt()
     times = [_loop_time(generations) for generations in given]

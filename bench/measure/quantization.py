@@ -1,4 +1,4 @@
-"""What 8 or 4 bits do to a backbone: perplexity on held-out replies, and how far its greedy text stays."""
+"""What 8 or 4 bits change in a backbone: perplexity on held-out replies, and agreement of its greedy text."""
 
 from __future__ import annotations
 
@@ -23,25 +23,20 @@ from trainer.config import TrainConfig
 from trainer.data.splits import split_text
 from trainer.data.tokens import TokenizedData, batches
 
-SCORED_TOKENS = 2048  # tokens of a pass
-
-
-def held_out_text(tokenizer, max_positions: int) -> TokenizedData:
-    """The conversations of the embedded corpus that train.py holds out by default."""
-    return split_text(TrainConfig(), tokenizer, max_positions).held_out
+SCORED_TOKENS = 2048  # per pass
 
 
 def perplexity(backbone: Backbone, data: TokenizedData) -> float:
-    """exp of the mean nats of the assistant's tokens, each behind the whole conversation before it."""
+    """exp of the mean nats of the assistant's tokens, each after the complete conversation before it."""
     nats, count = 0.0, 0
     with jt.no_grad():
         for indices in batches(data, SCORED_TOKENS):
             part = data.select(indices)
             plan = RowPlan.sequences(part.lengths)
             logits = backbone.forward(part.token_ids[None], attend=plan).logits[0]
-            told = np.append(part.mask[1:], False)
-            told[part.offsets[1:] - 1] = False  # the last row of a conversation has nothing behind it
-            rows = np.flatnonzero(told).astype(np.int32)
+            labeled = np.append(part.mask[1:], False)
+            labeled[part.offsets[1:] - 1] = False  # nothing follows the last row of a conversation
+            rows = np.flatnonzero(labeled).astype(np.int32)
             losses, _ = cross_entropy(logits[jt.array(rows)], jt.array(part.token_ids[rows + 1]))
             nats, count = nats + float(losses.numpy().astype(np.float64).sum()), count + len(rows)
             check_interrupt()
@@ -49,7 +44,7 @@ def perplexity(backbone: Backbone, data: TokenizedData) -> float:
 
 
 def greedy_texts(setup: Setup, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The tokens of each prompt's first reply; a prompt that does not fit into the cache has none."""
+    """The tokens of each prompt's first reply; none for a prompt that does not fit into the cache."""
     texts = []
     for prompt in prompts:
         ids = setup.tokenizer.encode_chat([{"role": "user", "content": prompt.turns[0]}])
@@ -64,7 +59,7 @@ def layer_bytes(backbone: Backbone) -> int:
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> tuple[float | None, float | None]:
-    """The share of texts that are the same, and of the first ones' tokens that come before a difference.
+    """The share of texts that are equal, and the share of ``ours``' tokens before the first difference.
 
     Worked example: [1 2 3] against [1 2 4] and [5] against [5]: half the texts, 3 of 4 tokens.
     """
@@ -77,9 +72,9 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 
 
 def compare_backbones(original: Setup, quantized: Setup, prompts: Sequence[Prompt]) -> Quantization:
-    """Both on the same held-out text and the same prompts."""
+    """Compare both on the same held-out text and the same prompts."""
     original, quantized = (replace(each, head=None, tree=Tree.autoregressive()) for each in (original, quantized))
-    data = held_out_text(original.tokenizer, original.backbone.config.max_positions)
+    data = split_text(TrainConfig(), original.tokenizer, original.backbone.config.max_positions).held_out
     greedy, tokens = agreement(greedy_texts(original, prompts), greedy_texts(quantized, prompts))
     return Quantization(
         bits=BITS[quantized.backbone.storage],

@@ -1,65 +1,28 @@
-"""From measurements to records: what all records of a run have in common, and what is a head's own."""
+"""From measurements to records: what all records of a run have in common, and what is specific to a head."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bench.measure.options import DEFAULT_PROMPTS, project_path
-from bench.measure.trees import Choice, shape_fields
+import runtime
+from backbone.tokenizer import EMBEDDED
+from bench.measure.attempts import Setup
+from bench.measure.heads import LoadedHead
+from bench.measure.options import RunOptions
+from bench.measure.side_by_side import Measurement, timing
+from bench.measure.tree_choice import shape_fields
+from bench.record.files import project_path
+from bench.record.metrics import aggregate
 from bench.record.prompts import PromptSet
-from bench.record.schema import KIND, SCHEMA_VERSION, Quantization, Record, parse_record
-from bench.tables.summary import AUTOREGRESSIVE
+from bench.record.schema import AUTOREGRESSIVE, Quantization, Record
 from decoding.tree import DynamicTree, Tree
-
-if TYPE_CHECKING:
-    from bench.measure.attempts import Setup
-    from bench.measure.measure import Measurement
-
-
-@dataclass
-class Trained:
-    """A head that is ready to be measured. directory: its checkpoint, None for one that needs none and has none; out:
-    where its result goes."""
-
-    name: str
-    directory: Path | None
-    config: dict
-    head: object
-    choice: Choice
-    out: Path
-
-    @property
-    def tree(self) -> Tree:
-        """What it drafts with."""
-        return self.choice.tree
-
-
-def read_stats(config: dict, name: str) -> dict:
-    """What the head said of itself on its held-out text. Raises ValueError where that is no table of figures."""
-    stats = config.get("metrics", {}).get("stats", {})
-    if not isinstance(stats, dict):
-        raise ValueError(f"the checkpoint of {name} holds no usable stats: expected an object, got {stats!r}")
-    return stats
-
-
-def source(options: argparse.Namespace) -> str:
-    """The prompt files by name."""
-    return " + ".join(project_path(file) for file in options.prompts or [DEFAULT_PROMPTS])
+from heads.checkpoint import weights_sha256
 
 
 class Recorder:
-    """Turns measurements into records: holds what all records of a run have in common."""
+    """Turns measurements into records. It holds what all records of a run have in common."""
 
-    def __init__(
-        self, options: argparse.Namespace, setup: Setup, prompts: PromptSet, quantization: Quantization | None = None
-    ):
-        import runtime
-        from backbone.tokenizer import EMBEDDED
-
+    def __init__(self, options: RunOptions, setup: Setup, prompts: PromptSet, quantization: Quantization | None = None):
         c, backbone = setup.backbone.config, setup.backbone
         self.setup, self.prompts, self.provenance = setup, prompts, runtime.provenance(options.seed)
         self.quantization = quantization
@@ -80,19 +43,16 @@ class Recorder:
             "template": options.template,
             "batch_size": options.batch_size,
         }
-        self.source = source(options)
+        self.source = options.prompt_source
 
     def _record(self, name: str, measured: Measurement, rows, timers, tree: Tree | DynamicTree, **own) -> Record:
         """own: top-level keys that only a head's record fills."""
-        from bench.measure.measure import timing
-        from bench.record.metrics import aggregate
-
         metrics, categories = aggregate(rows)
         shape = {**shape_fields(tree), "draft_dtype": own.pop("draft_dtype", None)}
         config = {"backbone": self.backbone, "decoding": {**self.decoding, **shape}, "repeats": self.setup.repeats}
         record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
+            "schema_version": Record.VERSION,
+            "kind": Record.KIND,
             "status": "interrupted" if measured.interrupted else "complete",
             "head": name,
             "config": {**config, "head": own.pop("head_config", {})},
@@ -113,47 +73,44 @@ class Recorder:
             "per_prompt": rows,
             "quantization": self.quantization,
         }
-        return parse_record({**record, **own}, f"the result of {name}")
+        return Record.parse({**record, **own}, f"the result of {name}")
 
     def baseline(self, measured: Measurement) -> Record:
         """The record of autoregressive decoding itself."""
         rows, timers = measured.baseline_rows, measured.baseline_timers
         return self._record(AUTOREGRESSIVE, measured, rows, timers, Tree.autoregressive())
 
-    def head(self, trained: Trained, measured: Measurement) -> Record:
+    def head(self, loaded: LoadedHead, measured: Measurement) -> Record:
         """The record of a head, with what the baseline did on the same prompts."""
-        stats = read_stats(trained.config, trained.name)
-        decoded = dataclasses.replace(self.setup, head=trained.head, tree=trained.tree)
+        decoded = dataclasses.replace(self.setup, head=loaded.head, tree=loaded.tree)
         return self._record(
-            trained.name,
+            loaded.name,
             measured,
             measured.rows,
             measured.timers,
-            trained.tree,
-            head_config=trained.config["head_config"],
-            checkpoint=describe_checkpoint(trained) if trained.directory else None,
+            loaded.tree,
+            head_config=loaded.config["head_config"],
+            checkpoint=describe_checkpoint(loaded) if loaded.directory else None,
             baseline=measured.baseline,
             parity=measured.parity,
-            head_stats=stats,
+            head_stats=loaded.stats,
             draft_dtype=decoded.draft_dtype if decoded.drafts_in_one_call else None,
-            adaptation=measured.adaptation(stats),
-            prediction=trained.choice.prediction if self.setup.acceptance.exact else None,
+            adaptation=measured.adaptation(loaded.stats),
+            prediction=loaded.choice.prediction if self.setup.acceptance.exact else None,
         )
 
 
-def describe_checkpoint(trained: Trained) -> dict:
+def describe_checkpoint(loaded: LoadedHead) -> dict:
     """The ``checkpoint`` of a record."""
-    from heads.checkpoint import weights_sha256
-
-    progress, scored = trained.config.get("run", {}), trained.config.get("metrics", {})
+    progress, scored = loaded.config.get("run", {}), loaded.config.get("metrics", {})
     return {
-        "path": project_path(trained.directory),
-        "sha256": weights_sha256(trained.directory),
-        "parameters": trained.head.num_parameters,
+        "path": project_path(loaded.directory),
+        "sha256": weights_sha256(loaded.directory),
+        "parameters": loaded.head.num_parameters,
         "train_steps": progress.get("steps"),
         "train_tokens": progress.get("tokens"),
         "train_s": progress.get("train_s"),
-        "seed": trained.config.get("trainer", {}).get("seed"),
+        "seed": loaded.config.get("trainer", {}).get("seed"),
         "expected_accept_length": scored.get("expected_accept_length"),
         "tree_nodes": scored.get("tree_nodes"),
     }

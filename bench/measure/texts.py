@@ -1,7 +1,7 @@
-"""The backbone's own greedy texts, and where a head had their tokens: what a calibration counts on.
+"""The backbone's own greedy texts, and the ranks a head gives their tokens: what a calibration is computed from.
 
-The prompts are by default what users say in the conversations that train.py holds out of the embedded corpus: a head
-has learnt from none of them, and the bench's own prompts stay unseen.
+By default, the prompts are the users' turns of the conversations that train.py holds out of the embedded corpus: no
+head was trained on them, and the prompts of bench/run.py stay unseen.
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ from bench.measure.attempts import ADAPTED, BASELINE, Setup
 from bench.record.prompts import Prompt, PromptSet, spread
 from decoding.acceptance import RankedText
 from decoding.generate import generate_autoregressive
-from runtime import jt
 from runtime.interrupt import check_interrupt
 from trainer.config import EMBEDDED_CORPUS, TrainConfig
 from trainer.data.splits import held_out_conversations, split_text
-from trainer.data.tokens import TokenizedData, batches
+from trainer.data.tokens import TokenizedData
 from trainer.features.cache import OnlineFeatures
-from trainer.loss import head_loss, make_batch
-
-SCORED_TOKENS = 4096  # tokens of a teacher-forced pass
+from trainer.scoring import teacher_forced_ranks
 
 
 @dataclass(frozen=True)
 class GreedyText:
-    """A reply of the backbone that the head decodes with. after: what it would have gone on with past the end."""
+    """A reply of the backbone that the head decodes with. after: how it would continue past the end."""
 
     prompt_id: str
     prompt_ids: list[int]
@@ -56,23 +53,23 @@ def held_out_prompts(tokenizer, max_positions: int, num_prompts: int | None) -> 
 
 
 def decode_texts(setup: Setup, prompts: Sequence[Prompt], on_prompt=lambda: None) -> list[GreedyText]:
-    """Decode every turn of every prompt token by token, with the histories that a measurement gives its sides.
+    """Decode every turn of every prompt token by token, with the histories of a measurement.
 
     A turn whose prompt does not fit into the cache ends its conversation. on_prompt: called after each prompt.
     """
     texts, num_after = [], setup.head.num_depths
     for prompt in prompts:
         messages = []
-        for said in prompt.turns:
-            messages.append({"role": "user", "content": said})
+        for turn in prompt.turns:
+            messages.append({"role": "user", "content": turn})
             prompt_ids = setup.tokenizer.encode_chat(messages)
             if len(prompt_ids) > setup.cache.max_length:
                 break
             baseline = setup.decode(prompt_ids, BASELINE)
             own = setup.decode(prompt_ids, ADAPTED) if setup.adapts else baseline
-            whole, after = [*prompt_ids, *own.token_ids], []
-            if len(whole) < setup.cache.max_length:
-                more = generate_autoregressive(setup.decoder, whole, max_new_tokens=num_after, cache=setup.cache)
+            text, after = [*prompt_ids, *own.token_ids], []
+            if len(text) < setup.cache.max_length:
+                more = generate_autoregressive(setup.decoder, text, max_new_tokens=num_after, cache=setup.cache)
                 after = more.token_ids
             texts.append(GreedyText(prompt.prompt_id, prompt_ids, own.token_ids, after))
             reply = setup.tokenizer.decode(baseline.token_ids) if baseline.text is None else baseline.text
@@ -83,11 +80,11 @@ def decode_texts(setup: Setup, prompts: Sequence[Prompt], on_prompt=lambda: None
 
 
 def distinct(texts: Sequence[GreedyText]) -> list[GreedyText]:
-    """Each reply once, the first time it comes.
+    """Each reply once, the first time it occurs.
 
-    For prompts that the backbone wrote itself: of 738 replies to the held-out ones 230 repeat another, which a head
-    that has learnt from such text knows well. Counted once, they predict the embedded prompts better: the accept length
-    with 16 nodes came out 1.07 to 1.11 times the measured one for eight heads, instead of 1.09 to 1.13.
+    For prompts that the backbone wrote itself: of 738 replies to the held-out ones, 230 repeat another, which a head
+    trained on such text knows well. Counted once, they predict the embedded prompts better: for eight heads, the accept
+    length with 16 nodes was predicted as 1.07 to 1.11 times the measured one, instead of 1.09 to 1.13.
     """
     found: dict[tuple[int, ...], GreedyText] = {}
     for text in texts:
@@ -107,18 +104,12 @@ def rank_texts(head, backbone, texts: Sequence[GreedyText], on_texts=lambda coun
         laid.append((whole, np.arange(len(whole)) >= len(text.prompt_ids)))
     data = TokenizedData.of(laid)
     source, found = OnlineFeatures(backbone, data, tuple(head.layers)), {}
-    head.eval()
-    for indices in batches(data, SCORED_TOKENS):
-        batch = make_batch(data, indices, source, head.num_depths)
-        ranks = np.zeros((head.num_depths, 0), np.int32)
-        if len(batch.positions):
-            with jt.no_grad():
-                ranks = np.stack([rank.numpy() for rank in head_loss(head, batch, 1.0).ranks])
+    for batch in teacher_forced_ranks(head, data, source):
         start = 0
-        for index in indices:
-            found[index] = _table(ranks, batch.positions - start, texts[index])
+        for index in batch.indices:
+            found[index] = _table(batch.ranks, batch.positions - start, texts[index])
             start += int(data.lengths[index])
-        on_texts(len(indices))
+        on_texts(len(batch.indices))
         check_interrupt()
     return [found[index] for index in range(len(texts))]
 

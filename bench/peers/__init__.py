@@ -1,1 +1,1 @@
-"""Other engines on the same clock. None of them is needed to run anything else."""
+"""Other engines on the same clock, none of them needed for anything else. Door: `torch_llama.py` (`find_peer`)."""

@@ -2,33 +2,35 @@
 
     python bench/peers/llama_cpp.py --model model.gguf --rows 1,2,4,8,16,32,64 --context 128
 
-It runs the ``llama-bench`` of the PATH, or the one of --binary, and turns its JSON into milliseconds a pass. **It has
-never run with a real llama-bench**: it is written after that program's documentation and tested with a stand-in that
-prints the format shown there. Two differences stay. llama-bench computes the logits of a prompt's last row alone, our
-passes compute all rows'; and a row of generation there, as here, is a pass of one row. Give it a GGUF file of the same
-sizes and of 16-bit weights; a quantised one is another engine's other model. stdout gets one line of JSON.
+It runs the ``llama-bench`` of the PATH, or the one of --binary, and turns its JSON into milliseconds per pass. **It has
+never run with a real llama-bench**: it follows that program's documentation and is tested with a stand-in that prints
+the documented format. One difference remains: llama-bench computes the logits of a prompt's last row only, our passes
+those of all rows. Give it a GGUF file of the same sizes with 16-bit weights; a quantized one is another model. stdout
+gets one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.measure.gauges import read_counts, spread_ms
-from bench.record.schema import check_writable, write_atomically
+from bench.clock.timing import read_counts, spread_ms
+from bench.record.files import publish
+from bench.tables.terminal import note
+from runtime.atomic import check_writable
 from runtime.entry import Parser, run_entry
+from runtime.options import add_options, option, read_options
 
 BINARY = "llama-bench"
-DESCRIPTION = "llama.cpp's own benchmark at the rows that bench/engine.py measures."
-# What its JSON says of the build and the model, and what we call it.
+# Fields of its JSON on the build and the model -> our names.
 FACTS = {
     "build_commit": "build_commit",
     "cpu_info": "device_name",
@@ -41,53 +43,50 @@ FACTS = {
 }
 
 
-def build_parser() -> Parser:
+@dataclass
+class LlamaCppOptions:
     """The options of this entry."""
-    parser = Parser(prog="bench/peers/llama_cpp.py", description=DESCRIPTION, allow_abbrev=False)
-    add = parser.add_argument
-    add("--model", required=True, metavar="FILE", help="GGUF file")
-    add("--binary", metavar="FILE", help=f"llama-bench itself (default: {BINARY} of the PATH)")
-    add("--rows", default="1,2,4,8,16,32,64", metavar="N,N", help="rows of a pass (default: %(default)s)")
-    add("--context", type=int, default=128, metavar="N", help="cached rows before a pass (default: %(default)s)")
-    add("--tokens", type=int, default=64, metavar="N", help="generated one by one, 0: none (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="without: as many as llama-bench takes by itself")
-    add("--repeats", type=int, default=9, metavar="N", help="of each figure (default: %(default)s)")
-    add("--out", metavar="FILE", help="write the JSON here too")
-    return parser
+
+    model: str | None = option(None, "GGUF file (required)", metavar="FILE")
+    binary: str | None = option(None, f"llama-bench itself (default: {BINARY} of the PATH)", metavar="FILE")
+    rows: str = option("1,2,4,8,16,32,64", "rows of a pass, separated by commas", metavar="N,N")
+    context: int = option(128, "cached rows before a pass", metavar="N", least=0)
+    tokens: int = option(64, "generated one by one, 0: none", metavar="N", least=0)
+    threads: int | None = option(None, "without: as many as llama-bench takes by itself", metavar="N", least=1)
+    repeats: int = option(9, "of each figure", metavar="N", least=1)
+    out: str | None = option(None, "write the JSON here too", metavar="FILE")
+
+    def check(self) -> None:
+        """Find the program. Raises ValueError for a program or a file that does not exist, and for no counts."""
+        self.row_counts  # noqa: B018  raises ValueError
+        found = shutil.which(self.binary or BINARY)
+        if found is None:
+            where = f"{self.binary} is no program" if self.binary else f"no {BINARY} on the PATH"
+            raise ValueError(f"llama.cpp is not measured: {where}; build llama.cpp and pass --binary FILE")
+        self.binary = found
+        if not self.model or not Path(self.model).is_file():
+            raise ValueError(f"{self.model or '--model'} does not exist; --model takes a GGUF file")
+
+    @property
+    def row_counts(self) -> list[int]:
+        """The rows of a pass. Raises ValueError for anything but whole numbers from 1."""
+        return read_counts("--rows", self.rows)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The checked options. Raises ValueError for values that make no run, and for a program or a file that is not."""
-    options = build_parser().parse_args(arguments)
-    options.rows = read_counts("--rows", options.rows)
-    for name, least in (("context", 0), ("tokens", 0), ("threads", 1), ("repeats", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
-    found = shutil.which(options.binary or BINARY)
-    if found is None:
-        where = f"{options.binary} is no program" if options.binary else f"no {BINARY} on the PATH"
-        raise ValueError(f"llama.cpp is not measured: {where}; build llama.cpp and pass --binary FILE")
-    options.binary = found
-    if not Path(options.model).is_file():
-        raise ValueError(f"{options.model} does not exist; --model takes a GGUF file")
-    return options
-
-
-def command(options: argparse.Namespace) -> list[str]:
-    """The command line of llama-bench: one prompt per number of rows, one generation, all behind the context, on the
+def command(options: LlamaCppOptions) -> list[str]:
+    """The command line of llama-bench: one prompt per number of rows, one generation, all after the context, on the
     CPU."""
     words = [options.binary, "-m", options.model, "-o", "json", "-r", str(options.repeats), "-ngl", "0"]
-    words += ["-p", ",".join(map(str, options.rows)), "-n", str(options.tokens), "-d", str(options.context)]
+    words += ["-p", ",".join(map(str, options.row_counts)), "-n", str(options.tokens), "-d", str(options.context)]
     return words + (["-t", str(options.threads)] if options.threads else [])
 
 
-def run(options: argparse.Namespace) -> str:
-    """What llama-bench printed. Raises ValueError with its last line when it failed."""
+def run(options: LlamaCppOptions) -> str:
+    """What llama-bench printed. Raises ValueError with its last line if it failed."""
     done = subprocess.run(command(options), capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-        raise ValueError(f"{options.binary} left with status {done.returncode}: {last}")
+        last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
+        raise ValueError(f"{options.binary} ended with status {done.returncode}: {last}")
     return done.stdout
 
 
@@ -96,7 +95,7 @@ def read_results(text: str, where: str) -> dict:
     tokens) and the milliseconds of a generated token.
 
     Worked example: an entry with n_prompt 4, n_gen 0 and samples_ns [2e6, 4e6, 6e6] is a pass of 4 rows in 4 ms,
-    quartiles 3 and 5. Raises ValueError, naming ``where``, for anything else than such a list.
+    quartiles 3 and 5. Raises ValueError, naming ``where``, for anything but such a list.
     """
     try:
         entries = json.loads(text)
@@ -110,25 +109,25 @@ def read_results(text: str, where: str) -> dict:
             elif entry["n_prompt"] == 0:
                 token = {"tokens": entry["n_gen"], "context": context, **spread_ms(seconds, entry["n_gen"])}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} printed something else than its documented JSON: {error!r}") from error
+        raise ValueError(f"{where} did not print its documented JSON: {error!r}") from error
     return {**facts, "passes": passes, "token": token}
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    options = parse(arguments)
+    parser = Parser(prog="bench/peers/llama_cpp.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add_options(parser, LlamaCppOptions)
+    options = read_options(LlamaCppOptions, parser.parse_args(arguments))
+    options.check()
     if options.out:
         check_writable(options.out)
     results = read_results(run(options), options.binary)
     record = {"schema_version": 1, "kind": "peer", "peer": "llama.cpp", "command": command(options), **results}
-    if options.out:
-        write_atomically(options.out, json.dumps(record, indent=1) + "\n")
     for each in results["passes"]:
-        print(f"{each['rows']:4d} rows behind {each['context']}: {each['ms']:.3f} ms", file=sys.stderr)
+        note(f"{each['rows']:4d} rows after {each['context']}: {each['ms']:.3f} ms")
     if results["token"]:
-        print(f"one by one: {results['token']['ms']:.3f} ms a token", file=sys.stderr)
-    print(json.dumps(record))
-    return 0
+        note(f"one by one: {results['token']['ms']:.3f} ms per token")
+    publish(record, options.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Draft heads in plain PyTorch, written as one would write them today: the same equations and the same parameters, by
-the same names, as our heads, so that one state serves both.
+"""Draft heads in plain PyTorch, with the equations, parameters and names of our heads, so that both load one state.
 
-What was faster when tried on a CPU was taken: only labelled positions meet the language-model head, attention sees
-conversations padded to a batch while everything else runs on the rows end to end, and the norms and embeddings of all
-depths are taken at once. torch comes with requirements-dev.txt alone.
+What was faster on a CPU was chosen: only labeled positions reach the language-model head, attention reads conversations
+padded to a batch while everything else runs on the rows end to end, and the norms and embeddings of all depths are
+computed together. torch comes with requirements-dev.txt only.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from torch import Tensor, nn
 
 from backbone.config import BackboneConfig, rope_inverse_frequencies
 from runtime.entry import suggest
-from trainer.data.tokens import IGNORE, TokenizedData, targets, useful_positions
+from trainer.data.tokens import IGNORE, TokenizedData, labelled_positions
 
 
 class Padding:
-    """Rows of sequences that lie end to end, as a padded batch and back. lengths: (sequences,) int64."""
+    """Rows of sequences stored end to end, as a padded batch and back. lengths: (sequences,) int64."""
 
     def __init__(self, lengths: Tensor):
         column = torch.arange(int(lengths.max()))
-        kept = column < lengths[:, None]
-        self.index = torch.where(kept, (lengths.cumsum(0) - lengths)[:, None] + column, 0)
-        self.places = kept.flatten().nonzero()[:, 0]
+        real = column < lengths[:, None]
+        self.index = torch.where(real, (lengths.cumsum(0) - lengths)[:, None] + column, 0)
+        self.places = real.flatten().nonzero()[:, 0]
 
     def pad(self, rows: Tensor) -> Tensor:
-        """(rows, ...) -> (sequences, longest, ...); what fills up is the first row."""
+        """(rows, ...) -> (sequences, longest, ...); the padding is the first row."""
         return rows[self.index]
 
     def unpad(self, padded: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ class Batch:
     """The conversations of a step, end to end. tokens: (tokens + depths,) int64, padded with 0; positions: (num,)
     int64, those whose draft is scored; text, drafts: the rows of the text and the positions as padded batches; here:
     (tokens,) int64, each row's place in its conversation; ends: (num,) int64, where the conversation of each position
-    ends. rows, labels: per depth, which of the positions have a label, and it."""
+    ends. rows, labels: per depth, the positions that have a label, and the labels."""
 
     tokens: Tensor
     positions: Tensor
@@ -62,19 +61,18 @@ class Batch:
         return len(self.here)
 
     def following(self, depths: int) -> Tensor:
-        """The token that each depth is told before it guesses, (depths, num)."""
+        """The token that each depth reads before it guesses, (depths, num)."""
         return self.tokens[self.positions + 1 + torch.arange(depths)[:, None]]
 
 
 def collate(data: TokenizedData, indices, num_depths: int) -> Batch:
     """The batch of these conversations, with the positions and labels of ``trainer.loss.make_batch``."""
     part = data.select(indices)
-    labels = targets(part.mask, part.token_ids, part.offsets, num_depths)
-    positions = useful_positions(labels)
-    positions = positions[np.append(part.mask[1:], False)[positions]]
+    positions, labels = labelled_positions(part, num_depths)
+    positions = positions.astype(np.int64)
     ends = np.repeat(part.offsets[1:], part.lengths)
     counts = np.diff(np.searchsorted(positions, part.offsets))  # positions of each conversation
-    at = torch.from_numpy(labels[:, positions].astype(np.int64))
+    at = torch.from_numpy(labels.astype(np.int64))
     rows = [(each != IGNORE).nonzero()[:, 0] for each in at]
     return Batch(
         tokens=torch.from_numpy(np.concatenate([part.token_ids, np.zeros(num_depths, np.int32)]).astype(np.int64)),
@@ -89,12 +87,12 @@ def collate(data: TokenizedData, indices, num_depths: int) -> Batch:
 
 
 class DraftHead(nn.Module):
-    """What the heads share. A subclass says what each depth feeds to its language-model head, and which one that is.
+    """What the heads share. A subclass defines what each depth feeds to its language-model head, and that head.
 
     config: options of our head by name; embedding, lm_head: (vocab, dim) float32, the backbone's, frozen.
     """
 
-    supported: ClassVar[dict] = {}  # options of which only these values are written here
+    supported: ClassVar[dict] = {}  # options of which only these values are implemented here
 
     def __init__(self, config: Mapping, backbone: BackboneConfig, embedding: Tensor, lm_head: Tensor):
         super().__init__()
@@ -107,7 +105,7 @@ class DraftHead(nn.Module):
         self.register_buffer("lm_head", lm_head, persistent=False)
 
     def states(self, hidden: Tensor, batch: Batch) -> tuple[list[Tensor], Tensor | float]:
-        """What each depth's language-model head reads at the positions, (num, dim) per depth, and a further loss.
+        """The input of each depth's language-model head at the positions, (num, dim) per depth, and a further loss.
         hidden: (tokens, dim) float32."""
         raise TypeError(f"{type(self).__name__} does not define states")
 
@@ -116,7 +114,7 @@ class DraftHead(nn.Module):
         return self.lm_head
 
     def loss(self, hidden: Tensor, batch: Batch, depth_weight: float, options=None) -> tuple[Tensor, Tensor]:
-        """(the scalar to minimise, the mean cross-entropy of each depth (depths,)).
+        """(the scalar to minimize, the mean cross-entropy of each depth (depths,)).
 
         options: of ``F.linear_cross_entropy``: None holds all logits, ``LinearCrossEntropyOptions`` a chunk of them.
         """
@@ -151,8 +149,8 @@ class InputBlock(nn.Module):
         self.linear = nn.Linear(num_in, 2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, new = self.linear(x).chunk(2, -1)
-        return kept + F.silu(new)
+        residual, new = self.linear(x).chunk(2, -1)
+        return residual + F.silu(new)
 
 
 class Medusa(DraftHead):
@@ -189,8 +187,8 @@ class Hydra(DraftHead):
         self.lm_heads = nn.ModuleList([nn.Linear(dim, backbone.vocab_size, bias=False) for _ in depths])
 
     def states(self, hidden, batch):
-        told = self.token_norm(F.embedding(batch.following(self.num_depths), self.embedding))
-        x = torch.cat([hidden[batch.positions], *told], 1)
+        tokens = self.token_norm(F.embedding(batch.following(self.num_depths), self.embedding))
+        x = torch.cat([hidden[batch.positions], *tokens], 1)
         return [block(x[:, : (k + 2) * self.dim]) for k, block in enumerate(self.blocks)], 0.0
 
     def lm_weight(self, depth):
@@ -211,9 +209,9 @@ class GatedRNN(DraftHead):
         self.proposal_down = nn.Linear(self.inner, self.dim, bias=False)
 
     def states(self, hidden, batch):
-        told = self.token_norm(F.embedding(batch.following(self.num_depths), self.embedding))
+        tokens = self.token_norm(F.embedding(batch.following(self.num_depths), self.embedding))
         state, states = hidden[batch.positions], []
-        for e in told:
+        for e in tokens:
             joint = self.joint(torch.cat([self.state_norm(state), e], 1))
             gate, a, b = joint.split([self.dim, self.inner, self.inner], 1)
             gate = gate.sigmoid()
@@ -263,8 +261,8 @@ class DecoderBlock(nn.Module):
 
 
 class DraftAttention:
-    """Attention of the positions of a batch: to their conversation up to themselves, and, deeper in the draft, to the
-    keys of their own draft, as the training of EAGLE-3 (arXiv 2503.01840) does."""
+    """Attention of the positions of a batch: to their conversation up to themselves and, deeper in the draft, to the
+    keys of their own draft, as in the training of EAGLE-3 (arXiv 2503.01840)."""
 
     def __init__(self, batch: Batch, k: Tensor, v: Tensor):
         """k, v: (tokens, heads, head_dim), of the text."""
@@ -272,7 +270,7 @@ class DraftAttention:
         self.k, self.v = (batch.text.pad(x).transpose(1, 2) for x in (k, v))  # (sequences, heads, longest, head_dim)
         last = self.drafts.pad(batch.here[batch.positions])
         unseen = torch.arange(self.k.shape[2]) > last[:, :, None]
-        self.mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)[:, None]  # as many heads as there are
+        self.mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)[:, None]  # for all heads
 
     def text_alone(self, q: Tensor) -> Tensor:
         """q: (num, heads, head_dim) -> the same shape."""
@@ -307,7 +305,7 @@ class Eagle(DraftHead):
         self.block = DecoderBlock(backbone, backbone.max_positions + self.depths)  # drafts reach past the text
 
     def pair(self, feature: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """(r, u), (rows, dim) each: what the layer adds to, what its attention reads."""
+        """(r, u), (rows, dim) each: the residual of the layer, and the input of its attention."""
         x = self.join(torch.cat([e, feature], 1))
         return x, self.norm(x)
 
@@ -315,11 +313,11 @@ class Eagle(DraftHead):
         block, here = self.block, batch.here[batch.positions]
         r, u = self.pair(hidden, F.embedding(batch.tokens[1 : batch.num_tokens + 1], self.embedding))
         attention = DraftAttention(batch, *block.keys_values(u, batch.here))
-        told = F.embedding(batch.following(self.depths), self.embedding)
+        tokens = F.embedding(batch.following(self.depths), self.embedding)
         y = block.finish(r[batch.positions], attention.text_alone(block.queries(u[batch.positions], here)))
         states, own_k, own_v = [y], [], []
         for depth in range(1, self.depths):
-            r, u = self.pair(states[-1], told[depth])
+            r, u = self.pair(states[-1], tokens[depth])
             k, v = block.keys_values(u, here + depth)
             own_k, own_v = [*own_k, k], [*own_v, v]
             attended = attention.text_and_draft(block.queries(u, here + depth), own_k, own_v)
@@ -327,7 +325,7 @@ class Eagle(DraftHead):
         return states, self.feature_weight * self.feature_loss(states, hidden, batch)
 
     def feature_loss(self, states: list[Tensor], hidden: Tensor, batch: Batch) -> Tensor:
-        """Mean over the depths of SmoothL1 to the features that come then, where the conversation still goes on."""
+        """Mean over the depths of SmoothL1 to the features that follow, within the conversation."""
         loss = 0.0
         for depth, y in enumerate(states):
             later = batch.positions + depth + 1
@@ -344,7 +342,7 @@ def build_head(
     name: str, config: Mapping, backbone: BackboneConfig, embedding: np.ndarray, lm_head: np.ndarray
 ) -> DraftHead:
     """The PyTorch head of this name. embedding, lm_head: (vocab, dim) float32. Raises ValueError for a name or an
-    option that is not written here."""
+    option that is not implemented here."""
     if name not in HEADS:
         raise suggest("head of the comparison", name, HEADS)
     return HEADS[name](config, backbone, *(torch.from_numpy(np.ascontiguousarray(x)) for x in (embedding, lm_head)))

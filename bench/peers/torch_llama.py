@@ -1,48 +1,135 @@
 """transformers on torch beside our engine: the same work, the same number of threads, in turns with ours.
 
-It runs in a process of its own: torch brings an OpenMP library that all kernels of a process share, how its threads
-wait is settled once, and what suits our kernels need not suit torch. Its types are tried with both ways of waiting,
-and the fastest is what to compare with. It runs as transformers runs it by default, uncompiled, with its own cache.
-torch comes with requirements-dev.txt alone.
+It runs in a separate process (``bench.peers.process``). Its dtypes are tried with both ways of waiting, and the fastest
+is compared. It runs as transformers runs it by default, uncompiled, with its own cache. torch comes with
+requirements-dev.txt only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
-import sys
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from backbone.config import BackboneConfig
+from backbone.tokenizer import EMBEDDED
+from bench.clock.memory import available_memory
 from bench.clock.shapes import config_from, weight_bytes
+from bench.peers.process import Child, serve, torch_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float32", "bfloat16", "float16")
 MISSING = "torch is not installed: transformers was not measured; it comes with requirements-dev.txt"
-TRIALS = 3  # timed calls that choose
-WAYS = (False, True)  # whether waiting threads soon sleep, as ours do, or as torch has it
-SPIN = "GOMP_SPINCOUNT"  # how long a thread turns at a barrier before it sleeps; see runtime/start/bootstrap.py
-QUIET_S = 0.01  # after a call: by then its threads sleep and take nothing from ours
+TRIALS = 3  # timed calls of a trial
+QUIET_S = 0.01  # after a call
 Call = Callable[[], object]
 
 
-def missing() -> str | None:
-    """Why transformers cannot be measured here; None when it can."""
-    return None if importlib.util.find_spec("torch") else MISSING
+@dataclass
+class Choice:
+    """The fastest way, as ``bench.clock.passes.PeerCall``. trials_ms: by "<dtype>" and "<dtype>, sleeping"."""
+
+    dtype: str
+    sleeping: bool
+    best_ms: float
+    trials_ms: dict[str, float | None]
+    child: Child
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of transformers and torch."""
+        return {name: metadata.version(name) for name in ("transformers", "torch")}
+
+    def __call__(self) -> float:
+        return self.child.ask()
+
+    def close(self) -> None:
+        self.child.close()
 
 
-def versions() -> dict[str, str]:
-    """Of transformers and torch."""
-    return {name: metadata.version(name) for name in ("transformers", "torch")}
+def find_peer(
+    name: str,
+    config: BackboneConfig,
+    prompt: np.ndarray | None,
+    tokens: int,
+    context: int,
+    threads: int,
+    notes: list[str],
+) -> Choice | None:
+    """transformers at the work of ``bench.clock.passes.our_call``: the embedded backbone's text for a prompt, else one
+    row after ``context``. None, with a note, if it cannot be measured."""
+    if importlib.util.find_spec("torch") is None:
+        notes.append(MISSING)
+        return None
+    dtypes = [dtype for dtype in DTYPES if fits(config, dtype, available_memory())]
+    notes.extend(f"{name}: no memory for transformers in {dtype}" for dtype in sorted(set(DTYPES) - set(dtypes)))
+    if prompt is not None:
+        task = text_task(EMBEDDED, prompt, tokens, threads)
+    else:
+        task = step_task(config, context, threads)
+    choice = choose(task, dtypes)
+    if choice is None:
+        notes.append(f"{name}: transformers runs in none of {', '.join(dtypes) or 'its dtypes'} here")
+    return choice
+
+
+def fits(config: BackboneConfig, dtype: str, available: int) -> bool:
+    """Whether a model of this size has room for itself and its passes in ``available`` bytes."""
+    return 1.1 * weight_bytes(config, "float32" if dtype == "float32" else "float16") < available
+
+
+def text_task(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) -> dict:
+    """A text, decoded greedily: see ``generator``."""
+    ids = np.asarray(prompt_ids).tolist()
+    return {"what": "generate", "directory": str(directory), "prompt": ids, "tokens": num_tokens, "threads": threads}
+
+
+def step_task(config: BackboneConfig, context: int, threads: int) -> dict:
+    """A pass of one row: see ``stepper``."""
+    return {"what": "step", "config": dataclasses.asdict(config), "context": context, "threads": threads}
+
+
+def start(task: dict[str, Any], dtype: str, sleeping: bool) -> Child:
+    """A process that does the task once per question and answers with its seconds, after the first call, the warm-up.
+
+    Raises RuntimeError if the call cannot be made in this dtype.
+    """
+    child = Child("bench.peers.torch_llama", environment=torch_environment(sleeping), quiet_s=QUIET_S)
+    child.ask({**task, "dtype": dtype})
+    return child
+
+
+def choose(task: dict[str, Any], dtypes=DTYPES, start=start) -> Choice | None:
+    """Try every dtype, with waiting threads spinning and sleeping, one process at a time; the fastest is started again.
+    None if none runs."""
+    trials = {
+        (dtype, sleeping): _trial_ms(task, dtype, sleeping, start) for dtype in dtypes for sleeping in (False, True)
+    }
+    known = {way: ms for way, ms in trials.items() if ms is not None}
+    if not known:
+        return None
+    dtype, sleeping = min(known, key=known.get)
+    named = {name + (", sleeping" if asleep else ""): ms for (name, asleep), ms in trials.items()}
+    return Choice(dtype, sleeping, known[dtype, sleeping], named, start(task, dtype, sleeping))
+
+
+def _trial_ms(task: dict[str, Any], dtype: str, sleeping: bool, start) -> float | None:
+    try:
+        child = start(task, dtype, sleeping)
+    except RuntimeError:  # no kernels for this dtype here, or no memory
+        return None
+    seconds = [child.ask() for _ in range(TRIALS)]
+    child.close()
+    return float(np.median(seconds)) * 1e3
+
+
+# In the process ------------------------------------------------------------------------------------------------------
 
 
 def generator(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) -> Callable[[str], Call]:
@@ -72,7 +159,7 @@ def generator(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) 
 
 
 def stepper(config: BackboneConfig, context: int, threads: int) -> Callable[[str], Call]:
-    """dtype -> a call that runs one row behind ``context`` cached ones, on random weights of this size."""
+    """dtype -> a call that runs one row after ``context`` cached ones, on random weights of this size."""
     import torch
     from transformers import DynamicCache
 
@@ -97,7 +184,7 @@ def stepper(config: BackboneConfig, context: int, threads: int) -> Callable[[str
 
 
 def _random_model(config: BackboneConfig, dtype: str):
-    """A LlamaForCausalLM with random weights, made without drawing each of them several times over."""
+    """A LlamaForCausalLM with random weights, each drawn once."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -127,108 +214,19 @@ def _random_model(config: BackboneConfig, dtype: str):
     return model
 
 
-def fits(config: BackboneConfig, dtype: str, available: int) -> bool:
-    """Whether a model of this size has room for itself and its passes in ``available`` bytes."""
-    return 1.1 * weight_bytes(config, "float32" if dtype == "float32" else "float16") < available
-
-
-class TorchProcess:
-    """A process that makes one call whenever it is asked to."""
-
-    def __init__(self, task: dict, dtype: str, sleeping: bool):
-        """task: as ``text_task`` or ``step_task`` makes it. sleeping: whether waiting threads soon sleep, as ours do,
-        or as torch has it. Raises RuntimeError when the call cannot be made in this type."""
-        environment = {name: value for name, value in os.environ.items() if name != SPIN}
-        if sleeping:
-            from runtime.start.bootstrap import SPIN_COUNT
-
-            environment[SPIN] = SPIN_COUNT
-        command = [sys.executable, "-m", "bench.peers.torch_llama", json.dumps({**task, "dtype": dtype})]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-        self._read()  # the warm-up's
-
-    def __call__(self) -> float:
-        """Seconds of a call, by the clock of the process."""
-        print(file=self._process.stdin, flush=True)
-        seconds = self._read()
-        time.sleep(QUIET_S)
-        return seconds
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-    def _read(self) -> float:
-        line = self._process.stdout.readline()
-        if not line:
-            self.close()
-            raise RuntimeError(f"the process of transformers left with status {self._process.returncode}")
-        return float(line)
-
-
-def text_task(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) -> dict:
-    """A text, greedily: see ``generator``."""
-    ids = np.asarray(prompt_ids).tolist()
-    return {"what": "generate", "directory": str(directory), "prompt": ids, "tokens": num_tokens, "threads": threads}
-
-
-def step_task(config: BackboneConfig, context: int, threads: int) -> dict:
-    """A row: see ``stepper``."""
-    return {"what": "step", "config": dataclasses.asdict(config), "context": context, "threads": threads}
-
-
-@dataclass
-class Choice:
-    """The fastest way, its call and its trial. trials_ms: milliseconds of a trial call by "<type>" and
-    "<type>, sleeping"; None where it does not run."""
-
-    dtype: str
-    sleeping: bool
-    call: TorchProcess
-    best_ms: float
-    trials_ms: dict[str, float | None]
-
-
-def choose(task: dict, dtypes=DTYPES, start=TorchProcess) -> Choice | None:
-    """Try every type, awake and asleep, one process at a time; the fastest is started again and kept. None when none
-    runs."""
-    trials = {(dtype, sleeping): _trial_ms(task, dtype, sleeping, start) for dtype in dtypes for sleeping in WAYS}
-    known = {way: ms for way, ms in trials.items() if ms is not None}
-    if not known:
-        return None
-    dtype, sleeping = min(known, key=known.get)
-    named = {name + (", sleeping" if asleep else ""): ms for (name, asleep), ms in trials.items()}
-    return Choice(dtype, sleeping, start(task, dtype, sleeping), known[dtype, sleeping], named)
-
-
-def _trial_ms(task: dict, dtype: str, sleeping: bool, start) -> float | None:
-    try:
-        call = start(task, dtype, sleeping)
-    except RuntimeError:  # this type has no kernels here, or no memory
-        return None
-    seconds = [call() for _ in range(TRIALS)]
-    call.close()
-    return float(np.median(seconds)) * 1e3
-
-
 def main() -> None:
-    """Make the call of the task in the first argument once, and again for every line on stdin; answer with seconds."""
-    task, answers = json.loads(sys.argv[1]), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
+    """Make the call of the task, the first question, and again for every further one; answer with its seconds."""
+    questions, answer = serve()
+    task = next(questions)
     if task["what"] == "generate":
         make = generator(task["directory"], task["prompt"], task["tokens"], task["threads"])
     else:
         make = stepper(config_from(task["config"]), task["context"], task["threads"])
     call = make(task["dtype"])
-    while True:
-        start = time.perf_counter()
+    for _ in itertools.chain([task], questions):
+        begin = time.perf_counter()
         call()
-        print(time.perf_counter() - start, file=answers, flush=True)
-        if not sys.stdin.readline():
-            return
+        answer(time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

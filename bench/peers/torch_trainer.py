@@ -1,12 +1,11 @@
 """A training step in plain PyTorch: features of a frozen backbone, the head's loss, its gradients, clipping, AdamW.
 
-torch comes with requirements-dev.txt alone.
+torch comes with requirements-dev.txt only.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from backbone.config import read_config
 from backbone.weights import EMBEDDING, LM_HEAD, read_tensors
+from bench.clock.timing import interleave
 from bench.peers.torch_heads import Batch, DraftHead, Padding, collate
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData, batches
@@ -39,9 +39,9 @@ def frozen_weights(directory: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpadded_attention(module, query, key, value, attention_mask, padding: Padding, scaling: float, **_):
-    """Causal attention of conversations that lie end to end: padded to a batch for ``scaled_dot_product_attention``
-    alone, where a mask over all of them would cost the square of their sum. query, key, value: (1, heads, tokens,
-    head_dim) -> ((1, tokens, heads, head_dim), None), as transformers wants it."""
+    """Causal attention of conversations stored end to end: padded to a batch for ``scaled_dot_product_attention`` only,
+    as a mask over all of them would cost the square of their sum. query, key, value: (1, heads, tokens, head_dim) ->
+    ((1, tokens, heads, head_dim), None), the form of transformers."""
     q, k, v = (padding.pad(x[0].transpose(0, 1)).transpose(1, 2) for x in (query, key, value))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     return padding.unpad(y.transpose(1, 2))[None], None
@@ -87,7 +87,7 @@ class CachedFeatures:
 
 
 def make_adamw(config: TrainConfig, parameters: Sequence[nn.Parameter], form: str) -> torch.optim.AdamW:
-    """AdamW as our trainer has it: matrices decay, vectors do not."""
+    """AdamW with our trainer's settings: matrices decay, vectors do not."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
@@ -97,27 +97,23 @@ def make_adamw(config: TrainConfig, parameters: Sequence[nn.Parameter], form: st
 
 
 def adamw_trials_ms(config: TrainConfig, head: nn.Module, repeats: int = 5) -> dict[str, float]:
-    """Milliseconds of an update by form of AdamW, the least of several, on copies of the parameters."""
-    found = {}
+    """Milliseconds of an update by form of AdamW, the least of ``repeats``, on copies of the parameters."""
+    updates = {}
     for form in ADAMW:
         copies = [nn.Parameter(p.detach().clone()) for p in head.parameters()]
         for p in copies:
             p.grad = torch.randn_like(p)
-        optimizer, seconds = make_adamw(config, copies, form), []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            optimizer.step()
-            seconds.append(time.perf_counter() - start)
-        found[form] = min(seconds[1:]) * 1e3  # the first makes the moments
-    return found
+        updates[form] = make_adamw(config, copies, form).step
+    seconds = interleave(updates, repeats, turn_s=0)
+    return {form: min(each) * 1e3 for form, each in seconds.items()}
 
 
 class TorchTrainer:
-    """A head, its optimizer and the text, in the order in which our trainer takes it.
+    """A head, its optimizer and the text, in the order of our trainer.
 
-    config.max_steps: steps of the whole run, by which the learning rate goes; adamw: its form; chunked: whether
-    ``F.linear_cross_entropy`` holds a chunk of the logits at a time or all of them; compiled: whether the loss goes
-    through torch.compile.
+    config.max_steps: steps of the complete run, which the learning rate follows; adamw: its form; chunked: whether
+    ``F.linear_cross_entropy`` holds a chunk of the logits at a time or all of them; compiled: whether the loss is
+    compiled by torch.compile.
     """
 
     def __init__(

@@ -1,16 +1,12 @@
-"""A training that goes on by as many steps as it is told, in a process of its own: ours or PyTorch's.
+"""A training, ours or PyTorch's, that runs in a separate process by the number of steps it is asked for.
 
-Each brings an OpenMP library that all kernels of a process share, and a peak of memory is a process's. The first line
-on stdin is the task as JSON; every further one is a number of steps, answered with one line of JSON on stdout once they
-are done: {"seconds", "tokens", "losses" (of the last step, per depth), "peak_bytes" (of these steps)}.
+The first question is the task; every further one is a number of steps, answered once they are done: {"seconds",
+"tokens", "losses" (of the last step, per depth), "peak_bytes" (of these steps)}.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,39 +14,40 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.measure.gauges import peak_rss, reset_peak
+from bench.clock.memory import peak_rss, reset_peak
+from bench.peers.process import Child, serve
 from runtime.interrupt import check_interrupt
 from trainer.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-QUIET_S = 0.05  # after an answer: by then the threads of that process sleep and take nothing from the next
+QUIET_S = 0.05  # after an answer
 
 
 class Done(Exception):
-    """Nobody asks for further steps."""
+    """No further steps are asked for."""
 
 
 class Rounds:
-    """Answers for the steps of a training. lines: what is asked for; answer: takes each answer."""
+    """Counts the steps of a training, and answers. counts: the numbers of steps asked for; answer: takes each
+    answer."""
 
-    def __init__(self, lines: Iterator[str], answer: Callable[[dict], None]):
-        self.lines, self.answer = lines, answer
+    def __init__(self, counts: Iterator[int], answer: Callable[[dict], None]):
+        self.counts, self.answer = counts, answer
 
     def wait(self) -> None:
-        """Wait until steps are asked for. Raises Done when none will be."""
-        line = next(self.lines, None)
-        if line is None:
+        """Wait until steps are asked for. Raises Done if none will be."""
+        count = next(self.counts, None)
+        if count is None:
             raise Done
-        self.left, self.tokens = int(line), 0
-        self.known = reset_peak()
+        self.left, self.tokens = count, 0
+        self.has_peak = reset_peak()
         self.start = time.perf_counter()
 
     def step(self, tokens: int, losses: list[float]) -> None:
-        """A step was done. Raises Done as ``wait`` does."""
+        """Count a finished step. Raises Done as ``wait`` does."""
         self.left, self.tokens = self.left - 1, self.tokens + tokens
         if self.left:
             return
-        seconds, peak = time.perf_counter() - self.start, peak_rss() if self.known else None
+        seconds, peak = time.perf_counter() - self.start, peak_rss() if self.has_peak else None
         self.answer({"seconds": seconds, "tokens": self.tokens, "losses": losses, "peak_bytes": peak})
         self.wait()
 
@@ -59,7 +56,7 @@ class Rounds:
 
 
 def train_ours(task: Mapping, rounds: Rounds) -> None:
-    """Our trainer's own loop, with all that it does beside the steps but scoring and saving.
+    """Our trainer's own loop, complete except for scoring and saving.
 
     task: config, the TrainConfig's fields; out: where the run's log goes.
     """
@@ -73,13 +70,13 @@ def train_ours(task: Mapping, rounds: Rounds) -> None:
     sources = open_sources(setting, Watch(config.max_steps, quiet=True))
     out = Path(task["out"])
     out.mkdir(parents=True)
-    told = 0
+    counted = 0
 
     def progress(step: int, num_steps: int, record: dict) -> None:
-        nonlocal told
+        nonlocal counted
         runtime.synchronize()
-        rounds.step(record["tokens"] - told, record.get("loss", []))
-        told = record["tokens"]
+        rounds.step(record["tokens"] - counted, record.get("loss", []))
+        counted = record["tokens"]
 
     splits = setting.splits
     run = Run(config, setting.head, setting.base, out, setting.identity)
@@ -138,52 +135,28 @@ SIDES = {"ours": train_ours, "torch": train_torch}
 
 
 class TrainProcess:
-    """The asking end. ``ready``: what the process said of itself; ``answers``: every answer since."""
+    """A training in a separate process. ``ready``: what the process reported at first; ``answers``: all since."""
 
     def __init__(self, side: str, task: Mapping, environment: Mapping[str, str]):
-        """environment: of the process, whole. Raises RuntimeError when it does not get as far as the first step."""
-        command = [sys.executable, "-m", "bench.peers.train_process", side]
-        settings = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-        settings["start_new_session"] = True  # Ctrl-C is for who asks, between two turns
-        self._process = subprocess.Popen(command, env=dict(environment), **settings)
-        self.ready, self.answers = self._ask(json.dumps(task)), []
+        """environment: all of the process's. Raises RuntimeError if it does not reach its first step."""
+        self.child = Child("bench.peers.train_process", side, environment=environment, quiet_s=QUIET_S)
+        self.ready, self.answers = self.child.ask(task), []
 
     def steps(self, count: int) -> dict:
-        """Go on by so many steps; Ctrl-C takes effect when they are done. Raises RuntimeError when the process ends
+        """Train for this many steps; Ctrl-C takes effect when they are done. Raises RuntimeError if the process ends
         meanwhile."""
-        answer = self._ask(str(count))
+        answer = self.child.ask(count)
         self.answers.append(answer)
         check_interrupt()
-        time.sleep(QUIET_S)
         return answer
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-    def _ask(self, line: str) -> dict:
-        try:
-            print(line, file=self._process.stdin, flush=True)
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self._process.stdout.close()
-            raise RuntimeError(f"the training process left with status {self._process.wait()}")
-        return json.loads(answer)
-
-
-def main() -> None:
-    """Do the task on stdin for the side in the first argument."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    rounds = Rounds(iter(sys.stdin.readline, ""), lambda answer: print(json.dumps(answer), file=answers, flush=True))
-    task = json.loads(next(rounds.lines))
-    with contextlib.suppress(Done):
-        SIDES[sys.argv[1]](task, rounds)
+        self.child.close()
 
 
 if __name__ == "__main__":
-    main()
+    questions, answer = serve()
+    task = next(questions)
+    with contextlib.suppress(Done):
+        SIDES[sys.argv[1]](task, Rounds(questions, answer))

@@ -1,1 +1,1 @@
-"""What a result holds: the schema of its JSON, its metrics, the prompts. Door: `schema.py`."""
+"""What result files hold: the schemas of their JSON, the metrics, the prompts. Door: `schema.py`."""

@@ -1,7 +1,7 @@
 """Prompts for measurement, read from the files the field publishes.
 
-A file is recognised by the shape of its records, never by its name, so a renamed or gzipped copy reads the
-same. Every record becomes a ``Prompt``: the user's turns, in order, with a category to spread a sample over.
+A file is recognized by the shape of its records, not by its name, so a renamed or gzipped copy reads the same. Every
+record becomes a ``Prompt``: the user's turns, in order, with a category to spread a sample over.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import json
 import random
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HUMAN_ROLES = ("human", "user")
-# keys that tell a shape -> what the shape is called in messages
+# keys that identify a shape -> its name in messages
 KNOWN_SHAPES = {
     ("question_id", "turns"): "MT-Bench, Vicuna-bench, Spec-Bench",
     ("conversations",): "ShareGPT",
     ("question", "answer"): "GSM8K",
     ("task_id", "prompt"): "HumanEval",
 }
-# What a JSON list or a JSON object opens with; "[INST] ..." and "{name}, ..." are text.
+# The beginning of a JSON list or object; "[INST] ..." and "{name}, ..." are text.
 JSON_OPENING = re.compile(r'\s*(\[\s*[\[{"\]]|\{\s*["}])')
 
 
@@ -39,9 +40,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file and what was left out of it.
+    """The prompts of one file, and what was left out of it.
 
-    dropped: counts over the whole file: ``blank_turns``, ``blank_prompts`` (only blank turns) and
+    dropped: counts over the file: ``blank_turns``, ``blank_prompts`` (only blank turns) and
     ``no_human_turns`` (conversations in which no user speaks). sha256: of the file's bytes, before unzipping.
     """
 
@@ -51,18 +52,16 @@ class PromptSet:
     sha256: str
 
 
-def load_prompts(path: str | Path, num_prompts: int | None = None, seed: int | None = 0) -> PromptSet:
+def load_prompts(path: str | Path, num_prompts: int | None = None, seed: int = 0) -> PromptSet:
     """Read a prompt file: MT-Bench, Vicuna-bench, Spec-Bench, ShareGPT, GSM8K, HumanEval or plain text.
 
-    JSON may be a list or one record a line; plain text is one prompt a paragraph; each may be gzipped. Ids are
-    unique inside the set: the second record with an id gets ``#2``. With ``num_prompts`` the sample is spread
+    JSON may be a list or one record per line; plain text is one prompt per paragraph; each may be gzipped. Ids are
+    unique within the set: the second record with an id gets ``#2``. With ``num_prompts`` the sample is spread
     over the categories (see ``spread``); a file with fewer prompts gives them all.
 
     Raises ValueError, naming the file and the line or record, for malformed JSON, text that is not UTF-8, an
-    unknown shape, a file without a prompt, or num_prompts < 1; OSError when the file cannot be read.
+    unknown shape and a file without a prompt; OSError if the file cannot be read.
     """
-    if num_prompts is not None and num_prompts < 1:
-        raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
     raw = Path(path).read_bytes()
     text = _decode(raw, path)
     if not text.strip():
@@ -85,26 +84,20 @@ def load_prompts(path: str | Path, num_prompts: int | None = None, seed: int | N
 
 
 def join_prompt_sets(sets: Sequence[PromptSet]) -> PromptSet:
-    """Several sets as one: ids made unique again, dropped counts summed, sha256 of the sets' hashes in order.
-
-    Raises ValueError when there is no set.
-    """
-    if not sets:
-        raise ValueError("no prompt set to join")
-    dropped: dict[str, int] = {}
+    """Several sets as one: ids made unique again, dropped counts summed, sha256 of the sets' hashes in order."""
+    dropped: Counter[str] = Counter()
     for one in sets:
-        for reason, count in one.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
+        dropped.update(one.dropped)
     digest = hashlib.sha256("".join(one.sha256 for one in sets).encode()).hexdigest()
     prompts = _unique_ids(prompt for one in sets for prompt in one.prompts)
-    return PromptSet(tuple(prompts), dropped, " + ".join(one.source for one in sets), digest)
+    return PromptSet(tuple(prompts), dict(dropped), " + ".join(one.source for one in sets), digest)
 
 
-def spread(prompts: Sequence[Prompt], num_prompts: int, seed: int | None = 0) -> list[Prompt]:
-    """``num_prompts`` prompts, or all when there are fewer, taken round robin over the categories.
+def spread(prompts: Sequence[Prompt], num_prompts: int, seed: int = 0) -> list[Prompt]:
+    """``num_prompts`` prompts, or all if there are fewer, taken round robin over the categories.
 
-    Categories come in the order of their first appearance. seed 0 or None keeps the file's order within a
-    category; another seed shuffles within it. A smaller sample is the beginning of a larger one.
+    Categories come in the order of their first appearance. seed 0 keeps the file's order within a category; another
+    seed shuffles within it. A smaller sample is the beginning of a larger one.
 
     Example: categories a a a b, four asked for: a1 b1 a2 a3.
     """
@@ -138,7 +131,7 @@ def _unique_ids(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def _decode(raw: bytes, path: str | Path) -> str:
-    """The file's text, unzipped when it begins with gzip's two bytes."""
+    """The file's text, unzipped if it begins with gzip's two bytes."""
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)
@@ -152,7 +145,7 @@ def _decode(raw: bytes, path: str | Path) -> str:
 
 
 def _parse(text: str, path: str | Path) -> Iterator[Prompt]:
-    """Prompts as they stand in the file, blank turns included."""
+    """The prompts of the file, blank turns included."""
     if not JSON_OPENING.match(text):
         blocks = [block.strip("\r\n") for block in re.split(r"\n[ \t\r]*\n", text) if block.strip()]
         for number, block in enumerate(blocks, start=1):
@@ -187,7 +180,7 @@ def _json_records(text: str, path: str | Path) -> Iterator[tuple[str, object]]:
 
 
 def _prompt_from(record: object, number: int, where: str) -> Prompt:
-    """The prompt in one record, recognised by its keys; ``number`` is its id where the record has none."""
+    """The prompt of one record, recognized by its keys; ``number`` is its id if the record has none."""
     known = "; ".join(f"{name}: {', '.join(keys)}" for keys, name in KNOWN_SHAPES.items())
     if not isinstance(record, dict):
         raise ValueError(f"{where}: unknown shape: a {type(record).__name__}, not an object; known shapes are {known}")
@@ -221,7 +214,7 @@ def _turns(turns: object, where: str) -> tuple[str, ...]:
 
 
 def _human_turns(messages: object, where: str) -> tuple[str, ...]:
-    """What the user says in a conversation of from/value or role/content messages."""
+    """The user's turns of a conversation of from/value or role/content messages."""
     if not isinstance(messages, list):
         raise ValueError(f"{where}: conversations must be a list of messages, got {_short(messages)}")
     turns = []
@@ -239,6 +232,6 @@ def _human_turns(messages: object, where: str) -> tuple[str, ...]:
 
 
 def _short(value: object) -> str:
-    """A value for a message, cut at 80 characters."""
+    """A value for an error message, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,1 +1,1 @@
-"""Results as people read them: tables, plots, projections. Door: `summary.py`."""
+"""Results for people: one data frame, tables, plots, projections. Door: `results.py` (`load_results`)."""

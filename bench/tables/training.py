@@ -1,50 +1,33 @@
-"""What training promised, beside what a measurement found: joins train records with results.
+"""What training and calibration promised, beside what was measured.
 
-A train record (``train.json`` of a run, ``trainer.report.record``) names the hash of the weights it kept, a result that
-of the weights it measured; equal hashes belong together, wherever the files lie. A result of a calibrated tree brings a
-promise of its own, see ``bench.measure.calibration``, which counts where there is no train record.
+A train record (``train.json`` of a run, ``trainer.report.record``) names the hash of the weights it saved, a result
+that of the weights it measured: equal hashes belong together, wherever the files are. Without a train record, the
+checkpoint's own score counts, or the prediction of a calibration (``bench.record.calibration``).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 
+import numpy as np
+import pandas as pd
+
 from bench.record.schema import Record
-from bench.tables.summary import Result, format_number
-from trainer.report.record import KIND, TrainRecord, read_train_record
+from bench.tables.numbers import format_number
+from runtime.records import read_json
+from trainer.report.record import TrainRecord
 
-TOLERANCE = 0.05  # by which the measured accept length may miss the expected one and go unmarked
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is known of the training of a result's head. steps, train_s: of the whole run; expected: the accept length
-    that is promised, in tokens per pass, with a tree of ``nodes`` nodes, root included; ratio: the measured one over
-    it, None where none was measured. source: who promised it. path: the train record, None without one."""
-
-    steps: int | None
-    train_s: float | None
-    expected: float
-    nodes: int
-    ratio: float | None
-    source: str
-    path: str | None
-
-    @property
-    def is_off(self) -> bool:
-        """Whether promise and measurement differ by more than the tolerance."""
-        return self.ratio is not None and abs(self.ratio - 1) > TOLERANCE
+TOLERANCE = 0.05  # relative difference between measured and expected accept length that gets no mark
 
 
 def read_train_records(paths: Sequence[str]) -> tuple[list[str], list[tuple[str, TrainRecord]]]:
     """(the other paths, (path, record) of each train record among them), in order.
 
-    Raises ValueError for a train record that does not fit its schema, and when there is nothing else.
+    Raises ValueError for a train record that does not fit its schema, and if there is nothing else.
     """
-    records = [(path, read_train_record(path)) for path in dict.fromkeys(paths) if _kind(path) == KIND]
+    records = [(path, TrainRecord.read(path)) for path in dict.fromkeys(paths) if _is_train_record(path)]
     found = {path for path, _ in records}
     others = [path for path in paths if path not in found]
     if not others:
@@ -52,100 +35,104 @@ def read_train_records(paths: Sequence[str]) -> tuple[list[str], list[tuple[str,
     return others, records
 
 
-def _kind(path: str) -> object:
-    """What a JSON file says it is; None for one that says nothing or cannot be read: whoever reads it will say so."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return content.get("kind") if isinstance(content, dict) else None
+def _is_train_record(path: str) -> bool:
+    """False also for a file that cannot be read: reading it as a result says why."""
+    with contextlib.suppress(OSError, ValueError):
+        content = read_json(path)
+        return isinstance(content, dict) and content.get("kind") == TrainRecord.KIND
+    return False
 
 
-def join(
-    results: Sequence[Result], records: Sequence[tuple[str, TrainRecord]]
-) -> tuple[dict[str, Training], list[str]]:
-    """The training of each result by the result's path, where it is known, and sentences on what is doubtful."""
-    by_weights = {record.best.weights_sha256: (path, record) for path, record in reversed(records)}
-    found: dict[str, Training] = {}
-    used: set[str] = set()
-    for result in results:
-        checkpoint = result.record.checkpoint
-        if checkpoint and checkpoint.sha256 in by_weights:
-            path, record = by_weights[checkpoint.sha256]
-            used.add(checkpoint.sha256)
-            found[result.path] = _promised_by_training(result.record, path, record)
-        elif checkpoint and checkpoint.expected_accept_length and _same_budget(result.record):
-            found[result.path] = _promised_by_checkpoint(result.record)
-        elif result.record.prediction:
-            found[result.path] = _promised_by_calibration(result.record)
-    sentences = [_miss(result, found[result.path]) for result in results if _is_off(found.get(result.path))]
-    for path, record in records:
-        if record.best.weights_sha256 not in used:
-            sentences.append(_unmatched(path, record, results))
-    return found, sentences
+def join(frame: pd.DataFrame, records: Sequence[tuple[str, TrainRecord]]) -> tuple[pd.DataFrame, list[str]]:
+    """(the promises, by the result's path; sentences on what is doubtful). Results without a promise have no row.
 
-
-def _promised_by_training(measured: Record, path: str, record: TrainRecord) -> Training:
-    best = record.best
-    ratio = _ratio(measured.metrics.accept_length, best.expected_accept_length)
-    return Training(record.steps, record.train_s, best.expected_accept_length, best.tree_nodes, ratio, "training", path)
-
-
-def _same_budget(measured: Record) -> bool:
-    """Whether a tree of the size that the checkpoint was scored with was decoded with."""
-    return measured.config.decoding.num_nodes == measured.checkpoint.tree_nodes
-
-
-def _promised_by_checkpoint(measured: Record) -> Training:
-    own = measured.checkpoint
-    ratio = _ratio(measured.metrics.accept_length, own.expected_accept_length)
-    expected, nodes = own.expected_accept_length, own.tree_nodes or 0
-    return Training(own.train_steps, own.train_s, expected, nodes, ratio, "checkpoint", None)
-
-
-def _promised_by_calibration(measured: Record) -> Training:
-    expected, checkpoint = measured.prediction.accept_length, measured.checkpoint
-    return Training(
-        checkpoint.train_steps if checkpoint else None,
-        checkpoint.train_s if checkpoint else None,
-        expected,
-        measured.config.decoding.num_nodes,
-        _ratio(measured.metrics.accept_length, expected),
-        "calibration",
-        None,
+    steps, train_s: of the complete training; expected: the promised accept length with a tree of ``nodes`` nodes;
+    ratio: the measured one over it; source: who promised it; path: of the train record.
+    """
+    trained = pd.DataFrame(
+        [
+            (record.best.weights_sha256, record.steps, record.train_s, record.best.expected_accept_length,
+             record.best.tree_nodes, "training", path)
+            for path, record in records
+        ],
+        columns=["weights", "steps", "train_s", "expected", "nodes", "source", "path"],
+    ).drop_duplicates("weights")  # fmt: skip
+    columns = ["steps", "train_s", "expected", "nodes", "source"]
+    own = frame[["train_steps", "train_s", "checkpoint_accept_length", "checkpoint_nodes"]].assign(source="checkpoint")
+    own = own.set_axis(columns, axis=1).where(
+        (frame["nodes"] == frame["checkpoint_nodes"]).fillna(False) & (frame["checkpoint_accept_length"] > 0)
     )
+    predicted = frame[["train_steps", "train_s", "predicted_accept_length", "nodes"]].assign(source="calibration")
+    predicted = predicted.set_axis(columns, axis=1).where(frame["predicted_accept_length"].notna())
+    by_record = frame[["checkpoint_sha256"]].merge(
+        trained, how="left", left_on="checkpoint_sha256", right_on="weights"
+    ).set_axis(frame.index)  # fmt: skip
+    promises = pd.DataFrame(index=frame.index, columns=[*columns, "path"], dtype=object)
+    for source in (predicted, own, by_record):  # the last one counts
+        known = source["source"].notna()
+        promises.loc[known, columns] = source.loc[known, columns].astype(object)
+    promises["path"] = by_record["path"].astype(object)
+    promises = promises.astype({"steps": "Int64", "nodes": "Int64", "train_s": float, "expected": float})
+    promises["ratio"] = frame["accept_length"] / promises["expected"].replace(0, np.nan)
+    promises = promises[["steps", "train_s", "expected", "nodes", "ratio", "source", "path"]].set_axis(frame["path"])
+    promises = promises[promises["source"].notna()]
+
+    misses = promises[is_off(promises["ratio"])].join(
+        frame.set_index("path")[["label", "accept_length", "nodes"]].rename(columns={"nodes": "decoded"})
+    )
+    sentences = [_miss(path, row) for path, row in zip(misses.index, misses.itertuples(), strict=True)]
+    measured = set(frame["checkpoint_sha256"].dropna())
+    sentences += [_unmatched(path, r, frame) for path, r in records if r.best.weights_sha256 not in measured]
+    return promises, sentences
 
 
-def _ratio(measured: float | None, expected: float) -> float | None:
-    return None if measured is None or not expected else measured / expected
+def is_off(ratio: pd.Series) -> pd.Series:
+    """Whether measurement and promise differ by more than the tolerance."""
+    return (ratio - 1).abs() > TOLERANCE
 
 
-def _is_off(training: Training | None) -> bool:
-    return training is not None and training.is_off
-
-
-def _miss(result: Result, training: Training) -> str:
-    """The sentence on a promise that was not kept; a tree of another size may be all there is to it."""
-    nodes = result.record.config.decoding.num_nodes
-    trees = "" if nodes == training.nodes else f", the one with {training.nodes} nodes and the other with {nodes}"
+def _miss(path: str, row) -> str:
+    trees = "" if row.decoded == row.nodes else f", the one with {row.nodes} nodes and the other with {row.decoded}"
     return (
-        f"{training.source} expected {format_number(training.expected)} tokens a pass of {result.label}, "
-        f"{format_number(result.record.metrics.accept_length)} were measured ({100 * (training.ratio - 1):+.0f}%)"
-        f"{trees}: {result.path}"
+        f"{row.source} expected {format_number(row.expected)} tokens per pass of {row.label}, "
+        f"{format_number(row.accept_length)} were measured ({100 * (row.ratio - 1):+.0f}%){trees}: {path}"
     )
 
 
-def _unmatched(path: str, record: TrainRecord, results: Sequence[Result]) -> str:
+def _unmatched(path: str, record: TrainRecord, frame: pd.DataFrame) -> str:
     """The sentence on a train record whose weights no result measured."""
-    place = _place(record.best.checkpoint)
-    same = [r.path for r in results if r.record.checkpoint and _place(r.record.checkpoint.path) == place]
-    if same:
-        return f"{path}: {', '.join(same)} measured other weights of {place}; it was trained again since one of them"
+    run = _run_of(record.best.checkpoint)
+    same = frame.loc[frame["checkpoint_path"].map(_run_of, na_action="ignore") == run, "path"]
+    if len(same):
+        return f"{path}: {', '.join(same)} measured other weights of {run}; one of the two was trained again"
     return f"{path}: no result here measured its weights"
 
 
-def _place(checkpoint: str) -> str:
+def _run_of(checkpoint: str) -> str:
     """The run's directory of a checkpoint, which results may name without ``checkpoint/``."""
     path = PurePath(checkpoint)
     return str(path.parent if path.name == "checkpoint" else path)
+
+
+def describe_prediction(record: Record) -> list[str]:
+    """Lines that compare a record's prediction with the measurement; none without a prediction."""
+    expected, found, lines = record.prediction, record.metrics, []
+    if expected is None:
+        return []
+    alone = record.baseline.tokens_per_s if record.baseline else None
+    speedup = expected.tokens_per_s / expected.autoregressive_tokens_per_s
+    figures = [
+        ("accept length", expected.accept_length, expected.accept_length_ci, found.accept_length),
+        ("tokens/s", expected.tokens_per_s, None, found.tokens_per_s),
+        ("autoregressive tokens/s", expected.autoregressive_tokens_per_s, None, alone),
+        ("speedup", speedup, None, found.speedup),
+    ]
+    for name, predicted, interval, measured in figures:
+        if measured is not None and predicted > 0:
+            ratio = f"measured / predicted {measured / predicted:.2f}"
+            lines.append(f"{name} {format_number(predicted, interval)} predicted, {format_number(measured)}: {ratio}")
+    if expected.prompts_sha256 == record.data.sha256:
+        lines.append("the prediction was made on these very prompts: that it holds shows little")
+    if not expected.same_machine:
+        lines.append("the calibration is of another machine: only its accept length is a prediction for this one")
+    return [f"prediction {record.head}: {line}" for line in lines]

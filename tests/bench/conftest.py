@@ -1,15 +1,15 @@
 """Factories of valid rows and records, so that a test names only what it is about."""
 
+import functools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import backbone.model
+import runtime
 from bench.record.metrics import aggregate
-from bench.record.schema import PromptRow, parse_record, to_json
+from bench.record.schema import PromptRow, Record
+from tests.bench.helpers import CALIBRATED_PATHS, set_fields
 
 
 def build_row(prompt_id="p0", **changes):
@@ -130,13 +130,7 @@ def build_record(rows=None, **changes):
         "prediction": None,
         "quantization": None,
     }
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        place = record
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    return json.loads(json.dumps(record))
+    return json.loads(json.dumps(set_fields(record, changes)))
 
 
 @pytest.fixture
@@ -155,7 +149,64 @@ def write_result(tmp_path):
 
     def write(name, rows=None, **changes):
         path = tmp_path / name
-        path.write_text(to_json(parse_record(build_record(rows, **changes))), encoding="utf-8")
+        path.write_text(Record.parse(build_record(rows, **changes)).to_json(), encoding="utf-8")
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def one_backbone():
+    """The entries load the same backbone every time; within a module they do so once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone.model, "load_backbone", functools.cache(backbone.model.load_backbone))
+        yield
+
+
+@pytest.fixture
+def faster(make_row):
+    """The rows of a head that accepts twice as much as the factory's default and takes half the time."""
+    return [
+        make_row("p0", passes=2, time_s=1.0, reached_by_depth=[2, 2], accepted_by_depth=[2, 2]),
+        make_row("p1", tokens=14, baseline_tokens=14, passes=2, time_s=1.5, reached_by_depth=[2, 2],
+                 accepted_by_depth=[2, 2]),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def calibration_content():
+    """A calibration as plain data: three nodes are fastest."""
+    candidates = [
+        {
+            "tree": tree, "num_nodes": len(tree) + 1, "depth": max(map(len, tree), default=0), "accept_length": length,
+            "accept_length_ci": [length - 0.1, length + 0.1], "predicted_s_per_pass": 0.001,
+            "measured_s_per_pass": 0.002, "predicted_tokens_per_s": 1e3 * length, "measured_tokens_per_s": 500 * length,
+        }
+        for tree, length in (([], 1.0), ([[0], [1]], 1.5))
+    ]  # fmt: skip
+    here = runtime.provenance()
+    return {
+        "schema_version": 1,
+        "kind": "calibration",
+        "provenance": {key: here[key] for key in ("device", "device_name", "threads")},
+        "subject": {
+            "head": "some_head", "head_config": {"num_depths": 2}, "weights_sha256": None,
+            "backbone_fingerprint": "f00d", "dtype": "float16",
+        },
+        "texts": {
+            "path": "held out", "sha256": "c0de", "prompts": 3, "texts": 4, "tokens": 50, "max_new_tokens": 12,
+            "cache_length": 512, "template": None,
+        },
+        "acceptance": {
+            "positions": 50, "reached": [50, 30], "accepted": [[20] * 10, [3] * 10], "paths": CALIBRATED_PATHS,
+            "path_counts": [20, 10, 8, 4, 2],
+        },
+        "latency": {
+            "context": 90, "rows": [1, 64], "verify_s": [0.1, 0.2], "begin_s": 0.0, "widths": [1],
+            "draft_s": [[0.1, 0.2]], "rest_s": 0.0, "root_rest_s": 0.0,
+        },
+        "loop": {"texts": 2, "repeats": 3, "agreeing": 2},
+        "autoregressive_tokens_per_s": 600.0,
+        "candidates": candidates,
+        "chosen": 1,
+    }  # fmt: skip

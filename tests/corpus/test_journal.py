@@ -1,4 +1,4 @@
-"""An unfinished corpus goes on where it was, whatever ended it, and becomes the file of an unbroken run."""
+"""An unfinished corpus is resumed, whatever ended it, and becomes the file of an uninterrupted run."""
 
 import json
 import os
@@ -14,10 +14,11 @@ import pytest
 
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
-from corpus.dialogue import Prompt
 from corpus.journal import BEGUN, TALKS, Journal, check_begun, partial_folder
 from corpus.lanes import Batch
-from corpus.write import Options, main, terms, write_corpus
+from corpus.options import Options
+from corpus.prompts import Prompt
+from corpus.write import main, terms, write_corpus
 from runtime.entry import run_entry
 from trainer.features import top_k
 
@@ -34,16 +35,6 @@ sys.exit(run_entry(main, sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
     monkeypatch.setattr(top_k, "SHARD_TOKENS", SHARD_TOKENS)
@@ -55,16 +46,16 @@ def options(**changes):
 
 
 def files_of(out):
-    """Name and bytes of everything that a finished run leaves."""
+    """Name and bytes of everything that a finished run writes."""
     assert not partial_folder(out).exists()
     paths = [out, *top_k.top_k_folder(out).iterdir()]
     return {path.name.replace(out.name, "corpus"): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
-def unbroken(backbone, tokenizer, tmp_path_factory):
-    """(what an unbroken run leaves, its report)."""
-    out = tmp_path_factory.mktemp("unbroken") / "corpus.jsonl.gz"
+def uninterrupted(backbone, tokenizer, tmp_path_factory):
+    """(the files of an uninterrupted run, its report)."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "corpus.jsonl.gz"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(top_k, "SHARD_TOKENS", SHARD_TOKENS)
         report = write_corpus(backbone, tokenizer, options(), out).summary()
@@ -73,8 +64,8 @@ def unbroken(backbone, tokenizer, tmp_path_factory):
     return found, report
 
 
-def break_off(backbone, tokenizer, out, after, prompts=None, **changes):
-    """A run that Ctrl-C ends after this many passes."""
+def interrupt(backbone, tokenizer, out, after, prompts=None, **changes):
+    """A run that Ctrl-C ends after so many passes."""
     step, passes = Batch._step, iter(range(after))
 
     def stop(self, active):
@@ -90,18 +81,18 @@ def break_off(backbone, tokenizer, out, after, prompts=None, **changes):
 
 @pytest.fixture(scope="module")
 def begun(backbone, tokenizer, tmp_path_factory):
-    """The unfinished corpus of a run that asked for more, in other batches."""
+    """The unfinished corpus of a run with more conversations, in other batches."""
     out = tmp_path_factory.mktemp("begun") / "corpus.jsonl.gz"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(top_k, "SHARD_TOKENS", SHARD_TOKENS)
-        break_off(backbone, tokenizer, out, 250, batch_size=5, num_conversations=1000)
+        interrupt(backbone, tokenizer, out, 250, batch_size=5, num_conversations=1000)
     assert 4 < num_lines(partial_folder(out) / TALKS) < 12 and list((partial_folder(out) / "top").iterdir())
     return partial_folder(out)
 
 
 @pytest.fixture
 def out(begun, tmp_path):
-    """A corpus that lies there unfinished."""
+    """An unfinished corpus."""
     shutil.copytree(begun, tmp_path / begun.name)
     return tmp_path / "corpus.jsonl.gz"
 
@@ -110,7 +101,7 @@ def num_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_a_run_killed_again_and_again_writes_the_file_of_an_unbroken_one(unbroken, tmp_path):
+def test_a_run_killed_several_times_writes_the_file_of_an_uninterrupted_one(uninterrupted, tmp_path):
     out, chance, killed = tmp_path / "corpus.jsonl.gz", random.Random(0), []
     talks = partial_folder(out) / TALKS
     command = [sys.executable, "-c", CHILD, "--out", str(out), *FLAGS]
@@ -121,59 +112,59 @@ def test_a_run_killed_again_and_again_writes_the_file_of_an_unbroken_one(unbroke
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02) if most < 1000 else 0)
         child.send_signal(signal.SIGKILL)
-        said = child.communicate()
-        assert child.returncode in (0, -signal.SIGKILL), said
+        printed = child.communicate()
+        assert child.returncode in (0, -signal.SIGKILL), printed
         if child.returncode:
             killed.append(num_lines(talks))
     assert killed and killed == sorted(killed), killed
-    assert files_of(out) == unbroken[0]
-    assert said[0].startswith(unbroken[1])
+    assert files_of(out) == uninterrupted[0]
+    assert printed[0].startswith(uninterrupted[1])
 
 
-def test_ctrl_c_keeps_what_is_over_and_the_same_command_goes_on(backbone, tokenizer, unbroken, out, capsys):
-    """Whatever the batch size was, and however many conversations were asked for."""
+def test_after_ctrl_c_the_same_command_resumes(backbone, tokenizer, uninterrupted, out, capsys):
+    """With any batch size, and any number of conversations."""
     known = num_lines(partial_folder(out) / TALKS)
-    break_off(backbone, tokenizer, out, 40)
+    interrupt(backbone, tokenizer, out, 40)
     assert not out.exists() and num_lines(partial_folder(out) / TALKS) >= known
-    said = capsys.readouterr().err
-    assert f"going on behind {known} conversations" in said
-    assert "interrupted at" in said and f"goes on from {partial_folder(out)}" in said
+    printed = capsys.readouterr().err
+    assert f"resuming after {known} conversations" in printed
+    assert "interrupted at" in printed and f"resumes from {partial_folder(out)}" in printed
     report = write_corpus(backbone, tokenizer, options(), out)
-    assert files_of(out) == unbroken[0] and report.summary() == unbroken[1]
+    assert files_of(out) == uninterrupted[0] and report.summary() == uninterrupted[1]
 
 
 def test_ctrl_c_before_the_first_conversation_is_over_leaves_nothing(backbone, tokenizer, tmp_path, capsys):
-    break_off(backbone, tokenizer, tmp_path / "corpus.jsonl.gz", 1)
+    interrupt(backbone, tokenizer, tmp_path / "corpus.jsonl.gz", 1)
     assert list(tmp_path.iterdir()) == []
     assert "corpus.jsonl.gz was not written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [1, 100_000])
-def test_a_last_line_that_was_not_written_whole_is_written_again(backbone, tokenizer, unbroken, out, cut):
+def test_an_incomplete_last_line_is_written_again(backbone, tokenizer, uninterrupted, out, cut):
     talks = partial_folder(out) / TALKS
-    whole = num_lines(talks)
+    before = num_lines(talks)
     os.truncate(talks, max(0, talks.stat().st_size - cut))
-    assert num_lines(talks) < whole
+    assert num_lines(talks) < before
     write_corpus(backbone, tokenizer, options(), out)
-    assert files_of(out) == unbroken[0]
+    assert files_of(out) == uninterrupted[0]
 
 
-def test_a_control_that_drops_a_whole_line_too_is_noticed(backbone, tokenizer, unbroken, out):
+def test_the_control_that_drops_a_complete_line_is_noticed(backbone, tokenizer, uninterrupted, out):
     talks = partial_folder(out) / TALKS
     first, _, *rest = talks.read_bytes().splitlines(keepends=True)
     renumbered = [json.dumps(json.loads(line) | {"index": i}) + "\n" for i, line in enumerate([first, *rest])]
     talks.write_text("".join(renumbered))
     write_corpus(backbone, tokenizer, options(), out)
-    assert files_of(out) != unbroken[0]
+    assert files_of(out) != uninterrupted[0]
 
 
-def test_fewer_conversations_than_there_are_already_are_the_first_of_them(backbone, tokenizer, out, tmp_path):
+def test_fewer_conversations_than_the_journal_has_are_its_first(backbone, tokenizer, out, tmp_path):
     write_corpus(backbone, tokenizer, options(num_conversations=3), tmp_path / "three.jsonl.gz")
     write_corpus(backbone, tokenizer, options(num_conversations=3), out)
     assert files_of(out) == files_of(tmp_path / "three.jsonl.gz")
 
 
-def test_a_run_killed_between_its_last_steps_is_finished_by_the_next(backbone, tokenizer, unbroken, out):
+def test_a_run_killed_while_it_finishes_is_finished_by_the_next(backbone, tokenizer, uninterrupted, out):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -184,20 +175,20 @@ def test_a_run_killed_between_its_last_steps_is_finished_by_the_next(backbone, t
                 write_corpus(backbone, tokenizer, options(), out)
         assert partial_folder(out).exists()
     write_corpus(backbone, tokenizer, options(), out)
-    assert files_of(out) == unbroken[0]
+    assert files_of(out) == uninterrupted[0]
 
 
-def test_a_corpus_of_prompts_goes_on_too(backbone, tokenizer, tmp_path):
+def test_a_corpus_of_prompts_is_resumed(backbone, tokenizer, tmp_path):
     prompts = [Prompt((f"What is {n} plus {n}?", "And twice that?"), "math") for n in range(8)]
     given = {"num_conversations": None, "max_turns": None, "temperature": 1.0, "top_k_probabilities": 0}
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "corpus.jsonl"
-    write_corpus(backbone, tokenizer, options(**given), whole, prompts)
-    break_off(backbone, tokenizer, out, 60, prompts, **given)
+    complete, out = tmp_path / "complete.jsonl", tmp_path / "corpus.jsonl"
+    write_corpus(backbone, tokenizer, options(**given), complete, prompts)
+    interrupt(backbone, tokenizer, out, 60, prompts, **given)
     assert 0 < num_lines(partial_folder(out) / TALKS) < 8
-    with pytest.raises(ValueError, match="other terms: --prompts: "):
+    with pytest.raises(ValueError, match="other options: --prompts: "):
         write_corpus(backbone, tokenizer, options(**given), out, prompts[1:])
     write_corpus(backbone, tokenizer, options(**given), out, prompts)
-    assert out.read_bytes() == whole.read_bytes() and not partial_folder(out).exists()
+    assert out.read_bytes() == complete.read_bytes() and not partial_folder(out).exists()
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -221,16 +212,17 @@ def test_other_options_than_it_was_begun_with_are_refused_by_name_before_the_mod
     partial_folder(out).mkdir()
     (partial_folder(out) / BEGUN).write_text(json.dumps(terms(options(), None)))
     assert run_entry(main, ["--out", str(out), *FLAGS, *(word for pair in other.items() for word in pair)]) == 2
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     (flag, value), *_ = other.items()
-    assert f"begun on other terms: {flag}: " in said and f", now {value};" in said and "delete the folder" in said
+    assert f"begun with other options: {flag}: " in error and f", now {value};" in error
+    assert "delete the folder" in error
 
 
 def test_another_backbone_or_tokenizer_is_refused_by_name(backbone, tokenizer, out):
     before = (partial_folder(out) / TALKS).read_bytes()
-    with pytest.raises(ValueError, match="other terms: weights in: float16, now int8;"):
+    with pytest.raises(ValueError, match="other options: weights in: float16, now int8;"):
         write_corpus(load_backbone(load_in_8bit=True), tokenizer, options(), out)
-    with pytest.raises(ValueError, match="other terms: tokenizer with --template: "):
+    with pytest.raises(ValueError, match="other options: tokenizer with --template: "):
         write_corpus(backbone, load_tokenizer(None, "vicuna"), options(), out)
     assert (partial_folder(out) / TALKS).read_bytes() == before
 
@@ -252,11 +244,11 @@ def test_a_damaged_journal_is_refused_with_file_and_line(backbone, tokenizer, ou
         with pytest.raises(ValueError, match=rf"{TALKS} line [12] is damaged .*delete .*partial"):
             write_corpus(backbone, tokenizer, options(), out)
     (partial_folder(out) / BEGUN).write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"malformed JSON: .*; delete .* to start over"):
         check_begun(out, {})
 
 
-def test_a_corpus_of_which_nothing_is_of_use_leaves_nothing(backbone, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"none of 1 conversations is of use: .*prompt too long"):
+def test_a_corpus_without_a_usable_conversation_leaves_nothing(backbone, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"none of 1 conversations is usable: .*prompt too long"):
         write_corpus(backbone, tokenizer, options(), tmp_path / "x.jsonl", [Prompt(("word " * 600,))])
     assert list(tmp_path.iterdir()) == []

@@ -13,9 +13,9 @@ import pytest
 
 import runtime
 from backbone.tokenizer import load_tokenizer
+from bench.clock.memory import rss
 from bench.measure.attempts import Setup
-from bench.measure.gauges import rss
-from bench.measure.measure import loaded_kernels, warm_up
+from bench.measure.warmup import loaded_kernels, warm_up
 from decoding.generate import first_difference, generate, generate_autoregressive
 from decoding.tree import Tree, default_tree
 from heads.checkpoint import load_head

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import bench.measure.options
+import bench.run
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
 from decoding.drafter import ChainDrafter, make_drafter
@@ -80,7 +80,7 @@ def test_every_command_of_the_page_exists(heads_folder):
             config = parse(words)
             assert config is None or (config.head == NAME and config.learning_rate == 0.004)
         elif entry == "bench/run.py":
-            assert bench.measure.options.parse(words).head == [NAME]
+            assert bench.run.parse(words).head == [NAME]
 
 
 def test_the_head_is_listed(heads_folder):

@@ -14,7 +14,7 @@ from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData
 from trainer.features.cache import OnlineFeatures
 from trainer.loss import head_loss, make_batch
-from trainer.optim.optimizer import make_optimizer
+from trainer.optim.optimizer import AdamW
 
 NAMES = available()
 SEQ = 9
@@ -276,7 +276,7 @@ def check_learning(head, backbone, rate=1e-2):
     batch = make_batch(data, range(len(data)), OnlineFeatures(backbone, data, head.layers), head.num_depths)
     head.train()
     config = TrainConfig(weight_decay=0.0)
-    optimizer = make_optimizer(config, head.trainable(), dict.fromkeys(head.trainable(), 1.0))
+    optimizer = AdamW(config, head.trainable(), dict.fromkeys(head.trainable(), 1.0), ())
     losses = []
     for _ in range(60):
         parts = head_loss(head, batch, 1.0)

@@ -1,4 +1,4 @@
-"""What each rank of an ``mpirun`` in test_ranks.py runs: a training of its own, and a note of what it saw.
+"""What each rank of an ``mpirun`` in test_ranks.py runs: a training of its own, and a report of what it saw.
 
 python tests/trainer/ranks_program.py OUT '{"head": "mlp", ...}' [fail|die|hang]
 """
@@ -45,9 +45,9 @@ def main(arguments):
     result, head, records, _ = start(backbone, out, source=source, progress=progress, **options)
     arrays = {name: p.numpy() for name, p in head.named_parameters()}
     np.savez(out / f"rank{rank}.npz", **arrays)
-    told = {"seen": seen, "loss": [r["loss"] for r in records], "top1": [r["top1"] for r in records]}
-    told |= {"score": result.best.expected_accept_length, "top5": result.best.top5, "world": runtime.world_size()}
-    (out / f"rank{rank}.json").write_text(json.dumps(told))
+    report = {"seen": seen, "loss": [r["loss"] for r in records], "top1": [r["top1"] for r in records]}
+    report |= {"score": result.best.expected_accept_length, "top5": result.best.top5, "world": runtime.world_size()}
+    (out / f"rank{rank}.json").write_text(json.dumps(report))
     return 0
 
 

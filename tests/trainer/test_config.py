@@ -1,4 +1,4 @@
-"""Options: who wins over whom, and that a mistake is answered with what would have been right, in one line."""
+"""Options: their order of precedence, and one line with a suggestion for every mistake."""
 
 import dataclasses
 import json
@@ -91,31 +91,28 @@ def test_every_option_can_be_given_on_the_command_line_and_in_a_file(recipes, ya
         (["--head", "mlp", "--epochs", "two"], "invalid float value: 'two'"),
         (["--head", "mlp", "--seed", "1.5"], "invalid int value: '1.5'"),
         (["--head", "mlp", "--head.num_depths", "many"], r"--head\.num_depths takes int, got 'many'"),
-        (["--head", "mlp", "--head.num_depths", "2.5"], r"--head\.num_depths takes int, got '2\.5'"),
         (["--head", "mlp", "--data"], "expected at least one argument"),
         (["--head", "mlp", "--epochs", "0"], r"--epochs must be above 0, got 0\.0"),
-        (["--head", "mlp", "--tokens-per-step", "-5"], "--tokens-per-step must be above 0, got -5"),
-        (["--head", "mlp", "--max-steps", "-1"], "--max-steps must not be negative, got -1"),
+        (["--head", "mlp", "--clip", "nan"], "--clip must be a number, got nan"),
+        (["--head", "mlp", "--max-steps", "-1"], "--max-steps must be at least 0, got -1"),
         (["--head", "mlp", "--max-length", "2"], "--max-length must be at least 3, got 2"),
-        (["--head", "mlp", "--warmup", "1"], r"--warmup must lie in \[0, 1\), got 1\.0"),
-        (["--head", "mlp", "--beta2", "1"], r"--beta2 must lie in \[0, 1\)"),
-        (["--head", "mlp", "--depth-weight", "0"], r"--depth-weight must lie in \(0, 1\], got 0\.0"),
+        (["--head", "mlp", "--warmup", "1"], r"--warmup must be below 1, got 1\.0"),
+        (["--head", "mlp", "--depth-weight", "0"], r"--depth-weight must be above 0, got 0\.0"),
         (["--head", "mlp", "--features", "disk"], r"Unknown --features 'disk'\. Available: cache, online"),
         (["--head", "mlp", "--optimizer", "adam"], r"Unknown --optimizer 'adam'\. Did you mean 'adamw'\?"),
         (["--head", "mlp", "--load-in-8bit", "--load-in-4bit"], "exclude each other"),
         (["--head", "mlp", "--data", "a", "b", "--data-weights", "1"], "--data-weights has 1 numbers, --data 2 files"),
         (["--head", "mlp", "--data", "a", "--data-weights", "-1"], "must be numbers above 0"),
-        (["--head", "mlp", "--accumulate", "0"], "--accumulate must be above 0, got 0"),
-        (["--head", "mlp", "--kl-share", "1.5"], r"--kl-share must lie in \[0, 1\]"),
+        (["--head", "mlp", "--kl-share", "1.5"], r"--kl-share must be at most 1, got 1\.5"),
         (["--head", "mlp", "--config", "nowhere.yaml"], r"nowhere\.yaml cannot be read"),
     ],
 )  # fmt: skip
-def test_a_mistake_on_the_command_line_is_answered(recipes, arguments, message):
+def test_a_mistake_on_the_command_line_is_reported(recipes, arguments, message):
     with pytest.raises(ValueError, match=message):
         parse(arguments)
 
 
-def test_a_missing_head_is_answered_and_help_lists_the_options_of_all_heads(recipes, capsys):
+def test_a_missing_head_is_reported_and_help_lists_the_options_of_all_heads(recipes, capsys):
     with pytest.raises(ValueError, match=r"--head NAME is needed; available: .*gated_rnn.*mlp"):
         parse([])
     with pytest.raises(SystemExit):
@@ -125,15 +122,9 @@ def test_a_missing_head_is_answered_and_help_lists_the_options_of_all_heads(reci
 
 
 @pytest.mark.parametrize("text", ["1: 2", "data: [1, 2]"])
-def test_a_key_and_a_file_name_that_are_no_text_are_answered(recipes, yaml_file, text):
+def test_a_key_and_a_file_name_that_are_not_text_are_reported(recipes, yaml_file, text):
     with pytest.raises(ValueError, match=r"run\.yaml"):
         [*map(Path, parse(["--head", "mlp", "--config", yaml_file(text)]).data)]
-
-
-@pytest.mark.parametrize("flag", ["--epochs", "--learning-rate", "--clip", "--weight-decay"])
-def test_a_value_that_is_not_a_number_is_answered(recipes, flag):
-    with pytest.raises(ValueError, match=flag):
-        parse(["--head", "mlp", flag, "nan"])
 
 
 @pytest.mark.parametrize(
@@ -143,22 +134,16 @@ def test_a_value_that_is_not_a_number_is_answered(recipes, flag):
         ("head_options: {}", r"Unknown key in .*run\.yaml: 'head_options'"),
         ("head.num_depth: 2", "'num_depth'.* Did you mean 'num_depths'"),
         ("head.num_depths: '2'", r"--head\.num_depths takes int, got '2'"),
-        ("head.num_depths: true", r"--head\.num_depths takes int, got True"),
         ("epochs: two", r"run\.yaml: epochs takes float, got 'two'"),
-        ("epochs: true", "epochs takes float, got True"),
         ("seed: 1.5", "seed takes int, got 1.5"),
         ("overwrite: 1", "overwrite takes bool, got 1"),
         ("data: file.jsonl", "data takes list.*, got 'file.jsonl'"),
-        ("dtype: 16", "dtype takes str, got 16"),
-        ("out: 3", "out takes .*, got 3"),
         ("epochs: -1", "--epochs must be above 0"),
         ("- epochs", r"run\.yaml must hold a mapping"),
-        ("", r"run\.yaml must hold a mapping"),
         ("a: [", r"run\.yaml cannot be read"),
-        ("\x00", r"run\.yaml cannot be read"),
     ],
 )
-def test_a_mistake_in_a_file_is_answered(recipes, yaml_file, text, message):
+def test_a_mistake_in_a_file_is_reported(recipes, yaml_file, text, message):
     with pytest.raises(ValueError, match=message):
         parse(["--head", "mlp", "--config", yaml_file(text)])
 
@@ -169,7 +154,7 @@ def test_a_mistake_in_a_recipe_names_the_recipe(recipes):
         parse(["--head", "mlp"])
 
 
-def test_a_whole_number_serves_where_a_float_is_wanted(recipes, yaml_file):
+def test_an_integer_is_accepted_for_a_float(recipes, yaml_file):
     config = parse(["--head", "mlp", "--config", yaml_file("epochs: 2\nbackbone: null\n")])
     assert config.epochs == 2.0 and isinstance(config.epochs, float) and config.backbone is None
 
@@ -192,7 +177,7 @@ def test_help_names_every_option_with_its_default_and_sentence(capsys):
 
 @pytest.fixture
 def failure(capsys):
-    """failure(arguments): the one line with which train.py turns a command line down; started: after its card."""
+    """failure(arguments): the line with which train.py rejects a command line; started: after its card."""
 
     def run(arguments, started=False):
         status = run_entry(train.main, [str(a) for a in arguments])
@@ -209,7 +194,7 @@ TALK = {"conversations": [{"from": "human", "value": "Hi there"}, {"from": "gpt"
 
 
 def write_talks(path, count):
-    """Conversations that differ: copies would all fall on one side of the held-out split."""
+    """Conversations that differ: copies would all be on one side of the held-out split."""
     talks = []
     for index in range(count):
         talk = json.loads(json.dumps(TALK))
@@ -219,7 +204,7 @@ def write_talks(path, count):
     return path
 
 
-def test_train_answers_an_unknown_head_before_it_loads_anything(failure):
+def test_train_reports_an_unknown_head_before_it_loads_anything(failure):
     assert "Did you mean 'gated_rnn'?" in failure(["--head", "gated_rn"])
 
 
@@ -240,7 +225,7 @@ def test_train_names_a_backbone_that_is_missing(failure, tmp_path):
     assert f"{tmp_path / 'nowhere'} is not a directory" in line
 
 
-def test_train_keeps_a_checkpoint_that_is_already_there(failure, tmp_path):
+def test_train_does_not_overwrite_a_checkpoint(failure, tmp_path):
     data = write_talks(tmp_path / "talks.jsonl", 12)
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     (tmp_path / "run" / "log.jsonl").write_text("mine\n")
@@ -264,7 +249,7 @@ def test_train_runs_and_its_last_line_is_json(tmp_path, capsys):
             assert config["trainer"]["tokens_per_step"] == 64 and config["data"]["conversations"] == 11
 
 
-def test_train_answers_a_run_that_diverges(failure, tmp_path):
+def test_train_reports_a_run_that_diverges(failure, tmp_path):
     data = write_talks(tmp_path / "talks.jsonl", 12)
     arguments = ["--head", "gated_rnn", "--data", data, "--out", tmp_path / "run", "--features", "online"]
     arguments += ["--learning-rate", 1e30, "--tokens-per-step", 64, "--head.num_depths", 2, "--head.inner_size", 24]

@@ -1,4 +1,4 @@
-"""The training loop on a small random backbone: losses fall, checkpoints are whole, nothing is left half done."""
+"""The training loop on a small random backbone: losses fall, the best checkpoint and the log are complete."""
 
 import json
 from types import SimpleNamespace
@@ -9,21 +9,14 @@ import pytest
 from heads import checkpoint
 from heads.base import Features
 from heads.checkpoint import load_head
-from tests.small import small_backbone
 from tests.trainer.runs import NUM_STEPS, start, training_data
 from trainer.config import TrainConfig
-from trainer.data.tokens import IGNORE, TokenizedData
 from trainer.features.cache import CachedFeatures, OnlineFeatures, open_cache
 from trainer.fit import Pruned, count_steps
 from trainer.guard import bad_features
 from trainer.loss import make_batch
 
 TRAINED = SimpleNamespace(trained=True)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_lowers_the_loss_and_keeps_its_best_checkpoint(train, backbone, data):
+def test_a_run_lowers_the_loss_and_saves_its_best_checkpoint(train, backbone, data):
     result, _, records, out = train()
     losses = [np.mean(record["loss"]) for record in records]
     assert len(losses) == NUM_STEPS == result.steps and np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3]), losses
@@ -64,13 +57,13 @@ def test_a_run_lowers_the_loss_and_keeps_its_best_checkpoint(train, backbone, da
     assert json.loads((out / "checkpoint" / "provenance.json").read_text())["seed"] == 0
 
 
-def test_every_line_of_the_log_is_json_and_says_what_it_is(train):
+def test_every_line_of_the_log_is_json_with_all_figures(train):
     result, _, records, out = train()
     log = read_log(out)
     steps = [line for line in log if "rate" in line]
     assert [line["step"] for line in steps] == [10] and steps[0] == records[9]
-    told = {"step", "stage", "rate", "grad_norm", "loss", "top1", "top5", "aux", "tokens", "skipped"}
-    assert told | {"tokens_per_s", "memory_bytes"} == set(steps[0])
+    keys = {"step", "stage", "rate", "grad_norm", "loss", "top1", "top5", "aux", "tokens", "skipped"}
+    assert keys | {"tokens_per_s", "memory_bytes"} == set(steps[0])
     assert all(a <= b <= 1 for a, b in zip(steps[0]["top1"], steps[0]["top5"], strict=True))
     scores = [line for line in log if "held_out" in line]
     assert [line["step"] for line in scores] == [5, 10, 12]
@@ -94,7 +87,7 @@ def test_epochs_decide_the_steps_unless_there_is_a_limit(data):
     assert count_steps(TrainConfig(head="mlp", tokens_per_step=160, epochs=0.001), data.training, TRAINED) == 1
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_says_so(train, backbone):
+def test_ctrl_c_saves_a_checkpoint_and_is_logged(train, backbone):
     def stop(step, num_steps, record):
         if step == 3:
             raise KeyboardInterrupt
@@ -107,7 +100,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_so(train, backbone):
 
 
 def broken_from(backbone, data, first, last):
-    """Features that are not numbers in the steps from ``first`` up to and without ``last``, counted from 0."""
+    """Features that are not numbers in the steps from ``first`` up to but not including ``last``, counted from 0."""
     online, calls = OnlineFeatures(backbone, data.training, ()), []
 
     def source(indices):
@@ -118,7 +111,7 @@ def broken_from(backbone, data, first, last):
     return source
 
 
-def test_an_update_that_is_not_finite_is_left_out_and_counted(train, backbone, data):
+def test_an_update_that_is_not_finite_is_skipped_and_counted(train, backbone, data):
     result, head, records, out = train(source=broken_from(backbone, data, 6, 8))
     assert result.steps == NUM_STEPS and result.skipped == 2
     assert ["grad_norm" in record for record in records] == [True] * 6 + [False] * 2 + [True] * 4
@@ -127,21 +120,21 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(train, backbone, d
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
-def test_several_in_a_row_stop_the_run_with_what_they_were_made_of(train, backbone, data, tmp_path):
+def test_several_skipped_updates_in_a_row_stop_the_run_and_save_its_step(train, backbone, data, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 9, .*hidden state is not finite at .*first at 0; see .*step-9"):
-        train(source=broken_from(backbone, data, 5, 12))  # three are left out, the fourth is one too many
+        train(source=broken_from(backbone, data, 5, 12))  # three are skipped, the fourth is one too many
     out = tmp_path / "run"
     assert load_head(out, backbone)[1]["progress"]["step"] == 5
     assert sorted(path.name for path in out.iterdir()) == ["bad-step-9.npz", "checkpoint", "log.jsonl", "states"]
-    kept = np.load(out / "bad-step-9.npz")
-    part = data.training.select(kept["sequences"])
-    np.testing.assert_array_equal(kept["token_ids"], part.token_ids)
-    assert np.isnan(kept["hidden0"]).all() and len(kept["hidden0"]) == len(part.token_ids)
+    saved = np.load(out / "bad-step-9.npz")
+    part = data.training.select(saved["sequences"])
+    np.testing.assert_array_equal(saved["token_ids"], part.token_ids)
+    assert np.isnan(saved["hidden0"]).all() and len(saved["hidden0"]) == len(part.token_ids)
     fine = make_batch(data.training, [0], OnlineFeatures(backbone, data.training, ()), 2)
     assert bad_features([fine]) == ""
 
 
-def test_a_pruned_run_ends_there_with_its_best(backbone, tmp_path):
+def test_a_pruned_run_ends_with_its_best_score(backbone, tmp_path):
     seen = []
 
     def stop(step, score):
@@ -155,11 +148,11 @@ def test_a_pruned_run_ends_there_with_its_best(backbone, tmp_path):
 
 def test_accumulated_passes_give_the_weights_of_one(train):
     """Float32 sums in another order, 12 updates of AdamW: 2e-4 of the weights' own size at most, as measured 2e-5."""
-    whole, parts, other = (
+    one, parts, other = (
         {name: p.numpy() for name, p in train(f"a{n}-{rate}", accumulate=n, learning_rate=rate)[1].named_parameters()}
         for n, rate in ((1, 2e-2), (3, 2e-2), (3, 1e-2))
     )
-    gaps = [[np.abs(whole[k] - w[k]).max() / np.abs(whole[k]).max() for k in whole] for w in (parts, other)]
+    gaps = [[np.abs(one[k] - w[k]).max() / np.abs(one[k]).max() for k in one] for w in (parts, other)]
     assert max(gaps[0]) < 2e-4 < min(g for g in gaps[1] if g > 0) * 100, (max(gaps[0]), max(gaps[1]))
 
 
@@ -177,20 +170,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(train, backb
     with pytest.raises(OSError, match="no space left"):
         train(score_every=1)
     out = tmp_path / "run"
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "log.jsonl"]  # no remains either
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "log.jsonl"]  # no leftovers
     assert load_head(out, backbone)[1]["progress"]["step"] == 1
-
-
-# Batches
-
-
-def test_a_batch_looks_at_positions_whose_root_and_a_label_are_the_assistants(backbone):
-    data = TokenizedData.of([([10, 11, 12, 13, 14], [0, 0, 1, 1, 1]), ([20, 21, 22, 23], [0, 1, 0, 1])])
-    batch = make_batch(data, [0, 1], OnlineFeatures(backbone, data, ()), num_depths=2)
-    # Second conversation: the token after position 0 is the assistant's; depth 0's token is not, depth 1's is.
-    np.testing.assert_array_equal(batch.positions, [1, 2, 5])
-    np.testing.assert_array_equal(batch.labels, [[13, 14, IGNORE], [14, IGNORE, 23]])
-    np.testing.assert_array_equal(batch.token_ids, [[10, 11, 12, 13, 14, 20, 21, 22, 23, 0, 0]])
 
 
 def test_conversations_of_a_batch_do_not_see_each_other(backbone, data):

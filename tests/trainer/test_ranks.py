@@ -1,4 +1,4 @@
-"""Several ranks train as one does: the same weights, every sequence once, and a common end when one of them dies."""
+"""Several ranks train as one: the same weights, every sequence once, and all end when one of them dies."""
 
 import json
 import os
@@ -38,9 +38,9 @@ def mpirun(num_ranks, out, *arguments, timeout=240, **options):
 
 
 def read(out, num_ranks):
-    told = [json.loads((out / f"rank{r}.json").read_text()) for r in range(num_ranks)]
-    assert [t["world"] for t in told] == [num_ranks] * num_ranks
-    return told, [dict(np.load(out / f"rank{r}.npz")) for r in range(num_ranks)]
+    reports = [json.loads((out / f"rank{r}.json").read_text()) for r in range(num_ranks)]
+    assert [t["world"] for t in reports] == [num_ranks] * num_ranks
+    return reports, [dict(np.load(out / f"rank{r}.npz")) for r in range(num_ranks)]
 
 
 def train(num_ranks, out, **options):
@@ -94,23 +94,23 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_two_ranks_give_the_weights_of_one(tmp_path, head):
     """Float32 gradients summed in another order, 12 updates of AdamW: 5e-4 of a parameter's largest entry allowed."""
-    told, weights = {}, {}
+    reports, weights = {}, {}
     for name, ranks, more in (
         ("one", 1, {}),
         ("two", 2, {}),
         ("two in two passes", 2, {"accumulate": 2}),
         ("other", 2, {"seed": 1}),
     ):
-        told[name], weights[name] = train(ranks, tmp_path / name.replace(" ", "-"), **HEADS[head], **more)
+        reports[name], weights[name] = train(ranks, tmp_path / name.replace(" ", "-"), **HEADS[head], **more)
     for name in ("two", "two in two passes"):
         first, second = weights[name]
         assert all(np.array_equal(first[key], second[key]) for key in first)  # both ranks hold the same bits
         assert gap(weights["one"][0], first) < 5e-4
-        np.testing.assert_allclose(told[name][0]["loss"], told["one"][0]["loss"], atol=2e-3)
-        np.testing.assert_allclose(told[name][0]["top1"], told["one"][0]["top1"], atol=0.03)
-        np.testing.assert_allclose(told[name][0]["top5"], told["one"][0]["top5"], atol=0.03)
-        assert told[name][0]["score"] == told[name][1]["score"]
-        assert sorted(told[name][0]["seen"] + told[name][1]["seen"]) == sorted(told["one"][0]["seen"])
+        np.testing.assert_allclose(reports[name][0]["loss"], reports["one"][0]["loss"], atol=2e-3)
+        np.testing.assert_allclose(reports[name][0]["top1"], reports["one"][0]["top1"], atol=0.03)
+        np.testing.assert_allclose(reports[name][0]["top5"], reports["one"][0]["top5"], atol=0.03)
+        assert reports[name][0]["score"] == reports[name][1]["score"]
+        assert sorted(reports[name][0]["seen"] + reports[name][1]["seen"]) == sorted(reports["one"][0]["seen"])
     assert gap(weights["one"][0], weights["other"][0]) > 1e-2  # the control
 
 
@@ -120,9 +120,9 @@ def test_three_ranks_lose_and_repeat_nothing_where_the_count_does_not_divide(tmp
     data, _ = training_data()
     steps = len(batches(data, 100))
     assert len(data) % 3 and steps % 3
-    told, weights = train(3, tmp_path / "three", **HEADS["gated_rnn"], tokens_per_step=100, max_steps=steps)
-    assert sorted(i for each in told for i in each["seen"]) == list(range(len(data)))
-    assert all(each["seen"] for each in told)
+    reports, weights = train(3, tmp_path / "three", **HEADS["gated_rnn"], tokens_per_step=100, max_steps=steps)
+    assert sorted(i for each in reports for i in each["seen"]) == list(range(len(data)))
+    assert all(each["seen"] for each in reports)
     one, single = train(1, tmp_path / "one", **HEADS["gated_rnn"], tokens_per_step=100, max_steps=steps)
     assert gap(single[0], weights[0]) < 5e-4 and sorted(one[0]["seen"]) == list(range(len(data)))
 

@@ -1,4 +1,4 @@
-"""What a step reports of its passes: read once at its end, and what each pass said, added up."""
+"""The figures of a step: the sums of those of its passes, read once at its end."""
 
 import numpy as np
 import pytest
@@ -33,12 +33,12 @@ def by_hand(setting, parts, indices, places=(1, 5)):
     figures, aux = np.zeros((3, DEPTHS)), 0.0
     for part in parts:
         batch = make_batch(data, part, source, DEPTHS, indices)
-        said = head_loss(head, batch, 1.0, Objective())
-        for depth, (loss, rank) in enumerate(zip(said.depth_losses, said.ranks, strict=True)):
+        loss_parts = head_loss(head, batch, 1.0, Objective())
+        for depth, (loss, rank) in enumerate(zip(loss_parts.depth_losses, loss_parts.ranks, strict=True)):
             found = rank.numpy()
             hits = [np.count_nonzero((found >= 0) & (found < top)) for top in places]
             figures[:, depth] += [float(loss.item()), *(hits / batch.label_counts[depth])]
-        aux += batch.share * float(said.aux["feature"].item())
+        aux += batch.share * float(loss_parts.aux["feature"].item())
     return figures, aux
 
 
@@ -67,8 +67,8 @@ def test_a_step_without_labels_has_no_gradients_and_no_figures(setting):
     assert grads is None and metrics.losses == [] and metrics.aux == {} and batches == []
 
 
-def test_what_waits_to_be_read_holds_no_graph(setting):
-    """A pass's activations are to go before the next pass makes its own."""
+def test_figures_that_are_not_read_yet_hold_no_graph(setting):
+    """A pass's activations must be freed before the next pass computes its own."""
     head, data, source = setting
 
     def alive(detached):
@@ -76,13 +76,13 @@ def test_what_waits_to_be_read_holds_no_graph(setting):
         jt.sync_all()
         before = jt.core.number_of_lived_ops()
         batch = make_batch(data, [0, 1], source, DEPTHS)
-        said = head_loss(head, batch, 1.0, Objective())
-        said.total.sync()
+        loss_parts = head_loss(head, batch, 1.0, Objective())
+        loss_parts.total.sync()
         if detached:
-            sums.add(batch, said)
-        kept = sums if detached else list(said.aux.values())
-        del said, batch
-        assert kept
+            sums.add(batch, loss_parts)
+        reference = sums if detached else list(loss_parts.aux.values())
+        del loss_parts, batch
+        assert reference
         return jt.core.number_of_lived_ops() - before
 
     assert alive(True) <= 2 * DEPTHS + 1 < alive(False)

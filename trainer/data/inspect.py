@@ -1,30 +1,42 @@
-"""Training text on the terminal, the tokens that carry loss in colour.
+"""Prints training text on the terminal, the tokens that carry loss in color, and the report on its records.
 
     python -m trainer.data --inspect FILE
 
-One look tells whether a chat template and a backbone belong together, and the report at the end what became of every
-record. FILE is whatever a run may train on: conversations, plain text, a datasets folder or a Parquet file.
+One look tells whether a chat template and a backbone belong together. FILE is whatever a run may train on:
+conversations, plain text, a datasets folder or a Parquet file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from backbone.tokenizer import ChatTokenizer, load_tokenizer
+from backbone.tokenizer import ChatTokenizer
 from runtime.entry import Parser, run_entry
-from trainer.config import CHOICES, TrainConfig
+from runtime.options import add_options, option, read_options
+from trainer.config import TextOptions
 from trainer.data.tokens import load_data
 
+SHARED = ("backbone", "template", "max_length", "block_size", "loss_on")  # options that training has too
 
-def _coloured(tokenizer: ChatTokenizer, token_ids: np.ndarray, mask: np.ndarray) -> Text:
-    """The sequence as rich Text: green carries loss, grey does not."""
+
+@dataclass
+class InspectOptions(TextOptions):
+    """What to print."""
+
+    inspect: str | None = option(None, "what to print: any kind of training text", metavar="FILE")
+    count: int = option(3, "number of sequences to print", least=1)
+    max_length: int = option(2048, "tokens after which a conversation is truncated", least=3)
+
+
+def _colored(tokenizer: ChatTokenizer, token_ids: np.ndarray, mask: np.ndarray) -> Text:
+    """The sequence as rich Text: tokens in green carry loss, tokens in gray do not."""
     text = Text()
     edges = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), len(token_ids)]
     for start, stop in pairwise(edges):
@@ -33,22 +45,21 @@ def _coloured(tokenizer: ChatTokenizer, token_ids: np.ndarray, mask: np.ndarray)
     return text
 
 
-def inspect(
-    path: str | Path,
-    tokenizer: ChatTokenizer,
-    count: int,
-    max_length: int,
-    block_size: int = TrainConfig.block_size,
-    loss_on: str = TrainConfig.loss_on,
-    file: Any = None,
-) -> None:
-    """Prints the first ``count`` sequences of a file with the tokens in the loss in colour, then the whole report."""
+def inspect(options: InspectOptions, file: Any = None) -> None:
+    """Print the first sequences of a file, then the report on all of it."""
     console = Console(file=file, highlight=False)
-    data, report = load_data([path], tokenizer, max_length=max_length, block_size=block_size, loss_on=loss_on)
-    for index in range(min(count, len(data))):
+    tokenizer = options.load_tokenizer()
+    data, report = load_data(
+        [options.inspect],
+        tokenizer,
+        max_length=options.max_length,
+        block_size=options.block_size,
+        loss_on=options.loss_on,
+    )
+    for index in range(min(options.count, len(data))):
         token_ids, mask = data.conversation(index)
         console.rule(f"{index}: {len(token_ids)} tokens, {int(mask.sum())} in the loss")
-        console.print(_coloured(tokenizer, token_ids, mask))
+        console.print(_colored(tokenizer, token_ids, mask))
     console.rule("report")
     console.print(report.summary(), markup=False)
     for name, number in report.as_dict().items():
@@ -57,30 +68,14 @@ def inspect(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 for a mistake of the user's."""
+    """The command line; 2 for a user's mistake."""
     return run_entry(_run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> None:
-    description = "Print training text, the tokens that carry loss in colour, and what became of every record."
-    parser = Parser(prog="python -m trainer.data", description=description)
-    parser.add_argument("--inspect", required=True, metavar="FILE", help="what to print: any kind of training text")
-    parser.add_argument("--backbone", metavar="DIR", help="whose tokenizer and template (default: the embedded one)")
-    parser.add_argument("--template", metavar="NAME", help="chat template by name instead of the backbone's own")
-    parser.add_argument("--count", type=int, default=3, metavar="N", help="sequences (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens (default: %(default)s)")
-    parser.add_argument(
-        "--block-size",
-        type=int,
-        default=TrainConfig.block_size,
-        metavar="N",
-        help="tokens that plain text is cut into, at most --max-length (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--loss-on", choices=CHOICES["loss_on"], default=TrainConfig.loss_on, help="(default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    if options.count < 1:
-        raise ValueError(f"--count is {options.count}, expected at least 1")
-    tokenizer = load_tokenizer(options.backbone, options.template)
-    inspect(options.inspect, tokenizer, options.count, options.max_length, options.block_size, options.loss_on)
+    parser = Parser(prog="python -m trainer.data", description=__doc__.splitlines()[0])
+    add_options(parser, InspectOptions, only=("inspect", "count", *SHARED))
+    options = read_options(InspectOptions, parser.parse_args(arguments))
+    if options.inspect is None:
+        raise ValueError("--inspect FILE is needed: any kind of training text")
+    inspect(options)

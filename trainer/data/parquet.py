@@ -1,4 +1,4 @@
-"""Rows of Hugging Face ``datasets`` folders and of Parquet files, read with pyarrow and without that library.
+"""Rows of Hugging Face ``datasets`` folders and of Parquet files, read with pyarrow alone.
 
 ``Dataset.save_to_disk`` writes a folder with ``state.json``, which names the ``data-*.arrow`` files in order, each an
 Arrow stream. ``DatasetDict.save_to_disk`` writes ``dataset_dict.json`` and such a folder for every split.
@@ -6,14 +6,15 @@ Arrow stream. ``DatasetDict.save_to_disk`` writes ``dataset_dict.json`` and such
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# pyarrow 26 wants NumPy 2, Jittor 1.3.11 the one before; 25.0.1 is the newest that works with both.
+from runtime.records import read_json
+
+# pyarrow 26 needs NumPy 2, Jittor 1.3.11 NumPy 1; 25.0.1 is the newest that works with both.
 INSTALL = "pip install pyarrow==25.0.1"
-COLUMNS = ("conversations", "messages", "text")  # the first of them that a table has is read
+COLUMNS = ("conversations", "messages", "text")  # the first of these in a table is read
 FURTHER = ("id", "category")
 ROWS = 1024  # of a Parquet file, turned into Python objects at a time
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -25,11 +26,11 @@ def is_table(path: str | Path) -> bool:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, record) of a table, rows counted from 0; a record has the column that is read, its id and its category.
+    """(row, record) of a table, rows counted from 0. A record has the first column of ``COLUMNS``, its id and category.
 
-    A list of turns that is stored as columns, {"from": [..], "value": [..]}, comes as the list it stands for. Only the
-    batch at hand is in memory. Raises ValueError naming the file that is broken, lacks every column in ``COLUMNS``, or
-    is missing, the splits where the wanted one does not exist, and what to install where pyarrow is not.
+    Turns that are stored as columns, {"from": [..], "value": [..]}, are returned as a list. One batch is in memory at a
+    time. Raises ValueError naming the file that is broken, missing, or has none of the columns; the available splits,
+    where the wanted one does not exist; and what to install, where pyarrow is missing.
     """
     try:
         import pyarrow
@@ -42,13 +43,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield from enumerate(map(_turn_columns, records), start=row)
                 row += len(records)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text behind row {row}: {error.reason}") from error
+            raise ValueError(f"{file} is not UTF-8 text after row {row}: {error.reason}") from error
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _folder_and_split(path: str | Path) -> tuple[Path, str | None]:
-    """``FOLDER:split`` taken apart; a path that exists as it is has no split."""
+    """The parts of ``FOLDER:split``; a path that exists has no split."""
     folder, colon, split = str(path).rpartition(":")
     return (Path(folder), split) if colon and folder and not Path(path).exists() else (Path(path), None)
 
@@ -78,16 +79,13 @@ def _files(path: str | Path) -> list[Path]:
     names = [entry.get("filename") for entry in _list(folder / STATE, "_data_files", dict)]
     missing = [str(name) for name in names if not isinstance(name, str) or not (folder / name).is_file()]
     if missing or not names:
-        raise ValueError(f"{folder} lacks data: {STATE} names {', '.join(missing) or 'no file'}; copy it whole")
+        raise ValueError(f"{folder} is incomplete: {STATE} names {', '.join(missing) or 'no file'}; copy all of it")
     return [folder / name for name in names]
 
 
 def _list(path: Path, key: str, kind: type) -> list:
-    """A list of a JSON file. Raises ValueError naming the file where it is not there."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    """A list of a JSON file. Raises ValueError naming the file where it is missing."""
+    content = read_json(path)
     found = content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(item, kind) for item in found):
         raise ValueError(f"{path} has no list {key!r}; expected what datasets' save_to_disk writes")

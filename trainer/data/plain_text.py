@@ -1,19 +1,19 @@
 """Plain text as blocks of tokens: files of any size, one window of text at a time.
 
-A text is read in windows that meet at *seams*, and the tokens of the windows, laid end to end, are those that the
-tokenizer gives the whole text. A seam is the beginning of a line, or a space between words where a line is very long:
-no pre-tokenizer of the Llama family lets a token cross either. Three things would go wrong if a paragraph were encoded
-by itself, so a window overlaps its neighbours by ``CONTEXT`` characters whose tokens are then left out:
+A text is read in windows that meet at *seams*. The tokens of the windows, laid end to end, are those that the tokenizer
+gives the complete text. A seam is the beginning of a line, or a space between words where a line is very long: no
+pre-tokenizer of the Llama family lets a token cross either. Encoding a paragraph alone would fail in three ways, so a
+window overlaps its neighbors by ``CONTEXT`` characters, whose tokens are then dropped:
 
-- SentencePiece vocabularies put a space in front of whatever they encode: a space that is not in the text. Here it
-  falls into the overlap; the first window of a text keeps it, and decoding takes it away again.
-- What a line break becomes depends on what follows it: byte-level vocabularies make two tokens of "\\n\\n" before a
+- SentencePiece vocabularies put a space in front of whatever they encode, which is not in the text. Here it falls into
+  the overlap; the first window of a text keeps it, and decoding removes it.
+- The tokens of a line break depend on what follows it: byte-level vocabularies make two tokens of "\\n\\n" before a
   word, and possibly one at the end of a text. The overlap lets the tokenizer see what follows.
-- A line break belongs to the line before it, in one token with a full stop in some vocabularies.
+- In some vocabularies a line break belongs to the line before it, in one token with a full stop.
 
 Should two windows disagree about where a token ends at their seam, because a token crosses it after all, they are
-encoded again as one: the text never loses or repeats a character. Decoding the blocks of a text, without the token in
-front of each, gives the text back wherever decoding the tokens of the whole does.
+encoded again as one: no character is lost or repeated. Decoding the blocks of a text, without the token in front of
+each, gives the text back wherever decoding the tokens of the complete text does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from trainer.data.conversations import HALF_CHARACTER, DataReport, located_recor
 
 SUFFIXES = (".txt", ".txt.gz", ".raw")  # the last is that of WikiText's own files
 SHORTEST = 3  # tokens of a block: logits at position t score token t + 2 first, so fewer carry no label
-WINDOW, CONTEXT = 8192, 64  # characters of a window, and of its overlap with each neighbour
+WINDOW, CONTEXT = 8192, 64  # characters of a window, and of its overlap with each neighbor
 BATCH = 32  # windows tokenized in one call: enough for every thread, few enough to keep their offsets small
 LINE_SEAM = re.compile(r"(?<=\n)(?=\S)")
 WORD_SEAM = re.compile(r"(?<=\S)(?= \S)")
@@ -45,15 +45,14 @@ def is_plain_text(path: str | Path) -> bool:
 
 
 def read_texts(path: str | Path, report: DataReport) -> Iterator[Iterable[str]]:
-    """The texts of a file, each as pieces to be joined: a plain text as a whole, or the field ``text`` of every record.
+    """The texts of a file, each in pieces to be joined: all of a plain text, or the field ``text`` of every record.
 
-    Texts that are blank or hold half a character are counted in ``report`` and left out. Raises ValueError naming the
+    Texts that are blank or hold half a character are counted in ``report`` and dropped. Raises ValueError naming the
     file, and line or row, for a record of another shape, and when nothing is left.
     """
     report.files.append(str(path))
-    pieces = _plain_text(path) if is_plain_text(path) else _text_records(path)
-    kept = 0
-    for text in pieces:
+    usable = 0
+    for text in _plain_text(path) if is_plain_text(path) else _text_records(path):
         report.read += 1
         report.texts += 1
         if text is None:
@@ -61,9 +60,9 @@ def read_texts(path: str | Path, report: DataReport) -> Iterator[Iterable[str]]:
         elif isinstance(text, str) and HALF_CHARACTER.search(text):
             report.malformed += 1
         else:
-            kept += 1
+            usable += 1
             yield [text] if isinstance(text, str) else text
-    if not kept:
+    if not usable:
         raise ValueError(
             f"no usable text in {path}: {report.read} read, {report.blank} blank, {report.malformed} malformed; "
             "expected text"
@@ -72,30 +71,21 @@ def read_texts(path: str | Path, report: DataReport) -> Iterator[Iterable[str]]:
 
 def _plain_text(path: str | Path) -> Iterator[Iterable[str] | None]:
     """The text of a file as an iterable of pieces, None where it is blank."""
-    pieces, head = read_text(Path(path)), []
+    pieces, start = read_text(Path(path)), []
     for piece in pieces:
-        head.append(piece)
+        start.append(piece)
         if piece.strip():
-            break
-    else:
-        yield None
-        return
-
-    def whole() -> Iterator[str]:
-        yield from head
-        yield from pieces
-
-    yield whole()
+            yield chain(start, pieces)
+            return
+    yield None
 
 
 def _text_records(path: str | Path) -> Iterator[str | None]:
     """The text of each record, None where it is blank or null."""
     for where, record in located_records(path):
         if not isinstance(record, dict) or "text" not in record:
-            got = (
-                f"the keys {', '.join(map(str, record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            )
-            raise ValueError(f"{where}: expected an object with text, got {got}")
+            keys = f"the keys {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+            raise ValueError(f"{where}: expected an object with text, got {keys or f'a {type(record).__name__}'}")
         text = record["text"]
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{where}: text is a {type(text).__name__}, expected a string")
@@ -107,12 +97,12 @@ def _text_records(path: str | Path) -> Iterator[str | None]:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a text: ``text[first:last]`` is its own, the rest its overlap with the neighbours."""
+    """A part of a text: ``text[first:last]`` is its own, the rest overlaps with the neighbors."""
 
     text: str
     first: int
     last: int
-    opens: bool  # the text begins here
+    opens: bool  # it begins the text
 
     def joined(self, following: Window) -> Window:
         """Both as one."""
@@ -128,12 +118,12 @@ def windows(pieces: Iterable[str], size: int = WINDOW, context: int = CONTEXT) -
     text, seam, low, opens = "", 0, size, True
     for piece in pieces:
         text += piece
-        start, high = 0, len(text) - context  # behind a seam there is its overlap
+        start, high = 0, len(text) - context  # room for the overlap after a seam
         while low + size <= high:
             # The first line that begins within `size` characters, else the first space between words.
             found = LINE_SEAM.search(text, low, low + size) or WORD_SEAM.search(text, low, high)
             if found is None:
-                low = high - 1  # what was looked through is not looked at again
+                low = high - 1  # search on from here
                 break
             yield Window(text[start : found.start() + context], seam - start, found.start() - start, opens)
             start, seam, low, opens = max(0, found.start() - context), found.start(), found.start() + size, False
@@ -144,24 +134,21 @@ def windows(pieces: Iterable[str], size: int = WINDOW, context: int = CONTEXT) -
 def text_tokens(
     texts: Iterable[Iterable[str]], tokenizer: ChatTokenizer, size: int = WINDOW, context: int = CONTEXT
 ) -> Iterator[np.ndarray]:
-    """Token ids of texts, each given in pieces, with the end-of-text token between two texts: int32, window by window.
-
-    The ids of a text are those of ``tokenizer.encode`` of the whole. A vocabulary without end token puts nothing
-    between texts.
-    """
+    """Token ids of texts, each given in pieces, with the end-of-text token, if the vocabulary has one, between two
+    texts: int32, window by window. The ids of a text are those of ``tokenizer.encode`` of all of it."""
     between = np.array(tokenizer.eos_ids[:1], dtype=np.int32)
-    held: tuple[Window, Any] | None = None
+    previous: tuple[Window, Any] | None = None
     for window, encoding in _encoded((w for text in texts for w in windows(text, size, context)), tokenizer):
-        if held and not window.opens and not _meet(*held, window, encoding):
-            window = held[0].joined(window)
+        if previous and not window.opens and not _meet(*previous, window, encoding):
+            window = previous[0].joined(window)
             (encoding,) = tokenizer.encode_many([window.text])
-        elif held:
-            yield _own_tokens(*held)
+        elif previous:
+            yield _own_tokens(*previous)
             if window.opens:
                 yield between
-        held = window, encoding
-    if held:
-        yield _own_tokens(*held)
+        previous = window, encoding
+    if previous:
+        yield _own_tokens(*previous)
 
 
 def _encoded(all_windows: Iterator[Window], tokenizer: ChatTokenizer) -> Iterator[tuple[Window, Any]]:
@@ -196,22 +183,21 @@ def _meet(left: Window, left_encoding: Any, right: Window, right_encoding: Any) 
 
 
 def pack(tokens: Iterable[np.ndarray], block_size: int, bos: int | None) -> Iterator[np.ndarray]:
-    """A stream of tokens cut into blocks of ``block_size``, each with ``bos`` in front (one of them), if there is one.
+    """A stream of tokens cut into blocks of ``block_size``, which includes ``bos`` in front, if there is one.
 
-    The last block is shorter; with fewer than 3 tokens it is left out. Tokens 5 to 11 in blocks of 4 behind bos 1:
-    [1, 5, 6, 7], [1, 8, 9, 10], and [1, 11], which is left out.
+    The last block is shorter; with fewer than 3 tokens it is dropped. Tokens 5 to 11 in blocks of 4 with bos 1:
+    [1, 5, 6, 7], [1, 8, 9, 10], and [1, 11], which is dropped.
     """
-    if block_size < SHORTEST:
-        raise ValueError(f"block_size is {block_size}, expected at least {SHORTEST} tokens")
+    assert block_size >= SHORTEST, block_size
     front = np.array([] if bos is None else [bos], dtype=np.int32)
     room = block_size - len(front)
     rest = np.zeros(0, dtype=np.int32)
     for arrived in tokens:
         rest = np.concatenate([rest, arrived])
-        whole = len(rest) - len(rest) % room
-        for start in range(0, whole, room):
+        end = len(rest) - len(rest) % room
+        for start in range(0, end, room):
             yield np.concatenate([front, rest[start : start + room]])
-        rest = rest[whole:]
+        rest = rest[end:]
     if len(front) + len(rest) >= SHORTEST:
         yield np.concatenate([front, rest])
 
@@ -219,8 +205,8 @@ def pack(tokens: Iterable[np.ndarray], block_size: int, bos: int | None) -> Iter
 def read_blocks(
     path: str | Path, tokenizer: ChatTokenizer, block_size: int, report: DataReport
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(token_ids, mask) of the blocks that a file's texts make, counted in ``report``: all tokens but the one in front
-    carry loss. Raises ValueError naming the file when they make none."""
+    """(token_ids, mask) of the blocks of a file's texts, counted in ``report``. All tokens carry loss except the one in
+    front. Raises ValueError naming the file when there is no block."""
     bos = tokenizer.bos_id
     mask = np.arange(block_size) >= (bos is not None)
     produced = 0

@@ -1,62 +1,28 @@
-"""Training text from files of every kind, as token ids with a mask over what carries loss, and batches of it.
+"""Training text as token ids, with a mask over the tokens that carry loss, and the batches and labels made of it.
 
-    python -m trainer.data --inspect conversations.jsonl
-
-prints sequences with the tokens that carry loss in colour: the quickest way to see that a chat template and a backbone
-belong together. Conversations (``trainer.data.conversations``) are a sequence each; plain text (``trainer.data.plain_text``) is
-cut into blocks; both may come from datasets folders and Parquet files (``trainer.data.parquet``).
+Conversations (``trainer.data.conversations``) are one sequence each; plain text (``trainer.data.plain_text``) is cut
+into blocks; both may come from datasets folders and Parquet files (``trainer.data.parquet``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from backbone.tokenizer import ChatTokenizer
-from runtime.entry import suggest
-from trainer.config import CHOICES
-from trainer.data.conversations import (
-    ROLES,
-    Conversation,
-    DataReport,
-    load_conversations,
-    located_records,
-    read_conversations,
-    records,
-)
+from trainer.data.conversations import Conversation, DataReport, located_records, read_conversations
 from trainer.data.plain_text import is_plain_text, read_blocks
 
-__all__ = [
-    "IGNORE",
-    "ROLES",
-    "Conversation",
-    "DataReport",
-    "TokenizedData",
-    "batches",
-    "check_vocabulary",
-    "encode_conversations",
-    "hold_out",
-    "load_conversations",
-    "load_data",
-    "records",
-    "split_held_out",
-    "targets",
-    "useful_positions",
-]
-
-SPLIT_SEED = 0
 IGNORE = -100  # label of a position without loss, PyTorch's cross_entropy default
 
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """Sequences laid end to end: number i occupies ``offsets[i]:offsets[i + 1]``.
+    """Sequences laid end to end: sequence i occupies ``offsets[i]:offsets[i + 1]``.
 
     token_ids: (total,) int32. mask: (total,) bool, True where the token carries loss. offsets: (count + 1,) int64.
     weights: (count,) float64, how often an epoch takes each sequence; default: once.
@@ -92,7 +58,7 @@ class TokenizedData:
 
     @staticmethod
     def of(conversations: Iterable[tuple[Any, Any]], weights: np.ndarray | None = None) -> TokenizedData:
-        """Lays (token_ids, mask) pairs end to end."""
+        """Lay (token_ids, mask) pairs end to end."""
         ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
         for token_ids, mask in conversations:
             ids.append(np.asarray(token_ids, dtype=np.int32))
@@ -112,21 +78,18 @@ def encode_conversations(
     *,
     loss_on: str = "assistant",
 ) -> TokenizedData:
-    """Token ids and mask of each conversation, cut at ``max_length`` tokens.
+    """Token ids and mask of each conversation, truncated to ``max_length`` tokens.
 
     loss_on: "assistant", or "all": every token but the beginning-of-text token at position 0. A conversation with no
-    token in the loss left after the cut is dropped. Cuts, drops and tokens are counted in ``report``. Raises ValueError
-    when nothing is left.
+    token in the loss left is dropped. Truncations, drops and tokens are counted in ``report``. Raises ValueError when
+    nothing is left.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length is {max_length}, expected at least 1 token")
-    if loss_on not in CHOICES["loss_on"]:
-        raise suggest("loss_on", loss_on, CHOICES["loss_on"])
+    assert max_length > 0 and loss_on in ("assistant", "all"), (max_length, loss_on)
     report = DataReport() if report is None else report
     report.truncated = report.too_long = 0
     bos = tokenizer.bos_id
 
-    def cut() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def truncated() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for token_ids, mask in tokenizer.encode_many_with_mask(talk.messages for talk in conversations):
             if loss_on == "all":
                 mask = [token_ids[0] != bos] + [True] * (len(token_ids) - 1)
@@ -136,7 +99,7 @@ def encode_conversations(
             report.truncated += len(token_ids) > max_length
             yield np.array(token_ids[:max_length], dtype=np.int32), np.array(mask[:max_length], dtype=np.bool_)
 
-    data = TokenizedData.of(cut())
+    data = TokenizedData.of(truncated())
     if not len(data):
         raise ValueError(
             f"none of {report.too_long} conversations from {', '.join(report.files) or 'memory'} has a token in the "
@@ -147,7 +110,7 @@ def encode_conversations(
 
 
 def holds_text(path: str | Path) -> bool:
-    """Whether a file is plain text by its name, or its first record has ``text`` and no turns."""
+    """Whether a file holds text: by its name, or because its first record has ``text`` and no turns."""
     if is_plain_text(path):
         return True
     for _, record in located_records(path):
@@ -164,20 +127,14 @@ def load_data(
     loss_on: str = "assistant",
     weights: Sequence[float] = (),
 ) -> tuple[TokenizedData, DataReport]:
-    """The sequences of files of any kind, laid end to end in the order of the files, and what became of the records.
+    """The sequences of files of any kind, laid end to end in the order of the files, and the report on their records.
 
-    Conversations are cut at ``max_length`` tokens; text becomes blocks of ``block_size`` tokens, at most
-    ``max_length``. loss_on: as in ``encode_conversations``; text carries loss everywhere in either case. weights: how
-    often an epoch takes each of the files, once by default. Raises ValueError naming the first file that is broken or
-    holds nothing to train on.
+    Conversations are truncated to ``max_length`` tokens; text becomes blocks of ``block_size`` tokens, at most
+    ``max_length``. loss_on: as in ``encode_conversations``; all of a text carries loss in either case. weights: how
+    often an epoch takes the sequences of each file; default: once. Raises ValueError naming the first file that is
+    broken or holds nothing to train on.
     """
-    files, weights = list(files), list(weights)
-    if not files:
-        raise ValueError("no files of training text; name at least one")
-    if weights and len(weights) != len(files):
-        raise ValueError(f"got {len(weights)} weights for {len(files)} files; expected one for each, or none")
-    if any(not (math.isfinite(weight) and weight > 0) for weight in weights):
-        raise ValueError(f"the weights of the files are {weights}; expected numbers above 0")
+    assert files and len(weights) in (0, len(files)), (files, weights)
     report, parts = DataReport(), []
     for path in files:
         part = DataReport()
@@ -187,7 +144,7 @@ def load_data(
             talks = read_conversations([path], part)
             parts.append(encode_conversations(talks, tokenizer, max_length, part, loss_on=loss_on))
         report.add(part)
-    return _end_to_end(parts, weights or [1.0] * len(files)), report
+    return _end_to_end(parts, list(weights) or [1.0] * len(files)), report
 
 
 def _end_to_end(parts: Sequence[TokenizedData], weights: Sequence[float]) -> TokenizedData:
@@ -215,48 +172,16 @@ def check_vocabulary(data: TokenizedData, vocab_size: int) -> None:
         )
 
 
-# Splits and batches ---------------------------------------------------------------------------------------------------
-
-
-def split_held_out(data: TokenizedData, amount: float | int, seed: int) -> tuple[TokenizedData, TokenizedData]:
-    """(training, held out): a fraction below 1 or a whole number of conversations is held out.
-
-    The choice hashes ``seed`` and the tokens of each conversation, so it depends neither on the order of the files nor
-    on what else is in them, and copies of a conversation stay on one side: the held-out part may be larger by those.
-    The held-out part is scored as it is: all its weights are 1.
-    """
-    count = round(amount * len(data)) if isinstance(amount, float) else amount
-    if isinstance(amount, float) and not 0 < amount < 1:
-        raise ValueError(f"held-out fraction is {amount}, expected one between 0 and 1, or a whole number")
-    count = max(int(count), 1) if isinstance(amount, float) else int(count)
-    if not 0 < count < len(data):
-        raise ValueError(f"cannot hold out {count} of {len(data)} conversations; expected 1 to {len(data) - 1}")
-    key = seed.to_bytes(8, "little", signed=True)
-    digests = [
-        hashlib.blake2b(data.conversation(index)[0].tobytes(), digest_size=8, key=key).digest()
-        for index in range(len(data))
-    ]
-    last = sorted(digests)[count - 1]
-    held_out = np.array([digest <= last for digest in digests])
-    if held_out.all():
-        raise ValueError(f"the {len(data)} conversations are copies of too few to hold out {count}; add data")
-    scored = data.select(np.flatnonzero(held_out))
-    return data.select(np.flatnonzero(~held_out)), replace(scored, weights=np.ones(len(scored)))
-
-
-def hold_out(data: TokenizedData, wanted: int) -> tuple[TokenizedData, TokenizedData]:
-    """The split of every run, (training, held out): at most ``wanted`` conversations and a tenth of them. The same ones
-    whatever a run's own seed is, so that runs can be compared."""
-    return split_held_out(data, min(wanted, max(1, len(data) // 10)), SPLIT_SEED)
+# Batches and labels ---------------------------------------------------------------------------------------------------
 
 
 def repeats(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """How often epoch ``epoch``, counted from 0, takes each sequence: (count,) int64.
 
-    Sequence i comes floor((epoch + 1) w_i + u_i) - floor(epoch w_i + u_i) times, so that the epochs add up to its
-    weight w_i. The phases u_i of n sequences of the same weight are (k + 1/2) / n in an order drawn from ``seed``: each
-    epoch takes as equal a share of them as there is. Weight 1 is once an epoch, whatever the phase; of four sequences
-    of weight 0.5 every epoch takes two, and the next epoch the other two.
+    Sequence i is taken floor((epoch + 1) w_i + u_i) - floor(epoch w_i + u_i) times, which adds up to its weight w_i
+    per epoch. The phases u_i of n sequences of the same weight are (k + 1/2) / n in an order drawn from ``seed``, so
+    that each epoch takes as equal a share of them as possible. Weight 1 is once an epoch, whatever the phase; of four
+    sequences of weight 0.5 every epoch takes two, and the next epoch the other two.
     """
     phases = np.empty(len(weights))
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
@@ -266,27 +191,23 @@ def repeats(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return (np.floor((epoch + 1) * weights + phases) - np.floor(epoch * weights + phases)).astype(np.int64)
 
 
-def batches(
-    data: TokenizedData, tokens_per_batch: int, *, max_rows: int | None = None, seed: int = 0, epoch: int = 0
-) -> list[list[int]]:
+def batches(data: TokenizedData, tokens_per_batch: int, *, seed: int = 0, epoch: int = 0) -> list[list[int]]:
     """Sequence indices in an order drawn from (seed, epoch), filled greedily into batches.
 
-    A batch is closed when the next sequence would take it past ``tokens_per_batch`` tokens or ``max_rows`` sequences.
-    One that is longer by itself is a batch of its own. A sequence comes as often as its weight says (``repeats``): with
-    weight 1, once an epoch. A pure function of the lengths, the weights and the arguments: a run that is taken up again
-    inside an epoch finds the rest of it by asking for the same epoch.
+    A batch is closed when the next sequence would take it past ``tokens_per_batch`` tokens. One that is longer by
+    itself is a batch of its own. A sequence is taken as often as its weight says (``repeats``). A pure function of the
+    lengths, the weights and the arguments: a resumed run finds the rest of an epoch by asking for the same epoch.
 
     Lengths 3, 4, 2, 9 drawn in this order with 8 tokens a batch: [3, 4], [2], [9].
     """
-    if tokens_per_batch < 1 or (max_rows is not None and max_rows < 1):
-        raise ValueError(f"tokens_per_batch is {tokens_per_batch} and max_rows {max_rows}, expected at least 1")
+    assert tokens_per_batch > 0, tokens_per_batch
     lengths = data.lengths
     result: list[list[int]] = []
     room = 0
     taken = np.repeat(np.arange(len(data)), repeats(data.weights, seed, epoch))
     for index in taken[np.random.default_rng([seed, epoch]).permutation(len(taken))].tolist():
         length = int(lengths[index])
-        if not result or length > room or len(result[-1]) == max_rows:
+        if not result or length > room:
             result.append([])
             room = tokens_per_batch
         result[-1].append(index)
@@ -297,7 +218,7 @@ def batches(
 def targets(mask: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray, num_depths: int) -> np.ndarray:
     """Labels of every position and depth: (num_depths, total) int32.
 
-    Logits at depth k and position t score token t + 2 + k. The label is that token where it lies in the same
+    Logits at depth k and position t score token t + 2 + k. The label is that token where it is in the same
     conversation and is the assistant's, else -100. One conversation of five tokens, the last three the assistant's:
 
         t            0    1    2    3    4
@@ -311,14 +232,21 @@ def targets(mask: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray, num_de
     # The first position of the next conversation, for every position.
     ends = np.repeat(offsets[1:], np.diff(offsets))
     labels = np.full((num_depths, total), IGNORE, dtype=np.int32)
-    said = np.where(mask, token_ids, IGNORE)
+    replies = np.where(mask, token_ids, IGNORE)
     for depth in range(min(num_depths, max(total - 2, 0))):
         ahead = 2 + depth
         inside = np.arange(ahead, total) < ends[: total - ahead]
-        labels[depth, : total - ahead] = np.where(inside, said[ahead:], IGNORE)
+        labels[depth, : total - ahead] = np.where(inside, replies[ahead:], IGNORE)
     return labels
 
 
-def useful_positions(labels: np.ndarray) -> np.ndarray:
-    """Positions with a label at any depth: (num,) int64, ascending. labels: (num_depths, total)."""
-    return np.flatnonzero((labels != IGNORE).any(axis=0))
+def labelled_positions(data: TokenizedData, num_depths: int) -> tuple[np.ndarray, np.ndarray]:
+    """The positions that carry loss, (num,) int32 ascending, and their labels, (num_depths, num) int32.
+
+    A position carries loss when the token after it is the assistant's (while decoding, the root always is) and at
+    least one depth has a label.
+    """
+    labels = targets(data.mask, data.token_ids, data.offsets, num_depths)
+    root_is_reply = np.append(data.mask[1:], False)
+    positions = np.flatnonzero((labels != IGNORE).any(axis=0) & root_is_reply).astype(np.int32)
+    return positions, np.ascontiguousarray(labels[:, positions])

@@ -1,1 +1,1 @@
-"""What a run would take in memory, disk and time, measured by one step. Door: `run.py`."""
+"""What a run would need in memory, disk and time, measured by one step. Door: `run.py`."""

@@ -1,4 +1,4 @@
-"""``train.py --dry-run``: everything is loaded, one step goes forward and back, nothing is written."""
+"""``train.py --dry-run``: loads everything, makes one step, prints what the run will need, and writes nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import time
 
 import runtime
 from runtime import jt
+from runtime.entry import USER_MISTAKE
 from trainer.data.tokens import batches
-from trainer.dry_run.estimate import Measured, estimate, plan_run, table
+from trainer.dry_run.estimate import Measured, estimate, table
+from trainer.dry_run.plan import plan_run
 from trainer.features.cache import OnlineFeatures
 from trainer.fit import stage_optimizer, stretches
 from trainer.loss import head_loss, make_batch
@@ -23,8 +25,8 @@ def _peak_bytes() -> int:
 
 
 def measure_step(setting: Setting) -> Measured | None:
-    """One pass forward and back and one update, timed the second time, when every kernel is there. The stage is the
-    last: it trains at least what the others do. None for a head that has nothing to train."""
+    """One pass forward and back and one update, timed the second time, when every kernel is compiled. The stage is the
+    last, which trains at least what the others do. None for a head that has nothing to train."""
     config, head, training = setting.config, setting.head, setting.splits.training
     stages = stretches(head.stages(), setting.num_steps)
     if not head.trained or not stages:
@@ -39,36 +41,25 @@ def measure_step(setting: Setting) -> Measured | None:
     parameters, seconds = list(optimizer.parameters.values()), []
     for _ in range(2):
         clock = [time.perf_counter()]
-        said = head_loss(
-            head, make_batch(training, part, online, head.num_depths, step), config.depth_weight, objective
-        )
-        said.total.sync()
+        batch = make_batch(training, part, online, head.num_depths, step)
+        loss = head_loss(head, batch, config.depth_weight, objective)
+        loss.total.sync()
         clock.append(time.perf_counter())
-        grads = jt.grad(said.total, parameters)
+        grads = jt.grad(loss.total, parameters)
         jt.sync(grads)
         clock.append(time.perf_counter())
         optimizer.update(grads, config.learning_rate)
         clock.append(time.perf_counter())
         seconds = [b - a for a, b in itertools.pairwise(clock)]
-    tokens = int(training.lengths[part].sum())
-    return Measured(*seconds, tokens, before, _peak_bytes())
+    return Measured(*seconds, int(training.lengths[part].sum()), before, _peak_bytes())
 
 
 def dry_run(setting: Setting) -> int:
-    """Print what the run will need, as a table and, in the last line, as JSON. Returns the exit
-    status: 2 when it cannot finish."""
-    splits = setting.splits
-    plan = plan_run(
-        setting.config,
-        setting.head,
-        setting.backbone,
-        splits.tokenizer,
-        splits.training,
-        splits.held_out,
-        run_directory(setting.config),
-    )
+    """Print what the run will need, as a table and, in the last line, as JSON. Returns the exit status: 0, or 2 when it
+    cannot finish."""
+    plan = plan_run(setting, run_directory(setting.config))
     found = estimate(plan, measure_step(setting))
     if runtime.is_main():
         print(table(found))
         print(found.to_json())
-    return found.status
+    return 0 if found.can_finish else USER_MISTAKE

@@ -2,6 +2,6 @@
 
 import sys
 
-from trainer.features.cache import main
+from trainer.features.command import main
 
 sys.exit(main())

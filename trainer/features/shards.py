@@ -1,46 +1,42 @@
-"""Arrays of many sequences on disk in checksummed shards: what a killed writer had finished stays, the rest is written.
+"""Arrays of many sequences on disk, in checksummed shards, so that a killed writer is resumed after its last shard.
 
-A directory holds ``meta.json`` and, for each array and each stretch of whole sequences, a shard and its checksum:
+A directory holds ``meta.json`` and, for each array and each run of complete sequences, a shard and its checksum:
 
     hidden-00007.f16          (tokens, dim) float16, little endian, rows of the sequences boundaries[7]:boundaries[8]
     hidden-00007.f16.sha256   one line, as sha256sum -c reads it
 
-A shard is written under a temporary name, synced and renamed, then its checksum likewise. So a shard without its
-checksum is not there, and one with it is whole.
+A shard is written atomically, then its checksum. A shard without its checksum does not count; one with it is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
 import os
-import platform
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import psutil
 
-from runtime.atomic import sha256_of
+from runtime.atomic import atomic_file, remove_leftovers, sha256_of, write_file
+from runtime.records import read_json
 
 FORMAT = 2  # 1 was one file per array, without checksums
-# Of a shard. 34 MB at 256 wide, 0.5 GB at 4096: a killed writer loses some seconds of a small backbone's work and
-# minutes of a large one's, while the shards of 100 million tokens are still a thousand or two to an array.
+# Of a shard: 34 MB at width 256, 0.5 GB at 4096. A killed writer loses some seconds of a small backbone's work and
+# minutes of a large one's, and 100 million tokens are a thousand or two shards per array.
 SHARD_TOKENS = 65536
 # A memory map holds a file descriptor, of which a process usually has 1024; a run reads two caches at once.
 OPEN_SHARDS = 256
 CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  (\S+)\n")
 EXPONENT = np.uint16(0x7C00)  # all ones in a float16 that is infinite or not a number
-# The float32 of each of the 65536 float16: looking a number up takes a third of the time of NumPy's conversion.
+# The float32 of each of the 65536 float16: a lookup takes a third of the time of NumPy's conversion.
 FLOAT32_OF = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
-HOST = platform.node()
+REWRITE = "delete it to have it written again"
 
 Shard = tuple[str, int]  # the name of an array and the number of the shard
 
@@ -59,11 +55,11 @@ def cut(offsets: np.ndarray, most: int) -> list[int]:
 
 
 class ShardStore:
-    """A directory of arrays, (tokens, dim) float16 each, all cut at the same sequences. Made by what it is a cache of.
+    """A directory of arrays, (tokens, dim) float16 each, all cut at the same sequences.
 
-    identity: JSON-ready facts that hold for every array, such as fingerprints and the width; offsets: (sequences + 1,)
-    int64, the first token of each sequence. Nothing is written before ``prepare``. Raises ValueError naming meta.json
-    when it cannot be read or describes other data.
+    identity: JSON-ready facts that hold for every array, such as fingerprints; offsets: (sequences + 1,) int64, the
+    first token of each sequence. Nothing is written before ``prepare``. Raises ValueError naming meta.json when it
+    cannot be read or describes other data.
     """
 
     def __init__(self, directory: Path, identity: dict, offsets: np.ndarray, dim: int):
@@ -92,91 +88,72 @@ class ShardStore:
         return sum(self.num_rows(index) * self.dim * 2 for _, index in shards)
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard lies."""
+        """The file of a shard."""
         return self.directory / f"{shard[0]}-{shard[1]:05d}.f16"
 
-    def is_there(self, shard: Shard) -> bool:
-        """Whether the shard was written to its end."""
+    def is_complete(self, shard: Shard) -> bool:
+        """Whether a shard and its checksum were written."""
         path = self.path(shard)
         return path.exists() and _checksum_path(path).exists()
 
-    def present(self, names: Sequence[str]) -> set[Shard]:
-        """The shards of these arrays that are there."""
-        return {shard for shard in self.all(names) if self.is_there(shard)}
-
     def all(self, names: Sequence[str]) -> list[Shard]:
-        """The shards of these arrays, there or not, in the order in which they are written."""
+        """The shards of these arrays, complete or not, in the order in which they are written."""
         return [(name, index) for index in range(self.num_shards) for name in names]
 
-    # Describing -----------------------------------------------------------------------------------------------------
+    def present(self, names: Sequence[str]) -> set[Shard]:
+        """The complete shards of these arrays."""
+        return {shard for shard in self.all(names) if self.is_complete(shard)}
 
     def prepare(self) -> None:
-        """Make the directory ready to be written: meta.json stands, what writers that died left is gone."""
+        """Make the directory ready to be written: write meta.json and remove what killed writers left."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self.directory.glob(".*.partial"):
-            pid = path.name.split(".")[-2]
-            if path.name.endswith(f".{HOST}.{pid}.partial") and pid.isdigit() and not psutil.pid_exists(int(pid)):
-                path.unlink(missing_ok=True)  # another process may be faster
+        remove_leftovers(self.directory)
         if not self.meta_path.exists():
-            content = json.dumps({**self.identity, "shards": self.boundaries}, indent=1) + "\n"
-            with _told_of_full_disk(self.meta_path, len(content)):
-                _write_text(self.meta_path, content)
+            write_file(self.meta_path, json.dumps({**self.identity, "shards": self.boundaries}, indent=1) + "\n")
 
     def _read_meta(self) -> list[int]:
-        path, again = self.meta_path, "delete it to have it written anew"
+        path = self.meta_path
         try:
-            meta = json.loads(path.read_text())
-        except ValueError as error:  # broken JSON, or bytes that are not text
-            raise ValueError(f"{path} is damaged: not valid JSON ({error}); {again}") from error
+            meta = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: not valid JSON ({error}); {REWRITE}") from error
         if not isinstance(meta, dict):
-            raise ValueError(f"{path} is damaged: it holds {meta!s:.40}, expected an object; {again}")
+            raise ValueError(f"{path} is damaged: it holds {meta!s:.40}, expected an object; {REWRITE}")
         for key, expected in self.identity.items():
             if key not in meta or meta[key] != expected:
                 raise ValueError(
                     f"{self.directory} is a cache of other data: {key} in {path.name} is {meta.get(key)}, expected "
-                    f"{expected}; delete the directory to have it written anew, or use another --cache-dir"
+                    f"{expected}; delete the directory to have it written again, or use another --cache-dir"
                 )
         shards = meta.get("shards")
-        whole = isinstance(shards, list) and all(type(edge) is int for edge in shards)
-        if not whole or [*shards[:1], *shards[-1:]] != [0, len(self.offsets) - 1] or not _ascending(shards):
-            raise ValueError(f"{path} is damaged: shards must ascend from 0 to the number of sequences; {again}")
+        integers = isinstance(shards, list) and all(type(edge) is int for edge in shards)
+        ascending = integers and all(a < b for a, b in pairwise(shards))
+        if not ascending or [*shards[:1], *shards[-1:]] != [0, len(self.offsets) - 1]:
+            raise ValueError(f"{path} is damaged: shards must ascend from 0 to the number of sequences; {REWRITE}")
         return shards
-
-    # Checking -------------------------------------------------------------------------------------------------------
 
     def verify(self, shards: Iterable[Shard]) -> None:
         """Compare size and SHA-256 of these shards, several at a time. Raises ValueError naming the damaged ones."""
-        shards = sorted(shards)
         with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), "verify") as threads:
-            damaged = [problem for problem in threads.map(self._problem, shards) if problem]
+            damaged = [problem for problem in threads.map(self._problem, sorted(shards)) if problem]
         if damaged:
             raise ValueError("; ".join(damaged))
 
     def _problem(self, shard: Shard) -> str | None:
-        path = self.path(shard)
+        path, num_bytes = self.path(shard), self.num_bytes([shard])
         checksum = _checksum_path(path)
-        with contextlib.suppress(UnicodeDecodeError):
-            line = CHECKSUM_LINE.fullmatch(checksum.read_text())
-            if line and line[2] == path.name:
-                return self._mismatch(path, self.num_bytes([shard]), line[1])
-        return f"{checksum} is damaged: expected a SHA-256 and {path.name}; delete it to have the shard written anew"
-
-    @staticmethod
-    def _mismatch(path: Path, num_bytes: int, expected: str) -> str | None:
-        again = "delete it to have it written anew"
-        size = path.stat().st_size
-        if size != num_bytes:
-            return f"{path} is damaged: it has {size} bytes, expected {num_bytes}; {again}"
-        found = sha256_of(path)  # in blocks, off Python's lock
-        return (
-            None if found == expected else f"{path} is damaged: its checksum is {found}, expected {expected}; {again}"
-        )
-
-    # Reading --------------------------------------------------------------------------------------------------------
+        line = CHECKSUM_LINE.fullmatch(checksum.read_text(errors="replace"))
+        if not line or line[2] != path.name:
+            return f"{checksum} is damaged: expected a SHA-256 and {path.name}; delete it to have the shard rewritten"
+        if (size := path.stat().st_size) != num_bytes:
+            return f"{path} is damaged: it has {size} bytes, expected {num_bytes}; {REWRITE}"
+        if (found := sha256_of(path)) != line[1]:  # hashed in blocks, without Python's lock
+            return f"{path} is damaged: its checksum is {found}, expected {line[1]}; {REWRITE}"
+        return None
 
     def read(self, name: str, sequences: Sequence[int], out: np.ndarray) -> None:
-        """Rows of these sequences, one behind the other, into ``out``: (tokens, dim) float32, or float16 as they lie on
-        disk, of exactly that size."""
+        """Copy the rows of these sequences, one after another, to ``out``: (tokens, dim) float32 or float16, of exactly
+        that size."""
         done = 0
         for sequence in sequences:
             index = int(self._shard_of[sequence])
@@ -186,27 +163,23 @@ class ShardStore:
             if out.dtype == np.float16:
                 out[done : done + length] = bits.view(np.float16)
             else:
-                np.take(FLOAT32_OF, bits, out=out[done : done + length], mode="wrap")  # the mode that needs no check
+                np.take(FLOAT32_OF, bits, out=out[done : done + length], mode="wrap")  # the mode without a check
             done += length
         assert done == len(out), (done, out.shape)
 
     def _map(self, name: str, index: int) -> np.ndarray:
         path, shape = self.path((name, index)), (self.num_rows(index), self.dim)
-        return np.memmap(path, np.uint16, "r", shape=shape).view(np.ndarray)  # a memmap's slices are slow to make
-
-
-def _ascending(values: Sequence[int]) -> bool:
-    return all(a < b for a, b in pairwise(values))
+        return np.memmap(path, np.uint16, "r", shape=shape).view(np.ndarray)  # slices of a memmap are slow to make
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
 class ShardWriter:
-    """Converts, writes and hashes rows on a thread of its own while its caller computes the next ones.
+    """Converts, writes and hashes rows on its own thread while its caller computes the next ones.
 
-    One piece waits at most: ``put`` first waits for the piece before, and raises what went wrong with it. Leaving the
-    ``with`` waits for the last piece; leaving it by an error removes the shards in flight. Whole shards stay.
+    At most one piece waits: ``put`` first waits for the piece before, and raises what went wrong with it. Leaving the
+    ``with`` waits for the last piece; leaving it by an error removes unfinished shards.
     """
 
     def __init__(self, store: ShardStore):
@@ -216,10 +189,10 @@ class ShardWriter:
         self._open: dict[Shard, _Partial] = {}
 
     def put(self, index: int, parts: dict[str, np.ndarray], first: int) -> None:
-        """The next rows of shard ``index``, those of whole sequences from ``first`` on, by array: (rows, dim) float32.
+        """Write the next rows of shard ``index``: by array, (rows, dim) float32, of complete sequences from ``first``.
 
-        A shard that has all its rows is closed. Raises ValueError, here or later, when float16 cannot hold a number or
-        the disk is full.
+        A shard that has all its rows is closed. Raises ValueError, in this call or a later one, when float16 cannot
+        hold a number, OSError when the disk is full.
         """
         self._wait()
         self._waiting = self._thread.submit(self._write, index, parts, first)
@@ -246,23 +219,22 @@ class ShardWriter:
         for name, rows in parts.items():
             shard = (name, index)
             values = to_float16(rows, name, store.offsets, first)
-            with _told_of_full_disk(store.path(shard), store.num_bytes([shard])):
-                if shard not in self._open:
-                    self._open[shard] = _Partial(store.path(shard))
-                self._open[shard].write(values)
-                if self._open[shard].num_bytes < store.num_bytes([shard]):
-                    continue
-                if store.is_there(shard):  # another process was faster, with the same rows
-                    self._open[shard].discard()
-                else:
-                    self._open[shard].publish()
-                    self.written.add(shard)
-                del self._open[shard]
+            if shard not in self._open:
+                self._open[shard] = _Partial(store.path(shard))
+            self._open[shard].write(values)
+            if self._open[shard].num_bytes < store.num_bytes([shard]):
+                continue
+            if store.is_complete(shard):  # another process was faster, with the same rows
+                self._open[shard].discard()
+            else:
+                self._open[shard].publish()
+                self.written.add(shard)
+            del self._open[shard]
 
 
 def to_float16(rows: np.ndarray, name: str, offsets: np.ndarray, first: int) -> np.ndarray:
-    """rows (rows, dim) float32, those of the sequences from ``first`` on, in float16. Raises ValueError naming the
-    sequence of a number that float16 cannot hold."""
+    """rows (rows, dim) float32, of the sequences from ``first`` on, in float16. Raises ValueError naming the sequence
+    of a number that float16 cannot hold."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = rows.astype("<f2")
     unfit = (values.view(np.uint16) & EXPONENT) == EXPONENT
@@ -275,79 +247,36 @@ def to_float16(rows: np.ndarray, name: str, offsets: np.ndarray, first: int) -> 
 
 
 class _Partial:
-    """A shard while it is written, under a name that only this process uses."""
+    """A shard that is being written."""
 
     def __init__(self, path: Path):
-        self.path, self.temporary = path, _temporary(path)
-        self.digest, self.num_bytes = hashlib.sha256(), 0
-        self.file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed by publish or discard
+        self.path, self.digest, self.num_bytes = path, hashlib.sha256(), 0
+        with contextlib.ExitStack() as stack:
+            self.file = stack.enter_context(open(stack.enter_context(atomic_file(path)), "wb"))
+            self.stack = stack.pop_all()
 
     def write(self, values: np.ndarray) -> None:
         block = values.reshape(-1).view(np.uint8)
-        write_all(self.file, block)
+        self.file.write(block)
         self.digest.update(block)
         self.num_bytes += len(block)
 
     def publish(self) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()
-        _rename(self.temporary, self.path)
+        self.stack.close()
         try:
-            _write_text(_checksum_path(self.path), f"{self.digest.hexdigest()}  {self.path.name}\n")
+            write_file(_checksum_path(self.path), f"{self.digest.hexdigest()}  {self.path.name}\n")
         except OSError:
             self.path.unlink(missing_ok=True)  # without a checksum it only takes room
             raise
 
     def discard(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        """Remove the file, as ``atomic_file`` does when its body fails."""
+        with contextlib.suppress(_Discarded), self.stack:
+            raise _Discarded
 
 
-def write_all(file, block) -> None:
-    """Write all of a block of bytes to an unbuffered file, which may take it in pieces."""
-    view = memoryview(block)
-    while view:
-        view = view[file.write(view) :]
-
-
-@contextlib.contextmanager
-def _told_of_full_disk(path: Path, num_bytes: int) -> Iterator[None]:
-    """Turns the system's word for a full disk or quota into a ValueError with what is needed and what is free."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise ValueError(
-            f"the disk is full: {path} takes {num_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; make room and "
-            "start again (whole shards are kept), or use another --cache-dir or --features online"
-        ) from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            write_all(file, text.encode())
-            os.fsync(file.fileno())
-        _rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Rename and sync the directory, so that after a crash of the machine no later file stands without this one."""
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.partial")
+class _Discarded(Exception):
+    """Leaves the body of an ``atomic_file`` without publishing it."""
 
 
 def _checksum_path(path: Path) -> Path:

@@ -1,8 +1,8 @@
-"""What a head learns the backbone's distribution from: the backbone on the fly, or files written with the corpus.
+"""Where a head learns the backbone's distribution from: the backbone itself, or files written with the corpus.
 
 A teacher is called with the features of a batch, its tokens and where its sequences begin. Row r of its answer is the
-distribution of token r + 1, given the tokens of the row's sequence up to and including token r, over the k likeliest
-tokens alone: their probabilities are made to add up to 1.
+distribution of token r + 1, given the tokens of its sequence up to and including token r, over the k most probable
+tokens: their probabilities are renormalized to 1.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import numpy as np
 
 from heads.base import Features
 from runtime import jt
+from runtime.types import Var
 from trainer.features.top_k import Shard, likeliest, open_shards, token_hash
 
 # (features, token_ids (tokens,) int32, offsets (sequences + 1,) int64), sequences end to end ->
 # ids (tokens, k) int32, probabilities (tokens, k) float32, largest first. A row without any has ids -1 and all 0.
-Teacher = Callable[[Features, np.ndarray, np.ndarray], tuple[object, object]]
+Teacher = Callable[[Features, np.ndarray, np.ndarray], tuple[Var, Var]]
 
 
 def open_teacher(backbone, k: int, path: str | None = None) -> Teacher:
-    """The teacher over the k likeliest tokens: what ``path`` holds, None: the backbone itself.
+    """The teacher over the k most probable tokens: the files at ``path``, or the backbone itself for None.
 
     Raises ValueError for a k that the vocabulary or the files do not have, and for files of another backbone.
     """
@@ -32,7 +33,7 @@ def open_teacher(backbone, k: int, path: str | None = None) -> Teacher:
     wrote = teacher.shards[0].about["backbone"]
     if wrote != backbone.fingerprint:
         raise ValueError(
-            f"--teacher {path} was written by backbone {wrote}, this is {backbone.fingerprint} "
+            f"--teacher {path} was written by backbone {wrote}, not by this one, {backbone.fingerprint} "
             f"({backbone.path or 'embedded'}); pass the --backbone that wrote it, or leave --teacher out"
         )
     return teacher
@@ -42,7 +43,7 @@ class BackboneTeacher:
     """Computes the distributions from the hidden states of the batch, through the language-model head."""
 
     def __init__(self, backbone, k: int):
-        """Raises ValueError when the vocabulary has less than k tokens."""
+        """Raises ValueError when the vocabulary has fewer than k tokens."""
         if not 1 <= k <= backbone.config.vocab_size:
             raise ValueError(
                 f"--kl-top is {k}, expected 1 to the {backbone.config.vocab_size} tokens of the vocabulary"
@@ -50,7 +51,7 @@ class BackboneTeacher:
         self.backbone, self.k = backbone, k
 
     def __call__(self, features: Features, token_ids: np.ndarray, offsets: np.ndarray):
-        """See ``Teacher``. Probabilities are as exact as the features, which a cache keeps in float16."""
+        """See ``Teacher``. Probabilities are as exact as the features, which a cache stores in float16."""
         hidden = features.hidden.reshape(-1, features.hidden.shape[-1])
         assert hidden.shape[0] == len(token_ids) == offsets[-1], (hidden.shape, len(token_ids), offsets[-1])
         ids, log_probabilities = likeliest(self.backbone, hidden, self.k)
@@ -60,10 +61,10 @@ class BackboneTeacher:
 
 
 class StoredTeacher:
-    """Reads the distributions from the files that ``corpus.write --top-k-probabilities`` wrote.
+    """Reads the distributions from the files that ``python -m corpus --top-k-probabilities`` wrote.
 
-    A sequence is found by its tokens, whole, or cut as the trainer cuts at its longest length: the distributions of a
-    beginning are the same whatever follows.
+    A sequence is found by its tokens, complete or truncated to the trainer's longest length: the distributions of a
+    beginning do not depend on what follows.
     """
 
     def __init__(self, path: str | Path, k: int):
@@ -72,15 +73,15 @@ class StoredTeacher:
         stored = self.shards[0].about["k"]
         if not 1 <= k <= stored:
             raise ValueError(
-                f"--kl-top is {k}, --teacher {path} holds the {stored} likeliest tokens; expected 1 to that"
+                f"--kl-top is {k}, --teacher {path} holds the {stored} most probable tokens; expected 1 to {stored}"
             )
-        self._whole = self._places(None)
-        # All sequences that a trainer cuts have one length, so the places of one length are kept.
-        self._cut: tuple[int, dict[str, tuple[Shard, int]]] = (0, {})
+        self._complete = self._places(None)
+        # All sequences that a trainer truncates have one length, so the places of one length are cached.
+        self._truncated: tuple[int, dict[str, tuple[Shard, int]]] = (0, {})
 
     def _places(self, length: int | None) -> dict[str, tuple[Shard, int]]:
-        """File and first row of every conversation, by the hash of its tokens; with a length, of those that have more,
-        by the hash of the first ``length``."""
+        """File and first row of every conversation, by the hash of its tokens; with a length, of the longer ones, by
+        the hash of their first ``length`` tokens."""
         places = {}
         for shard in self.shards:
             tokens, offsets = shard.token_ids[:], shard.offsets
@@ -92,8 +93,7 @@ class StoredTeacher:
         return places
 
     def locate(self, token_ids: np.ndarray, offsets: np.ndarray) -> list[tuple[Shard, int]]:
-        """File and first row of each sequence. Raises ValueError naming the first one that the files do not hold; a
-        trainer may ask of all its text before it begins."""
+        """File and first row of each sequence. Raises ValueError naming the first one that the files do not hold."""
         assert offsets[0] == 0 and offsets[-1] == len(token_ids), (offsets[[0, -1]], len(token_ids))
         return [
             self._place(token_ids[first:last], number)
@@ -102,11 +102,11 @@ class StoredTeacher:
 
     def _place(self, token_ids: np.ndarray, number: int) -> tuple[Shard, int]:
         digest, length = token_hash(token_ids), len(token_ids)
-        place = self._whole.get(digest)
+        place = self._complete.get(digest)
         if place is None:
-            if self._cut[0] != length:
-                self._cut = length, self._places(length)
-            place = self._cut[1].get(digest)
+            if self._truncated[0] != length:
+                self._truncated = length, self._places(length)
+            place = self._truncated[1].get(digest)
         if place is None or not np.array_equal(place[0].token_ids[place[1] : place[1] + length], token_ids):
             raise ValueError(
                 f"--teacher {self.path} does not hold conversation {number} ({length} tokens, the last of them "

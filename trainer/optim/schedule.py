@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-from runtime.entry import suggest
-
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+from trainer.config import SCHEDULES
 
 
 def rate(
@@ -18,8 +16,8 @@ def rate(
     Then, by ``kind``:
 
     cosine: along half a cosine to ``final * peak`` at the last update (arXiv 1608.03983, without restarts).
-    linear: along a line to the same.
-    wsd: stays at the peak and falls along a line to the same over the last ``decay_share * num_steps`` updates
+    linear: along a line to the same value.
+    wsd: stays at the peak and falls along a line to the same value over the last ``decay_share * num_steps`` updates
         ("warm-up, stable, decay", arXiv 2404.06395, with the linear decay of arXiv 2405.18392). A share of 1 is linear.
     constant: stays at the peak.
 
@@ -29,10 +27,8 @@ def rate(
         linear   0.5  1    0.875 0.75  0.625 0.5   0.375 0.25  0.125 0
         wsd      0.5  1    1     1     1     1     0.75  0.5   0.25  0
 
-    Raises ValueError for an unknown kind.
     """
-    if kind not in SCHEDULES:
-        raise suggest("schedule", kind, SCHEDULES)
+    assert kind in SCHEDULES, kind
     rising = max(1, round(warmup * num_steps))
     if step < rising:
         return peak * (step + 1) / rising

@@ -1,1 +1,1 @@
-"""What a run shows and keeps of itself: progress, TensorBoard events, `train.json`. Door: `record.py`."""
+"""What a run shows and stores of itself: progress, TensorBoard events, `train.json`. Door: `record.py`."""

@@ -1,8 +1,6 @@
-"""A training's figures as TensorBoard events, written by tensorboardX.
+"""A training's figures as TensorBoard events (``tensorboard --logdir runs``), written by tensorboardX.
 
-    tensorboard --logdir runs
-
-tensorboardX is needed with --tensorboard alone, and is not loaded without it.
+tensorboardX is needed only with --tensorboard, and not loaded without.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-FLUSH_S = 30  # seconds of points that an ended process may take along
+FLUSH_S = 30  # seconds of points that a killed process may lose
 SCALARS = {  # key of a step's record -> name of its curve
     "rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
@@ -28,7 +26,7 @@ BY_DEPTH = ("loss", "top1", "top5")
 
 @contextlib.contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Within, importing ``module`` fails, unless it is loaded already."""
+    """Within, importing ``module`` fails, unless it is already loaded."""
     if module in sys.modules:
         yield
         return
@@ -42,7 +40,7 @@ def _hidden(module: str) -> Iterator[None]:
 def _summary_writer():
     """tensorboardX's SummaryWriter. Raises ValueError where the package is missing.
 
-    It imports torch where there is one, only to name a type; that would take a second and a second OpenMP.
+    It imports an installed torch, only to name a type; that would take a second, and load a second OpenMP.
     """
     try:
         with _hidden("torch"):
@@ -55,15 +53,15 @@ def _summary_writer():
 
 
 class Events:
-    """The curves of one run in ``directory``, to be closed at its end; a context manager does so.
+    """The curves of one run in ``directory``, as a context manager.
 
-    first_step: the step that the run goes on from, 0 for a fresh one. Points behind it that an earlier session left in
-    the same directory are taken back: TensorBoard forgets them when it reads the purge mark that this session begins
-    with. Raises ValueError where tensorboardX is missing and OSError where the directory cannot be written.
+    first_step: the step that the run is resumed from, 0 for a new one. Later points, which an earlier session left in
+    the same directory, disappear: TensorBoard drops them when it reads the purge mark at the start of this session.
+    Raises ValueError where tensorboardX is missing and OSError where the directory cannot be written.
     """
 
     def __init__(self, directory: str | Path, first_step: int = 0):
-        # The step in the name: sessions that begin within one second would share a file.
+        # The step is in the name, because sessions that begin within one second would share a file.
         self.writer = _summary_writer()(
             str(directory), purge_step=first_step + 1, flush_secs=FLUSH_S, filename_suffix=f".{first_step}"
         )
@@ -72,14 +70,10 @@ class Events:
         return self
 
     def __exit__(self, *error) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Write what is left and end."""
         self.writer.close()
 
     def step(self, step: int, record: dict) -> None:
-        """The figures of an optimizer step; ``record`` as the training loop gives it, any key may be missing."""
+        """Write the figures of an optimizer step; any key of the training loop's ``record`` may be missing."""
         for key, name in SCALARS.items():
             self._add(name, record.get(key), step)
         for key in BY_DEPTH:
@@ -88,7 +82,7 @@ class Events:
             self._add(f"train/aux/{name}", value, step)
 
     def score(self, step: int, score) -> None:
-        """A score on the held-out text (``trainer.fit.Score``), and what was written so far to the disk."""
+        """Write a score on the held-out text (``trainer.scoring.Score``), and flush."""
         self._add("held_out/expected_accept_length", score.expected_accept_length, step)
         for key in BY_DEPTH:
             self._add_depths(f"held_out/{key}", getattr(score, key), step)
@@ -101,6 +95,6 @@ class Events:
             self._add(f"{name}/depth{depth}", value, step)
 
     def _add(self, name: str, value, step: int) -> None:
-        """One point; none where the value is no finite number."""
+        """Write one point, if the value is a finite number."""
         if isinstance(value, numbers.Real) and math.isfinite(value):
             self.writer.add_scalar(name, float(value), step)

@@ -1,5 +1,7 @@
-"""What a person sees while a head trains: a card before; during it a live table on a terminal, else a line now and
-then. All of it goes to stderr, so that stdout stays with results."""
+"""The display of a training: a card before it; during it a live table on a terminal, otherwise a line at intervals.
+
+All of it goes to stderr; stdout is for results.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import runtime
 
 CONSOLE = Console(stderr=True, highlight=False)
 SMOOTHED = 20  # steps that a training figure is the mean of
-REFRESH_S = 0.25  # seconds between two drawings: one takes 3 ms, which is 1% of a core
+REFRESH_S = 0.25  # seconds between redraws: one takes 3 ms, which is 1% of a core
 
 
 def card(config, backbone, head, report, num_steps: int, out) -> None:
@@ -39,14 +41,13 @@ def card(config, backbone, head, report, num_steps: int, out) -> None:
 
 
 class Smoothed:
-    """The mean of each depth's figure over the last steps. One that is not finite is left out as long as others are."""
+    """The mean of each depth's figure over the last steps, without those that are not finite if others are."""
 
     def __init__(self, length: int = SMOOTHED):
         self.rows: deque[list[float]] = deque(maxlen=length)
 
     def add(self, row: Sequence[float] | None) -> None:
-        """One step's figures by depth; None where it has none. Another number of depths begins anew: a stage may give
-        fewer of them."""
+        """Add one step's figures by depth, if it has any. A stage with another number of depths starts over."""
         if row is None:
             return
         if self.rows and len(self.rows[0]) != len(row):
@@ -63,12 +64,11 @@ class Smoothed:
 
 
 class Watch:
-    """The display of one training: live on a terminal, lines off it.
+    """The display of one training: live on a terminal that can move its cursor, otherwise in lines.
 
-    num_steps: of the whole run; first_step: where it goes on, 0 for a fresh one. console: where to; by default stderr,
-    live if that is a terminal that can move its cursor. quiet: show nothing, as all ranks but one do. Drawing happens
-    inside the calls, at most four times a second and without a thread of its own: nothing is written in the middle of
-    somebody else's line.
+    num_steps: of the run; first_step: where it resumes, 0 for a new one. console: by default stderr. quiet: show
+    nothing, on all ranks but one. Drawing happens inside the calls, at most four times a second and without a thread,
+    so that nothing is written in the middle of another line.
     """
 
     def __init__(self, num_steps: int, first_step: int = 0, console: Console | None = None, quiet: bool = False):
@@ -81,7 +81,7 @@ class Watch:
             TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[left]}", markup=False),
         )
-        # Speed is that of the last two minutes: the first steps compile kernels.
+        # The speed of the last two minutes: the first steps compile kernels.
         self.progress = Progress(
             *columns, console=self.console, auto_refresh=False, expand=True, speed_estimate_period=120
         )
@@ -95,7 +95,7 @@ class Watch:
 
     def __enter__(self):
         if self.live_wanted:
-            # What is printed to stdout stays there unless both are the same terminal.
+            # Stdout is redirected only where it is the same terminal.
             self.live = Live(
                 get_renderable=self._view, console=self.console, auto_refresh=False, redirect_stdout=sys.stdout.isatty()
             )
@@ -109,7 +109,7 @@ class Watch:
             self.live = None
 
     def say(self, text: str) -> None:
-        """One line, above the table where there is one."""
+        """Print one line, above the table where there is one."""
         self.console.print(" ".join(text.splitlines()), markup=False, highlight=False, soft_wrap=True)
 
     # Features ---------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class Watch:
         task = self._add_task(name, int(data.offsets[-1]))
 
         def start(path, size: int) -> None:
-            self.say(f"features  {size / 1e6:.0f} MB go to {path}, once")
+            self.say(f"features  writing {size / 1e6:.0f} MB to {path}, once")
             self._draw()
 
         def advance(count: int) -> None:
@@ -130,7 +130,7 @@ class Watch:
     # Training ---------------------------------------------------------------------------------------------------------
 
     def step(self, step: int, num_steps: int, record: dict) -> None:
-        """Show one optimizer step. step: those done so far. Any key of ``record`` may be missing."""
+        """Show one optimizer step. step: steps done. Any key of ``record`` may be missing."""
         self.num_steps = num_steps
         if self.training is None:
             for task in self.progress.tasks:
@@ -146,7 +146,7 @@ class Watch:
             self.say(self._line(step))
 
     def score(self, step: int, score, best: bool) -> None:
-        """Show a score on the held-out text (``trainer.fit.Score``). best: it is kept."""
+        """Show a score on the held-out text (``trainer.scoring.Score``). best: it is the best so far."""
         self.last_score = step, score
         if best:
             self.best_score = step, score.expected_accept_length
@@ -171,7 +171,7 @@ class Watch:
         return " ".join(part for part in parts if part)
 
     def _state(self) -> list[str]:
-        """What the last record said besides its losses."""
+        """The figures of the last record, besides its losses."""
         record, words = self.record, []
         if "tokens_per_s" in record:
             words.append(f"{record['tokens_per_s']:,.0f} tokens/s")
@@ -205,7 +205,7 @@ class Watch:
             self.drawn = time.monotonic()
 
     def _view(self) -> Group:
-        """Everything of the live display: bars, the table, two lines. No line is wider than the terminal."""
+        """The live display: bars, the table, two lines, none wider than the terminal."""
         parts = [self.progress]
         figures = [self.figures[name].means() for name in ("loss", "top1", "top5")]
         held_out: list[Sequence[float]] = [[], [], []]
@@ -224,7 +224,7 @@ class Watch:
 
 
 def _table(depths: int, training: list[list[float]], held_out: list[Sequence[float]]) -> Table:
-    """One row per depth: loss, top-1 and top-5 of training, then the same of the held-out text."""
+    """One row per depth: loss, top-1 and top-5 of training, then of the held-out text."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in ("depth", "loss", "top-1", "top-5", "held out: loss", "top-1", "top-5"):
         table.add_column(name, justify="right", no_wrap=True, overflow="crop")
@@ -242,7 +242,7 @@ def _one_line(text: str) -> Text:
 
 
 def _left(task: Task) -> str:
-    """``0:12:00 left``, empty while nobody can know."""
+    """``0:12:00 left``, empty while it is unknown."""
     seconds = task.time_remaining
     return "" if seconds is None or task.finished else f"{timedelta(seconds=int(seconds))} left"
 

@@ -1,1 +1,1 @@
-"""Searches over the options of `train.py`. Door: `study.py`."""
+"""Searches over the options of `train.py`. Door: `command.py`."""

@@ -2,6 +2,6 @@
 
 import sys
 
-from trainer.sweep.study import main
+from trainer.sweep.command import main
 
 sys.exit(main())

@@ -1,11 +1,11 @@
-"""The space of a sweep: which options of a training may take which values, read from YAML.
+"""The space of a sweep: the options of a training that are varied, with their values, read from YAML.
 
     learning_rate: {low: 1e-4, high: 1e-2, log: true}
     tokens_per_step: {low: 1024, high: 4096, step: 1024}
     optimizer: {choices: [adamw, lion]}
     head.num_layers: {choices: [1, 2]}
 
-An option that takes a number has bounds, both of which it may take, or choices; any other has choices.
+An option that is a number has bounds, both included, or choices; any other has choices.
 """
 
 from __future__ import annotations
@@ -19,22 +19,18 @@ from dataclasses import dataclass
 
 from heads.registry import head_class
 from runtime.entry import suggest
-from trainer.config import FIELDS, TYPES, TrainConfig
+from runtime.options import option_fields
+from trainer.config import FIELDS, OUTPUT, TYPES, TextOptions, TrainConfig
 
-# Options that decide what is trained on which machine, or what is scored: trials that differ in them cannot be compared
-# or would be in each other's way.
-FIXED = frozenset({
-    "head", "backbone", "dtype", "load_in_8bit", "load_in_4bit", "backbone_engine", "template", "data", "block_size",
-    "loss_on", "out", "overwrite", "resume", "dry_run", "max_length", "held_out", "tree_nodes", "cache_dir",
-    "tensorboard",
-})  # fmt: skip
+# Trials that differ in these options cannot be compared, or would write the same files.
+FIXED = OUTPUT | option_fields(TextOptions).keys() | {"head", "tree_nodes"}
 HEAD = "head."
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, both included; whole ones for an option that takes those. log: drawn evenly by
-    their logarithm; step: multiples of it above ``low`` alone."""
+    """Numbers from ``low`` to ``high``, both included; integers for an option that is one. log: drawn uniformly in the
+    logarithm; step: only ``low`` plus multiples of it."""
 
     low: float
     high: float
@@ -43,11 +39,11 @@ class Range:
 
     @property
     def edges(self) -> tuple:
-        """Values that stand for all: if these can be trained with, the ones between can."""
+        """Values that stand for all: if these are valid, those between are."""
         return self.low, self.high
 
     def suggest(self, trial, name: str):
-        """What ``trial``, an Optuna trial, gets."""
+        """Draw the value of an Optuna trial."""
         if isinstance(self.low, int):
             return trial.suggest_int(name, self.low, self.high, log=self.log, step=self.step or 1)
         return trial.suggest_float(name, self.low, self.high, log=self.log, step=self.step)
@@ -65,7 +61,7 @@ class Choices:
         return self.values
 
     def suggest(self, trial, name: str):
-        """What ``trial``, an Optuna trial, gets."""
+        """Draw the value of an Optuna trial."""
         return trial.suggest_categorical(name, self.values)
 
 
@@ -73,7 +69,7 @@ Space = Mapping[str, Range | Choices]
 
 
 def apply(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
-    """A copy of a training's options with some of them set; keys as in a space."""
+    """A copy of the options of a training with some of them replaced; keys as in a space."""
     plain = {name: value for name, value in values.items() if not name.startswith(HEAD)}
     head = {name.removeprefix(HEAD): value for name, value in values.items() if name.startswith(HEAD)}
     return dataclasses.replace(config, **plain, head_options={**config.head_options, **head})
@@ -82,7 +78,7 @@ def apply(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
 def check_keys(content: Mapping, source: str) -> dict[str, Mapping]:
     """The entries of a space by option, ``-`` and ``_`` alike. Needs no head and is quick.
 
-    Raises ValueError for an option that there is not, with a suggestion, and for one that a sweep cannot vary.
+    Raises ValueError for an unknown option, with a suggestion, and for one that a sweep cannot vary.
     """
     entries: dict[str, Mapping] = {}
     if not content:
@@ -95,7 +91,7 @@ def check_keys(content: Mapping, source: str) -> dict[str, Mapping]:
                 raise ValueError(f"{source}: {key} cannot be swept; trials that differ in it cannot be compared")
             raise suggest(f"key in {source}:", str(key), [*sweepable, "head.<option>"])
         if name in entries:
-            raise ValueError(f"{source}: {name} is there twice")
+            raise ValueError(f"{source}: {name} is given twice")
         if not isinstance(entry, Mapping):
             raise ValueError(f"{source}: {key} takes {{low: .., high: ..}} or {{choices: [..]}}, got {entry!r}")
         if not name.startswith(HEAD):
@@ -105,10 +101,10 @@ def check_keys(content: Mapping, source: str) -> dict[str, Mapping]:
 
 
 def make_space(entries: Mapping[str, Mapping], base: TrainConfig, source: str) -> Space:
-    """The space of these entries for trials that have the other options from ``base``.
+    """The space of these entries, for trials whose other options are those of ``base``.
 
-    Raises ValueError for an option that the head does not have, with a suggestion, for bounds and choices of another
-    type than the option's, and for those that no training takes.
+    Raises ValueError for an option that the head does not have, with a suggestion, and for bounds and choices that have
+    another type than the option or that no training accepts.
     """
     head_types = {f.name: type(f.default) for f in dataclasses.fields(head_class(base.head).Config)}
     space: dict[str, Range | Choices] = {}
@@ -126,13 +122,13 @@ def make_space(entries: Mapping[str, Mapping], base: TrainConfig, source: str) -
 
 
 def _kinds(wanted) -> tuple[type, ...]:
-    """The plain types that an option takes; none for one that takes a list."""
+    """The plain types of an option; none for a list."""
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     return kinds if set(kinds) <= {int, float, bool, str, type(None)} else ()
 
 
 def _spec(entry: Mapping, wanted, where: str) -> Range | Choices:
-    """One entry of the space. wanted: the option's type; where: what a message begins with."""
+    """One entry of the space. wanted: the option's type; where: the beginning of error messages."""
     allowed = ("choices",) if "choices" in entry else ("low", "high", "log", "step")
     for key in entry:
         if key not in allowed:
@@ -140,7 +136,7 @@ def _spec(entry: Mapping, wanted, where: str) -> Range | Choices:
     if "choices" in entry:
         return _choices(entry["choices"], wanted, where)
     if wanted not in (int, float):
-        raise ValueError(f"{where} takes no numbers: expected choices: [..]")
+        raise ValueError(f"{where} is not a number: expected choices: [..]")
     missing = {"low", "high"} - set(entry)
     if missing:
         raise ValueError(f"{where} needs {' and '.join(sorted(missing))}, or choices")
@@ -150,11 +146,11 @@ def _spec(entry: Mapping, wanted, where: str) -> Range | Choices:
     if not isinstance(log, bool):
         raise ValueError(f"{where}.log takes true or false, got {log!r}")
     if low >= high:
-        raise ValueError(f"{where}: low must lie below high, got {low} and {high}")
+        raise ValueError(f"{where}: low must be below high, got {low} and {high}")
     if log and low <= 0:
-        raise ValueError(f"{where}: log needs low above 0, got {low}")
+        raise ValueError(f"{where}: log needs a low above 0, got {low}")
     if step is not None and (log or step <= 0 or not math.isclose((high - low) / step, round((high - low) / step))):
-        raise ValueError(f"{where}: step must lie above 0 and divide high - low, and goes without log; got {step}")
+        raise ValueError(f"{where}: step must be above 0, divide high - low and not be combined with log; got {step}")
     return Range(low, high, log, step)
 
 
@@ -171,12 +167,12 @@ def _choices(values, wanted, where: str) -> Choices:
             raise ValueError(f"{where}.choices takes {names}, got {value!r}{hint}")
         found.append(value)
     if len(set(found)) < len(found):
-        raise ValueError(f"{where}.choices holds a value twice: {values}")
+        raise ValueError(f"{where}.choices contains a value twice: {values}")
     return Choices(tuple(found))
 
 
 def _number(value, wanted: type, where: str):
-    """A finite number of the option's type. ``1e-3`` is text in YAML 1.1, which wants a dot: taken as what it means."""
+    """A finite number of the option's type. Accepts ``1e-3``, which is text in YAML 1.1: that needs a dot."""
     number = value
     if isinstance(value, str):
         try:

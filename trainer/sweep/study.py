@@ -1,10 +1,10 @@
-"""Many short trainings that look for the options with the longest expected accept length (Optuna).
+"""Searches for the options with the longest expected accept length, by many short trainings (Optuna).
 
     python -m trainer.sweep --head gated_rnn --space sweep.yaml --trials 20 --max-steps 300 --score-every 50
 
-The space is YAML, see ``trainer.sweep.space``; every option of train.py is taken as well and holds for all trials. The
-study lies in a database, so that Ctrl-C costs one trial and the same command goes on; with ``--storage`` on a database that
-several machines see, the same command on each of them works at one study.
+The space is YAML, see ``trainer.sweep.space``; every option of train.py is accepted too and holds for all trials. The
+study is a database: Ctrl-C loses one trial, and the same command resumes the study. With a ``--storage`` that several
+machines can reach, the same command on each of them works on one study.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,30 +20,23 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-import yaml
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
-from runtime.entry import Parser, run_entry, suggest
-from runtime.start.bootstrap import under_mpi
-from trainer.config import FIELDS, TrainConfig, parse, read_yaml
+from runtime.entry import Parser, suggest
+from runtime.options import flag
+from trainer.config import FIELDS, OUTPUT, TrainConfig, differences, parse, read_yaml
 from trainer.sweep.space import Space, apply, check_keys, make_space
 
 SWEEPS = Path("runs") / "sweeps"
-FAILURES = 3  # failed trials in a row that end a sweep: it is the options then, not bad luck
+FAILURES = 3  # consecutive failed trials that end a sweep: then the options are wrong
 FAILING = (FloatingPointError, ValueError)  # a training that diverged, options that make no head
-# Seconds between the signs of life of a trial, and without one until it is given up and tried again.
+# Seconds between heartbeats of a trial, and without one until it is given up and repeated.
 HEARTBEAT_S, SILENCE_S = 60, 300
-SHOWN = 10  # trials of the table at the end
-# Options that may differ between the calls that work at one study: they change where things lie, not what comes out.
-FREE = frozenset({"out", "overwrite", "resume", "dry_run", "cache_dir", "tensorboard", "save_every", "keep_last"})
-RUN_ONLY = ("out", "overwrite", "resume", "dry_run")  # options that do not belong into the best trial's file
 CONSOLE = Console(stderr=True, highlight=False)
 
 
@@ -60,22 +52,19 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where the trials lie."""
+        """The directory of the trials."""
         return SWEEPS / self.study
 
     def config(self, trial: FrozenTrial | Trial) -> TrainConfig:
-        """The options of a trial, its directory among them."""
+        """The options of a trial, its directory included."""
         return dataclasses.replace(apply(self.base, trial.params), out=str(self.folder / str(trial.number)))
-
-
-# The command line -----------------------------------------------------------------------------------------------------
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m trainer.sweep",
-        description="Look for the options that give a head the longest expected accept length.",
-        epilog="Every option of train.py is taken too: python train.py --head NAME --help",
+        description="Search for the options that give a head the longest expected accept length.",
+        epilog="Every option of train.py is accepted too: python train.py --head NAME --help",
         allow_abbrev=False,
     )
     parser.add_argument("--space", metavar="FILE", help="YAML file of the options to vary")
@@ -86,16 +75,16 @@ def _parser() -> Parser:
 
 
 def parse_sweep(arguments: Sequence[str]) -> Sweep:
-    """The sweep that a command line asks for. Raises ValueError; a mistyped option or key is answered before anything
-    is loaded, but for those of the head."""
+    """The sweep that a command line asks for. Raises ValueError; mistyped options and keys, except those of the head,
+    are reported before anything is loaded."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    known += ["--config", *(f"--{name.replace('_', '-')}" for name in FIELDS)]
+    known = [name for action in parser._actions for name in action.option_strings]
+    known += ["--config", *map(flag, FIELDS)]
     for word in rest:
-        flag = word.split("=")[0]
-        if flag.startswith("--") and not flag.startswith("--head.") and flag not in known:
-            raise suggest("option", flag, known)
+        name = word.split("=")[0]
+        if name.startswith("--") and not name.startswith("--head.") and name not in known:
+            raise suggest("option", name, known)
     if options.space is None:
         raise ValueError("--space FILE is needed: a YAML file of the options to vary")
     if options.trials < 1:
@@ -104,7 +93,7 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     base = parse(rest)
     for name in ("out", "resume", "dry_run"):
         if getattr(base, name):
-            raise ValueError(f"--{name.replace('_', '-')} does not go with a sweep; each trial has a directory")
+            raise ValueError(f"{flag(name)} cannot be combined with a sweep; each trial has its own directory")
     study = options.study or base.head
     if not re.fullmatch(r"\w[\w.-]*", study):
         raise ValueError(f"--study names a folder: letters, digits, dots and dashes, got {study!r}")
@@ -112,58 +101,25 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     return Sweep(study, storage, options.trials, base, make_space(entries, base, options.space))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 for a mistake of the user's, 130 when Ctrl-C ended it."""
-    return run_entry(_main, arguments)
-
-
-def _main(arguments: Sequence[str]) -> None:
-    if under_mpi():
-        raise ValueError("a sweep is one process; start the same command on each machine, without mpirun")
-    sweep = parse_sweep(arguments)
-    study = open_study(sweep)
-    from trainer.data.splits import load_splits
-
-    splits = load_splits(sweep.base)  # the same for all trials; mistakes in the text come before the first of them
-    from trainer.fit import Pruned
-    from trainer.session import prepare, train
-
-    run_trials(sweep, study, lambda config, on_score: train(config, on_score, prepare(config, splits)).result, Pruned)
-    print(finish(sweep, study))
-
-
 # The study ------------------------------------------------------------------------------------------------------------
 
 
-class SeededSampler(BaseSampler):
-    """TPE whose random numbers depend on the seed and the trial's number alone: a sweep that goes on, or is shared by
-    machines, draws neither the same trials again nor others than it would have."""
+class SeededSampler(TPESampler):
+    """TPE whose random numbers depend only on the seed and the trial's number: a resumed sweep, or one shared by
+    machines, draws the trials that it would have drawn."""
 
     def __init__(self, seed: int):
-        self.seed, self.sampler = seed, TPESampler(seed=seed)
+        super().__init__(seed=seed)
+        self.base_seed = seed % 2**32
 
     def before_trial(self, study, trial):
-        self.sampler = TPESampler(
-            seed=int(np.random.SeedSequence([self.seed % 2**32, trial.number]).generate_state(1)[0])
-        )
-        self.sampler.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study, trial):
-        return self.sampler.infer_relative_search_space(study, trial)
-
-    def sample_relative(self, study, trial, search_space):
-        return self.sampler.sample_relative(study, trial, search_space)
-
-    def sample_independent(self, study, trial, param_name, param_distribution):
-        return self.sampler.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(self, study, trial, state, values):
-        self.sampler.after_trial(study, trial, state, values)
+        super().__init__(seed=int(np.random.SeedSequence([self.base_seed, trial.number]).generate_state(1)[0]))
+        super().before_trial(study, trial)
 
 
 def open_study(sweep: Sweep) -> optuna.Study:
-    """The study of a sweep, made where there is none. Raises ValueError for a storage that cannot be used, for a study
-    of other options and for one whose folder is taken."""
+    """The study of a sweep, created where there is none. Raises ValueError for a storage that cannot be used, for a
+    study with other options, and for a new one whose folder already holds trials."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -190,30 +146,26 @@ def open_study(sweep: Sweep) -> optuna.Study:
     if known is None:
         taken = [path for path in sweep.folder.iterdir() if path.name.isdigit()]
         if taken and not sweep.base.overwrite:
-            raise ValueError(f"{taken[0]} is there, but the study is new; choose another --study or pass --overwrite")
+            raise ValueError(f"{taken[0]} exists, but the study is new; choose another --study or pass --overwrite")
         study.set_user_attr("sweep", described)
     elif known != described:
-        pairs = [(key, part.get(key), described[where].get(key)) for where, part in known.items() for key in part]
-        pairs += [
-            (key, None, new) for where in known for key, new in described[where].items() if key not in known[where]
-        ]
-        told = [f"{key} was {old}, is {new}" for key, old, new in pairs if old != new]
+        found = [each for part in known for each in differences(known[part], described[part])]
         raise ValueError(
-            f"study {sweep.study} in {sweep.storage} has other options: {'; '.join(told)}; give the same, or another "
-            "--study"
+            f"study {sweep.study} in {sweep.storage} has other options: {'; '.join(found)}; use the same ones, or "
+            "another --study"
         )
     return study
 
 
 def _describe(sweep: Sweep) -> dict:
-    """What all calls that work at one study must have in common, as JSON gives it back."""
-    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in FREE}
+    """What all calls that work on one study must have in common, as JSON returns it."""
+    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in OUTPUT}
     space = {f"space of {name}": repr(spec) for name, spec in sweep.space.items()}
     return json.loads(json.dumps({"options": base, "space": space}))
 
 
 def count_trials(study: optuna.Study) -> int:
-    """Trials that are done or under way. Those that Ctrl-C or a dead machine ended are not: they are made again."""
+    """Trials that are finished or running. Those ended by Ctrl-C or a dead machine do not count: they are repeated."""
     done = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
     trials = study.get_trials(deepcopy=False)
     return sum(t.state in done or (t.state == TrialState.FAIL and "error" in t.user_attrs) for t in trials)
@@ -223,11 +175,11 @@ def count_trials(study: optuna.Study) -> int:
 
 
 def run_trials(sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[Exception]) -> None:
-    """Make trials until the study has as many as the sweep wants.
+    """Run trials until the study has as many as the sweep asks for.
 
-    train(config, on_score) -> FitResult trains once and tells of every score; ``pruned``: what on_score raises to end
-    it early. A trial that fails is noted and the next one begins; FAILURES of them in a row raise ValueError. Ctrl-C
-    queues the trial it ended and goes on as KeyboardInterrupt.
+    train(config, on_score) -> FitResult trains once and reports every score; ``pruned``: raised by on_score to end it
+    early. A trial that fails is recorded and the next one begins; FAILURES of them in a row raise ValueError. Ctrl-C
+    queues the trial that it ended and is raised again.
     """
     trials = _Trials(sweep, study, train, pruned)
     while True:
@@ -237,17 +189,17 @@ def run_trials(sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[
         if count_trials(study) >= sweep.trials:
             return
         try:
-            study.optimize(trials.objective, n_trials=1, catch=FAILING, callbacks=[trials.tell])
+            study.optimize(trials.objective, n_trials=1, catch=FAILING, callbacks=[trials.report])
         except KeyboardInterrupt:
             if trials.current is not None:
                 study.enqueue_trial(trials.current.params)
             left = sweep.trials - count_trials(study)
-            _say(f"study {sweep.study} is kept; the same command makes the {left} trials that are left")
+            say(f"study {sweep.study} is saved; the same command runs the remaining {left} trials")
             raise
 
 
 class _Trials:
-    """The trials that this process makes."""
+    """The trials that this process runs."""
 
     def __init__(self, sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[Exception]):
         self.sweep, self.study, self.train, self.pruned = sweep, study, train, pruned
@@ -255,7 +207,7 @@ class _Trials:
         self.failures = 0
 
     def objective(self, trial: Trial) -> float:
-        """One training; returns its best expected accept length."""
+        """Train once; returns the best expected accept length."""
         self.current = trial
         for name, spec in self.sweep.space.items():
             spec.suggest(trial, name)
@@ -287,97 +239,26 @@ class _Trials:
         trial.set_user_attr("best_step", result.best_step)
         return value
 
-    def tell(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """A line about a trial that ended. Raises ValueError when too many failed in a row."""
+    def report(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Print a line about a trial that ended. Raises ValueError when too many failed in a row."""
         self.current = None
-        words = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}[trial.state]
+        outcome = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        score = trial.value if trial.value is not None else max(trial.intermediate_values.values(), default=None)
         values = " ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
-        score = _score_of(trial)
-        _say(f"trial {trial.number} {words} {'-' if score is None else f'{score:.3f}'} {values}")
+        say(f"trial {trial.number} {outcome[trial.state]} {'-' if score is None else f'{score:.3f}'} {values}")
         self.failures = self.failures + 1 if trial.state == TrialState.FAIL else 0
         if trial.state == TrialState.FAIL:
-            _say(f"  {trial.user_attrs['error']}")
+            say(f"  {trial.user_attrs['error']}")
         if self.failures >= FAILURES:
             raise ValueError(
-                f"{self.failures} trials in a row failed, the last one: {trial.user_attrs['error']}; the study is kept"
+                f"{self.failures} trials in a row failed, the last one: {trial.user_attrs['error']}; the study is saved"
             )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on stderr."""
     CONSOLE.print(text, markup=False, soft_wrap=True)
-
-
-def _score_of(trial: FrozenTrial) -> float | None:
-    """The best expected accept length that a trial reached, as far as it went."""
-    return trial.value if trial.value is not None else max(trial.intermediate_values.values(), default=None)
 
 
 def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# The end --------------------------------------------------------------------------------------------------------------
-
-
-def finish(sweep: Sweep, study: optuna.Study) -> str:
-    """Print the table of the best trials, write the best one's options; returns the JSON line for stdout's end.
-
-    Raises ValueError when no trial was completed.
-    """
-    trials = study.get_trials(deepcopy=False)
-    complete = sorted((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: -t.value)
-    counts = {
-        s.name.lower(): sum(t.state == s for t in trials) for s in TrialState if any(t.state == s for t in trials)
-    }
-    if not complete:
-        raise ValueError(f"no trial of study {sweep.study} was completed: {counts}")
-    path = write_best(sweep, complete[0])
-    importance = importances(study)
-    _show(complete, list(sweep.space), f"{sweep.study}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
-    if importance:
-        print("importance: " + ", ".join(f"{name} {share:.2f}" for name, share in importance.items()))
-    if "running" in counts:
-        _say("trials that are running are another machine's; one that died is made again after five minutes")
-    print(f"best: python train.py --config {path}")
-    best = {"trial": complete[0].number, "expected_accept_length": complete[0].value, "values": complete[0].params}
-    content = {"kind": "sweep", "study": sweep.study, "storage": _without_password(sweep.storage), "trials": counts}
-    return json.dumps({**content, "best": best, "best_config": str(path), "importance": importance})
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
-
-
-def _show(complete: Sequence[FrozenTrial], names: Sequence[str], title: str) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("trial", "expected accept length", "best step", "minutes", *names):
-        table.add_column(name, justify="right")
-    for trial in complete[:SHOWN]:
-        cells = [str(trial.number), f"{trial.value:.3f}", str(trial.user_attrs.get("best_step", "-"))]
-        cells.append(f"{trial.duration.total_seconds() / 60:.1f}")
-        table.add_row(*(Text(cell) for cell in [*cells, *(_short(trial.params[name]) for name in names)]))
-    whole = None if sys.stdout.isatty() else 10_000  # columns; a table takes only what it needs
-    Console(highlight=False, width=whole).print(table)
-
-
-def importances(study: optuna.Study) -> dict[str, float]:
-    """The share of the result's variation that each option explains (PED-ANOVA), largest first; empty where there are
-    too few trials to tell: it compares the best tenth with the rest."""
-    complete = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-    if len(complete) < SHOWN or len({t.value for t in complete}) < 2:
-        return {}
-    return {name: round(float(share), 4) for name, share in optuna.importance.get_param_importances(study).items()}
-
-
-def write_best(sweep: Sweep, trial: FrozenTrial) -> Path:
-    """Write ``best.yaml`` into the study's folder, whole or not at all: the trial's options, all of them, as
-    ``train.py --config`` reads them. Returns its path."""
-    config = sweep.config(trial)
-    options = {name: getattr(config, name) for name in FIELDS if name not in RUN_ONLY}
-    options |= {f"head.{name}": value for name, value in config.head_options.items()}
-    path = sweep.folder / "best.yaml"
-    partial = path.with_name(".best.yaml.partial")
-    title = f"# Trial {trial.number} of study {sweep.study}: expected accept length {trial.value:.4f}.\n"
-    partial.write_text(title + yaml.safe_dump(options, sort_keys=False))
-    partial.replace(path)
-    return path

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from bench import engine
-from bench.clock.engine_record import read_engine_record
-from bench.clock.passes import Work, doubt
+from bench.clock.passes import doubt
 from bench.clock.shapes import SHAPES
 from bench.peers import llama_cpp, torch_llama
+from bench.record.engine import EngineRecord
 from runtime.entry import run_entry
 from tests.small import small_config
 
@@ -31,7 +31,7 @@ class FakeProcess:
         self.open.append(self.name)
         assert len(self.open) == 1  # one at a time
 
-    def __call__(self):
+    def ask(self):
         return self.seconds
 
     def close(self):
@@ -43,24 +43,24 @@ def test_the_fastest_way_counts_and_one_that_does_not_run_is_null(monkeypatch, f
     monkeypatch.setattr(FakeProcess, "asleep", factor)
     monkeypatch.setattr(FakeProcess, "open", [])
     choice = torch_llama.choose({}, start=FakeProcess)
-    assert (choice.dtype, choice.sleeping) == choice.call.name == ("bfloat16", sleeping)
+    assert (choice.dtype, choice.sleeping) == choice.child.name == ("bfloat16", sleeping)
     asleep = {"float32, sleeping": 3000 * factor, "bfloat16, sleeping": 2000 * factor, "float16, sleeping": None}
     assert choice.best_ms == 2000 * min(factor, 1)
     assert choice.trials_ms == {"float32": 3000, "bfloat16": 2000, "float16": None, **asleep}
-    choice.call.close()
+    choice.close()
     assert torch_llama.choose({}, ["float16"], FakeProcess) is None
 
 
 def test_a_process_of_transformers_answers_again_and_again_and_says_when_it_cannot():
     task = torch_llama.step_task(small_config(), 5, threads=1)
-    process = torch_llama.TorchProcess(task, "float32", sleeping=True)
-    assert process() > 0 and process() > 0
+    process = torch_llama.start(task, "float32", sleeping=True)
+    assert process.ask() > 0 and process.ask() > 0
     process.close()
-    with pytest.raises(RuntimeError, match="left with status 1"):
-        torch_llama.TorchProcess(task, "no type", sleeping=False)
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        torch_llama.start(task, "no type", sleeping=False)
 
 
-def test_a_step_runs_one_row_behind_the_context_again_and_again(monkeypatch):
+def test_a_step_runs_one_row_after_the_context_again_and_again(monkeypatch):
     config = small_config()
     for dtype in ("float32", "bfloat16"):
         call = torch_llama.stepper(config, 7, threads=1)(dtype)
@@ -85,8 +85,8 @@ def test_both_engines_stand_in_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(torch_llama, "choose", lambda task, dtypes: choose(task, dtypes, FakeProcess))
     path = tmp_path / "engine.json"
     words = ["--shape", "small", "--rows", "2", "--contexts", "5", "--repeats", "1", "--no-loop", "--out", str(path)]
-    assert engine.main(words) == 0
-    (shape,) = read_engine_record(path).shapes
+    assert run_entry(engine.main, words) == 0
+    (shape,) = EngineRecord.read(path).shapes
     peer = shape.transformers
     assert peer.what == "step" and peer.context == 5 and peer.theirs.ms == 2000
     assert peer.speedup == pytest.approx(2000 / peer.ours.ms)
@@ -101,11 +101,9 @@ def test_a_comparison_on_a_busy_machine_is_doubted():
 
 
 def test_without_torch_there_is_a_note_and_no_figure(monkeypatch):
-    from bench.clock.passes import peer_calls
-
     monkeypatch.setattr(torch_llama.importlib.util, "find_spec", lambda name: None)
-    notes, work = [], Work([1], [5], 1, "float16", 4, True)
-    assert peer_calls("small", None, None, 5, work, 1, notes) == (None, None)
+    notes = []
+    assert torch_llama.find_peer("small", small_config(), None, 4, 5, 1, notes) is None
     assert notes == [torch_llama.MISSING]
 
 
@@ -164,7 +162,7 @@ def test_llama_bench_is_asked_for_our_rows_and_its_answer_becomes_milliseconds(b
     program, model, notes = bench(json.dumps(answer))
     out = tmp_path / "peer.json"
     words = ["--binary", str(program), "--model", str(model), "--rows", "4,1", "--tokens", "8", "--threads", "2"]
-    assert llama_cpp.main([*words, "--repeats", "3", "--out", str(out)]) == 0
+    assert run_entry(llama_cpp.main, [*words, "--repeats", "3", "--out", str(out)]) == 0
     assert notes.read_text().strip() == f"-m {model} -o json -r 3 -ngl 0 -p 1,4 -n 8 -d 128 -t 2"
     record = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
@@ -177,14 +175,14 @@ def test_llama_bench_is_asked_for_our_rows_and_its_answer_becomes_milliseconds(b
     "text",
     ["not json", "[]", "{}", json.dumps([{"n_prompt": 1}]), json.dumps([{**entry(1, 0, [1]), "samples_ns": "x"}])],
 )
-def test_another_answer_than_the_documented_one_is_an_error(bench, text, capsys):
+def test_an_answer_other_than_the_documented_one_is_an_error(bench, text, capsys):
     program, model, _ = bench(text)
     assert run_entry(llama_cpp.main, ["--binary", str(program), "--model", str(model)]) == 2
     error = capsys.readouterr().err
-    assert "printed something else than its documented JSON" in error and error.count("\n") == 1
+    assert "did not print its documented JSON" in error and error.count("\n") == 1
 
 
-def test_what_is_missing_is_said_in_one_line(bench, tmp_path, capsys, monkeypatch):
+def test_what_is_missing_is_reported_in_one_line(bench, tmp_path, capsys, monkeypatch):
     program, model, _ = bench("[]", status=1)
 
     def error(*words):
@@ -193,7 +191,7 @@ def test_what_is_missing_is_said_in_one_line(bench, tmp_path, capsys, monkeypatc
         assert text.count("\n") == 1
         return text
 
-    assert "left with status 1: no such model" in error("--binary", str(program), "--model", str(model))
+    assert "ended with status 1: no such model" in error("--binary", str(program), "--model", str(model))
     assert "absent.gguf does not exist" in error("--binary", str(program), "--model", str(tmp_path / "absent.gguf"))
     assert "is no program" in error("--binary", str(tmp_path / "absent"), "--model", str(model))
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))

@@ -110,15 +110,15 @@ def test_losses_and_gradients_of_pytorch_are_ours(name, backbone, data, hidden):
         found = their_gradients(theirs, data, hidden, config, options=options)
         np.testing.assert_allclose(found[0], losses, rtol=RELATIVE)
         assert apart(found[1], grads) < RELATIVE
-    # The control: heads that are told the token after the right one.
+    # The control: heads that read the token after the right one.
     (indices,) = batches(data, config.tokens_per_step)
     batch = collate(data, indices, theirs.num_depths)
     late = dataclasses.replace(batch, tokens=batch.tokens.roll(-1))
-    told = their_gradients(theirs, data, hidden, config, late)
-    if ours.parallel:  # no token is told
-        assert told[0] == pytest.approx(losses)
-        told = their_gradients(theirs, data, hidden, config, dataclasses.replace(batch, positions=batch.positions - 1))
-    assert not np.allclose(told[0], losses, rtol=100 * RELATIVE) and apart(told[1], grads) > 100 * RELATIVE
+    wrong = their_gradients(theirs, data, hidden, config, late)
+    if ours.parallel:  # it reads no token
+        assert wrong[0] == pytest.approx(losses)
+        wrong = their_gradients(theirs, data, hidden, config, dataclasses.replace(batch, positions=batch.positions - 1))
+    assert not np.allclose(wrong[0], losses, rtol=100 * RELATIVE) and apart(wrong[1], grads) > 100 * RELATIVE
 
 
 def test_a_draft_sees_the_features_of_its_conversation_up_to_itself(backbone, data, hidden):

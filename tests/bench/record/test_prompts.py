@@ -154,8 +154,6 @@ def test_two_files_with_the_same_ids_join_without_a_clash(tmp_path):
     assert joined.dropped["blank_turns"] == 2
     assert joined.sha256 not in (first.sha256, second.sha256)
     assert joined.sha256 != join_prompt_sets([second, first]).sha256
-    with pytest.raises(ValueError, match="no prompt set"):
-        join_prompt_sets([])
 
 
 def prompts_of(categories):
@@ -189,13 +187,10 @@ def test_a_sample_is_even_and_the_beginning_of_a_larger_one(categories, num_prom
     assert all(taken[category] >= min(available[category], most - 1) for category in available)
 
 
-def test_num_prompts_samples_a_file_and_below_one_is_refused(tmp_path):
+def test_num_prompts_samples_a_file(tmp_path):
     path = write_lines(tmp_path / "a", [question(1, "x"), question(2, "x"), question(3, "y")])
     assert [prompt.prompt_id for prompt in load_prompts(path, 2).prompts] == ["1", "3"]
     assert [prompt.prompt_id for prompt in load_prompts(path, seed=7).prompts] == ["1", "2", "3"]
-    for number in (0, -1):
-        with pytest.raises(ValueError, match="num_prompts must be at least 1"):
-            load_prompts(path, number)
 
 
 @needs_data
@@ -210,7 +205,7 @@ def test_num_prompts_samples_a_file_and_below_one_is_refused(tmp_path):
         ("chat/dev.jsonl.gz", 3337, 5, 23834),
     ],
 )
-def test_published_files_read_whole(name, num_prompts, num_categories, num_turns):
+def test_published_files_are_read_completely(name, num_prompts, num_categories, num_turns):
     loaded = load_prompts(DATA / name)
     assert len(loaded.prompts) == num_prompts
     assert len({prompt.category for prompt in loaded.prompts}) == num_categories

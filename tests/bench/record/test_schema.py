@@ -1,4 +1,4 @@
-"""The result schema: what fits is kept to the last digit, what does not is refused by name."""
+"""The result schema: what fits is read back to the last digit, what does not is refused by name."""
 
 import json
 import os
@@ -7,26 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.clock.engine_record import read_engine_record
-from bench.record.schema import (
-    AdaptedText,
-    OtherKindError,
-    check_writable,
-    parse_record,
-    read_record,
-    to_json,
-    write_atomically,
-    write_record,
-)
+from bench.record.engine import EngineRecord
+from bench.record.schema import AdaptedText, Record
+from runtime.records import OtherKindError
+from tests.bench.helpers import set_fields
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_record_read_back_equals_the_one_written(tmp_path, make_record):
     path = tmp_path / "new" / "folder" / "a.json"
-    record = parse_record(make_record())
-    write_record(record, path)
-    assert read_record(path) == record
+    record = Record.parse(make_record())
+    record.write(path)
+    assert Record.read(path) == record
     assert json.loads(path.read_text()) == make_record()
     assert os.listdir(path.parent) == ["a.json"]
 
@@ -38,7 +31,7 @@ def test_a_file_from_before_a_field_was_added_is_read_with_its_default(tmp_path,
         del row["adapted"]
     path = tmp_path / "old.json"
     path.write_text(json.dumps(data))
-    record = read_record(path)
+    record = Record.read(path)
     assert (record.checkpoint.seed, record.head_stats, record.adaptation) == (None, {}, None)
     assert record.per_prompt[0].adapted is None
 
@@ -51,15 +44,15 @@ def test_the_results_of_the_repository_are_read(path):
     kind = json.loads(path.read_text())["kind"]
     if kind in OTHER_KINDS:
         with pytest.raises(OtherKindError):  # the tables leave it out with a note
-            read_record(path)
+            Record.read(path)
     elif path.name.startswith("engine-"):
-        assert all(shape.passes for shape in read_engine_record(path).shapes)
+        assert all(shape.passes for shape in EngineRecord.read(path).shapes)
     else:
-        assert read_record(path).per_prompt
+        assert Record.read(path).per_prompt
 
 
 def test_json_is_one_line_for_the_last_line_of_stdout(make_record):
-    text = to_json(make_record())
+    text = Record.parse(make_record()).to_json()
     assert "\n" not in text
     assert json.loads(text) == make_record()
 
@@ -71,7 +64,7 @@ def test_numpy_numbers_tuples_paths_and_rows_are_taken_as_they_are(make_record, 
     data["config"]["decoding"]["tree"] = ((0,), (0, 1))
     data["checkpoint"]["path"] = Path("runs/a")
     data["per_prompt"] = [make_row("p0")]
-    record = parse_record(data)
+    record = Record.parse(data)
     assert (record.metrics.tokens, record.metrics.speedup) == (7, 0.5)
     assert record.config.decoding.tree == [[0], [0, 1]]
     assert record.checkpoint.path == "runs/a"
@@ -81,13 +74,13 @@ def test_numpy_numbers_tuples_paths_and_rows_are_taken_as_they_are(make_record, 
 @pytest.mark.parametrize("field", ["checkpoint", "baseline", "parity", "metrics__speedup", "metrics__speedup_ci",
                                    "timing__draft_s", "baseline__pass_s", "config__decoding__tree"])  # fmt: skip
 def test_unknown_values_are_null(make_record, field):
-    assert parse_record(make_record(**{field: None})).status == "complete"
+    assert Record.parse(make_record(**{field: None})).status == "complete"
 
 
 def test_a_number_that_json_does_not_know_becomes_null_in_free_form_parts(make_record):
     data = make_record()
-    data["provenance"]["load"] = float("nan")  # a finished run is not lost over its description
-    assert json.loads(to_json(data), parse_constant=pytest.fail)["provenance"]["load"] is None
+    data["provenance"]["load"] = float("nan")  # must not cost a finished run
+    assert json.loads(Record.parse(data).to_json(), parse_constant=pytest.fail)["provenance"]["load"] is None
 
 
 @pytest.mark.parametrize(
@@ -113,29 +106,21 @@ def test_a_number_that_json_does_not_know_becomes_null_in_free_form_parts(make_r
         ({"adaptation": {"stats": {}}}, r"adaptation\.greedy_agreement: Field required"),
     ],
 )
-def test_a_record_that_does_not_fit_is_refused_by_field(tmp_path, make_record, changes, complaint):
-    data = make_record()
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        place = data
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
-    path = tmp_path / "a.json"
+def test_a_record_that_does_not_fit_is_refused_by_field(make_record, changes, complaint):
+    data = set_fields(make_record(), changes)
     with pytest.raises(ValueError, match=complaint):
-        write_record(data, path)
-    assert not path.exists()
+        Record.parse(data)
 
 
 def test_a_missing_field_and_a_repeated_prompt_are_named(make_record, make_row):
     data = make_record()
     del data["timing"]["host_s"]
     with pytest.raises(ValueError, match=r"x\.json: timing\.host_s: Field required"):
-        parse_record(data, "x.json")
+        Record.parse(data, "x.json")
     data = make_record()
     data["per_prompt"][1]["prompt_id"] = "p0"
     with pytest.raises(ValueError, match="'p0' twice"):
-        parse_record(data)
+        Record.parse(data)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +154,9 @@ def test_an_identical_row_of_an_adapted_backbone_has_the_tokens_of_that_backbone
     ("text", "complaint"),
     [
         ('{"kind": "generation",\n "schema_version": }', r"a\.json:2: malformed JSON"),
-        ("[1]", "a result is a JSON object, got a list"),
+        ("[1]", "expected a JSON object, got list"),
         ('{"kind": "generation", "schema_version": 2}', "schema_version is 2; .* reads 1"),
-        ("{}", "schema_version is 'missing'"),
+        ("{}", "its kind is 'missing', not 'generation'"),
         ('{"kind": "generation", "schema_version": 1}', r"Field required.*and \d+ more"),
     ],
 )
@@ -179,58 +164,44 @@ def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, text, complaint):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=complaint) as caught:
-        read_record(path)
+        Record.read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_another_kind_is_told_apart_before_its_version(tmp_path):
+def test_the_kind_is_checked_before_the_version(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"kind": "engine", "schema_version": 7}')
     with pytest.raises(OtherKindError, match="'engine'") as caught:
-        read_record(path)
+        Record.read(path)
     assert caught.value.kind == "engine"
 
 
 def test_bytes_that_are_not_utf8_are_refused_by_name(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"head": "\xff"}')
     with pytest.raises(ValueError, match=r"a\.json: not UTF-8"):
-        read_record(tmp_path / "a.json")
+        Record.read(tmp_path / "a.json")
 
 
-def test_an_unwritable_path_is_told_before_the_work(tmp_path, make_record):
-    (tmp_path / "file").write_text("")
-    under_a_file, a_folder = tmp_path / "file" / "a.json", tmp_path
-    for path in (under_a_file, a_folder):
-        with pytest.raises(OSError, match="cannot write") as caught:
-            check_writable(path)
-        assert str(path) in str(caught.value)
-        with pytest.raises(OSError, match="cannot write"):
-            write_record(make_record(), path)
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"greedy": True, "accept": "lossless"}, "greedy is True, accept 'lossless'"),
+        ({"greedy": False}, "greedy is False, accept 'greedy'"),
+        ({"greedy": False, "accept": "typical"}, "accept is 'typical', but there is no temperature"),
+        ({"accept": "nucleus"}, "accept"),
+        ({"draft": "beam"}, "draft"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_refused(make_record, changes, answer):
+    record = make_record()
+    record["config"]["decoding"].update(changes)
+    with pytest.raises(ValueError, match=answer):
+        Record.parse(record)
 
 
-def test_checking_leaves_neither_a_file_nor_a_changed_one(tmp_path):
-    path = tmp_path / "deep" / "a.json"
-    check_writable(path)
-    assert os.listdir(path.parent) == []
-    path.write_text("old")
-    check_writable(path)
-    assert (path.read_text(), os.listdir(path.parent)) == ("old", ["a.json"])
-
-
-def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=r"cannot write .*No space left"):
-        write_atomically(path, "new")
-    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["a.json"])
-    monkeypatch.undo()
-    os.link(path, tmp_path / "link")
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
-    assert (tmp_path / "link").read_text() == "old"  # renamed into place, not written over
+def test_a_record_from_before_there_were_rules_is_greedy(make_record):
+    record = make_record()
+    for name in ("accept", "temperature", "top_p", "top_k", "draft", "epsilon", "alpha"):
+        del record["config"]["decoding"][name]
+    assert Record.parse(record) == Record.parse(make_record())

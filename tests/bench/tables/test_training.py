@@ -1,14 +1,18 @@
-"""Train records beside results: found by the hash of the weights, and a promise that was not kept is marked."""
+"""Train records beside results: matched by the hash of the weights, and a missed promise is marked."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 
-from bench.compare import main
-from bench.tables.training import read_train_records
+import bench.compare
+from bench.record.schema import Record
+from bench.tables.training import describe_prediction, read_train_records
+from tests.bench.helpers import cells_of, status_of
 from trainer.config import TrainConfig
 from trainer.report.record import make_record
+
+main = status_of(bench.compare.main)
 
 PREDICTION = {
     "accept_length": 3.1, "accept_length_ci": None, "tokens_per_s": 5.0, "autoregressive_tokens_per_s": 2.5,
@@ -22,11 +26,13 @@ def write_train_record(tmp_path):
 
     def write(name, expected=3.0, weights="beef", checkpoint="runs/gated_rnn/a/checkpoint"):
         best = SimpleNamespace(expected_accept_length=expected, top1=[0.5], top5=[0.5], loss=[1.0])
+        result = SimpleNamespace(
+            best=best, best_step=10, steps=1500, tokens=10, train_s=7.5, skipped=0, history=[], interrupted=False,
+            sessions=[{"first_step": 0, "last_step": 1500, "provenance": {}}],
+        )  # fmt: skip
         record = make_record(
             TrainConfig(head="gated_rnn", tree_nodes=64),
-            data={}, provenance={}, parameters=123, steps=1500, tokens=10, train_s=7.5, skipped_updates=0, best=best,
-            best_step=10, checkpoint=checkpoint, weights_sha256=weights, history=[], interrupted=False,
-            sessions=[{"first_step": 0, "last_step": 1500, "provenance": {}}],
+            result, data={}, provenance={}, parameters=123, checkpoint=checkpoint, weights_sha256=weights,
         )  # fmt: skip
         path = tmp_path / name
         path.write_text(record.model_dump_json())
@@ -36,8 +42,7 @@ def write_train_record(tmp_path):
 
 
 def cells(out, head):
-    line = next(line for line in out.splitlines() if head in line and "float16" in line)
-    return [cell.strip() for cell in line.strip("│┃|").split("│")]
+    return cells_of(next(line for line in out.splitlines() if head in line and "float16" in line))
 
 
 def test_a_train_record_adds_steps_promise_and_ratio_to_the_result_of_its_weights(
@@ -68,13 +73,13 @@ def test_more_than_five_percent_between_promise_and_measurement_is_marked(
     assert ("training expected" in err) == shown.endswith("!")
 
 
-def test_a_broken_promise_is_told_with_both_trees(write_result, write_train_record, capsys):
+def test_a_missed_promise_is_reported_with_both_trees(write_result, write_train_record, capsys):
     path = write_result("a.json", config__decoding__num_nodes=16)
     assert main([path, write_train_record("train.json", 4.0)]) == 0
-    assert (
-        "warning: training expected 4.00 tokens a pass of gated_rnn, 3.00 were measured (-25%), the one with 64 nodes "
-        f"and the other with 16: {path}\n"
-    ) == capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "warning: training expected 4.00 tokens per pass of gated_rnn, 3.00 were measured (-25%), the one with 64 "
+        f"nodes and the other with 16: {path}\n"
+    )
 
 
 def test_a_calibrated_result_needs_no_train_record(write_result, write_train_record, capsys):
@@ -85,21 +90,21 @@ def test_a_calibrated_result_needs_no_train_record(write_result, write_train_rec
     assert cells(capsys.readouterr().out, "gated_rnn")[-3:] == ["1,500", "2.90", "1.03"]
 
 
-def test_without_either_the_table_is_as_it_was(write_result, tmp_path, capsys):
+def test_without_either_the_table_has_no_such_columns(write_result, tmp_path, capsys):
     assert main([write_result("a.json"), "--json", str(tmp_path / "out.json")]) == 0
     out = capsys.readouterr().out
     assert "expected" not in out and cells(out, "gated_rnn")[-1] == "2/2"
     assert json.loads((tmp_path / "out.json").read_text())["trainings"] == {}
 
 
-def test_a_train_record_that_fits_no_result_is_told(write_result, write_train_record, capsys):
+def test_a_train_record_that_matches_no_result_is_reported(write_result, write_train_record, capsys):
     path = write_result("a.json")
     other = write_train_record("train.json", weights="0ff", checkpoint="runs/other/checkpoint")
     again = write_train_record("again.json", weights="123")
     assert main([path, other, again]) == 0
     out, err = capsys.readouterr()
     assert f"{other}: no result here measured its weights" in err
-    assert f"{again}: {path} measured other weights of runs/gated_rnn/a; it was trained again" in err
+    assert f"{again}: {path} measured other weights of runs/gated_rnn/a; one of the two was" in err
     assert "expected" not in out
 
 
@@ -126,10 +131,31 @@ def test_files_that_are_no_train_records_are_left_to_others(write_result, tmp_pa
     assert read_train_records(paths) == (paths, [])
 
 
-def test_a_result_brings_its_checkpoints_promise_with_it(write_result, capsys):
+def test_a_result_holds_the_promise_of_its_checkpoint(write_result, capsys):
     own = {"checkpoint__expected_accept_length": 2.9, "checkpoint__tree_nodes": 64}
     other = {**own, "head": "mlp", "checkpoint__tree_nodes": 16}  # decoded with 64: nothing was promised of that
     assert main([write_result("a.json", **own), write_result("b.json", **other)]) == 0
     out, _ = capsys.readouterr()
     assert cells(out, "gated_rnn")[-3:] == ["10", "2.90", "1.03"]
     assert cells(out, "mlp")[-3:] == ["-", "-", "-"]
+
+
+def test_predictions_are_set_beside_what_was_measured(make_record):
+    prediction = {
+        "accept_length": 2.0, "accept_length_ci": [1.8, 2.2], "tokens_per_s": 4.0, "autoregressive_tokens_per_s": 2.0,
+        "calibration": "here", "prompts_sha256": "c0de", "same_machine": True,
+    }  # fmt: skip
+    record = Record.parse(make_record(prediction=prediction))
+    lines = describe_prediction(record)
+    assert len(lines) == 4 and all(line.startswith("prediction gated_rnn: ") for line in lines)
+    measured = record.metrics.accept_length
+    assert (
+        f"accept length 2.00 [1.80, 2.20] predicted, {measured:.2f}: measured / predicted {measured / 2:.2f}"
+        in lines[0]
+    )
+    assert f"measured / predicted {record.baseline.tokens_per_s / 2:.2f}" in lines[2]
+    assert f"measured / predicted {record.metrics.speedup / 2:.2f}" in lines[3]
+    elsewhere = {**prediction, "same_machine": False, "prompts_sha256": "cafe"}
+    lines = describe_prediction(Record.parse(make_record(prediction=elsewhere)))
+    assert "these very prompts" in lines[4] and "another machine" in lines[5]
+    assert describe_prediction(Record.parse(make_record())) == []

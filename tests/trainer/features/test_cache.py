@@ -1,4 +1,4 @@
-"""The feature cache: equal to computing, whole after every kind of end, damaged or foreign files refused by name."""
+"""The feature cache: equal to online features, completed after every interruption, damaged files refused by name."""
 
 import os
 import shutil
@@ -14,6 +14,7 @@ import pytest
 import trainer.features.cache
 import trainer.features.shards
 from ops.kernel import emulated_cuda
+from runtime.atomic import HOST
 from tests.small import small_backbone
 from trainer.data.tokens import TokenizedData
 from trainer.features.cache import (
@@ -25,7 +26,6 @@ from trainer.features.cache import (
     open_cache,
     write_features,
 )
-from trainer.features.shards import HOST
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARD, CHUNK = 200, 60  # tokens: four shards of the data below, each written in several pieces
@@ -36,11 +36,6 @@ BYTES = 32 * 2  # of a token in an array
 def small_shards(monkeypatch):
     monkeypatch.setattr(trainer.features.shards, "SHARD_TOKENS", SHARD)
     monkeypatch.setattr(trainer.features.cache, "CHUNK_TOKENS", CHUNK)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
 
 
 def some_data():
@@ -55,18 +50,24 @@ def data():
 
 @pytest.fixture
 def opened(backbone, data, tmp_path):
-    """opened(layers=(), **options) -> (features, bytes told of before writing): open_cache with what it says noted."""
+    """opened(layers=(), **options) -> (features, bytes announced before writing): open_cache with its reports."""
 
-    def go(layers=(), **options):
-        told, counts = [], []
+    def call(layers=(), **options):
+        announced, counts = [], []
         cached = open_cache(
-            backbone, "tok", data, layers, tmp_path, lambda *what: told.append(what), counts.append, **options
+            backbone, "tok", data, layers, tmp_path, lambda *what: announced.append(what), counts.append, **options
         )
         assert sum(counts) == data.offsets[-1]
-        assert [path for path, _ in told] == [directory_of(tmp_path)] * len(told)
-        return cached, sum(size for _, size in told)
+        assert [path for path, _ in announced] == [directory_of(tmp_path)] * len(announced)
+        return cached, sum(size for _, size in announced)
 
-    return go
+    return call
+
+
+def write_share(backbone, data, root, rank=0, world_size=1, layers=(), on_start=lambda *_: None):
+    """The shards that a rank writes."""
+    store = feature_store(backbone, "tok", data, root)
+    return write_features(backbone, data, store, layers, on_start, lambda count: None, rank, world_size)[0]
 
 
 def directory_of(root):
@@ -92,7 +93,7 @@ def all_shards(*arrays):
 
 @pytest.mark.parametrize("layers", [(0, 1), (1, 0)])
 def test_cached_features_equal_online_features_rounded_to_float16(backbone, data, opened, layers):
-    cached, told = opened(layers)
+    cached, num_bytes = opened(layers)
     online = OnlineFeatures(backbone, data, layers)
     for indices in ([0], [5, 2, 30], range(len(data)), np.array([39, 39])):
         a, b = cached(indices), online(indices)
@@ -105,11 +106,11 @@ def test_cached_features_equal_online_features_rounded_to_float16(backbone, data
             np.testing.assert_array_equal(got.numpy(), want.numpy().astype(np.float16).astype(np.float32))
             np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=2**-11, atol=2**-24)
     assert (cached([5]).hidden.numpy() != online([2]).hidden.numpy()[:, :1]).any()
-    assert told == data.offsets[-1] * BYTES * 3
+    assert num_bytes == data.offsets[-1] * BYTES * 3
     assert opened(layers)[1] == 0
 
 
-def test_passes_take_whole_sequences_up_to_their_size():
+def test_passes_take_complete_sequences_up_to_their_size():
     data = TokenizedData.of([(np.zeros(n), np.ones(n)) for n in (7, 3, 4, 2, 9, 1)])
     assert list(chunks(data, range(1, 6), 7)) == [range(1, 3), range(3, 4), range(4, 5), range(5, 6)]
     assert list(chunks(data, range(0, 2), 100)) == [range(0, 2)]
@@ -134,15 +135,15 @@ def test_the_cache_is_named_by_all_it_depends_on(backbone, data, monkeypatch):
     assert len({*keys, cache_key(backbone, "tok", data)}) == len(keys) + 1
 
 
-# Going on
+# Resuming
 
 
-def test_a_cache_is_shared_and_grows_by_the_layers_it_lacks(backbone, data, opened, tmp_path):
+def test_a_cache_is_shared_and_grows_by_the_missing_layers(backbone, data, opened, tmp_path):
     opened((1,))
     before = {path.name: path.stat().st_mtime_ns for path in directory_of(tmp_path).iterdir()}
     assert set(before) == {"meta.json", *all_shards("hidden", "layer1")}
-    cached, told = opened((0, 1))
-    assert told == data.offsets[-1] * BYTES  # one more layer alone
+    cached, num_bytes = opened((0, 1))
+    assert num_bytes == data.offsets[-1] * BYTES  # only one more layer
     after = {path.name: path.stat().st_mtime_ns for path in directory_of(tmp_path).iterdir()}
     assert set(after) == {*before, *all_shards("layer0")} and before.items() <= after.items()
     want = OnlineFeatures(backbone, data, (0, 1))([3])
@@ -196,52 +197,30 @@ MOMENTS = [in_flight, not_renamed, without_checksum, checksum_in_flight, without
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_writer_killed_at_any_moment_loses_one_shard(data, opened, tmp_path, moment):
     opened((1,))
-    whole = contents(tmp_path)
+    complete = contents(tmp_path)
     moment(directory_of(tmp_path) / "layer1-00002.f16")
-    assert contents(tmp_path) != whole
-    cached, told = opened((1,))
-    assert told == cached.store.num_rows(2) * BYTES
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) != complete
+    cached, num_bytes = opened((1,))
+    assert num_bytes == cached.store.num_rows(2) * BYTES
+    assert contents(tmp_path) == complete
 
 
-def stop_at(chunk, error):
-    """An on_tokens that raises at its n-th call (the first one tells what is there)."""
+def test_an_interrupted_write_is_resumed_after_its_complete_shards(backbone, data, opened, tmp_path):
     calls = []
 
     def stop(count):
         calls.append(count)
-        if len(calls) == chunk:
-            raise error
+        if len(calls) == 7:
+            raise RuntimeError("of the backbone")
 
-    return stop
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("of the backbone")])
-def test_an_interrupted_write_keeps_the_whole_shards_and_goes_on_behind_them(backbone, data, opened, tmp_path, error):
-    with pytest.raises(type(error)):
-        open_cache(backbone, "tok", data, (1,), tmp_path, on_tokens=stop_at(7, error))
-    kept = contents(tmp_path)
-    assert set(kept) == {"meta.json", *shard_files("hidden-00000", "layer1-00000")}
-    cached, told = opened((1,))
-    assert told == (data.offsets[-1] - cached.store.num_rows(0)) * BYTES * 2
-    assert kept.items() <= contents(tmp_path).items()
+    with pytest.raises(RuntimeError, match="of the backbone"):
+        open_cache(backbone, "tok", data, (1,), tmp_path, on_tokens=stop)
+    complete = contents(tmp_path)
+    assert set(complete) == {"meta.json", *shard_files("hidden-00000", "layer1-00000")}
+    cached, num_bytes = opened((1,))
+    assert num_bytes == (data.offsets[-1] - cached.store.num_rows(0)) * BYTES * 2
+    assert complete.items() <= contents(tmp_path).items()
     assert set(contents(tmp_path)) == {"meta.json", *all_shards("hidden", "layer1")}
-
-
-def test_ctrl_c_takes_effect_between_two_pieces(backbone, data, opened, tmp_path):
-    counts = []
-
-    def press(count):
-        counts.append(count)
-        if len(counts) == 3:
-            signal.raise_signal(signal.SIGINT)
-            counts.append("still running")
-
-    with pytest.raises(KeyboardInterrupt):
-        open_cache(backbone, "tok", data, (), tmp_path, on_tokens=press)
-    assert counts[-1] == "still running" and len(counts) == 4
-    assert set(contents(tmp_path)) == {"meta.json"}
-    assert opened()[1] == data.offsets[-1] * BYTES
 
 
 CHILD = """
@@ -255,7 +234,7 @@ trainer.features.shards.SHARD_TOKENS, trainer.features.cache.CHUNK_TOKENS = SHAR
 root, kill_at, calls = Path(sys.argv[1]), int(sys.argv[2]), []
 
 def count(tokens):
-    # All three have looked for what is lacking, and are in the middle of the first shard, before any goes on.
+    # All three have looked for missing shards, and are in the middle of the first one, before any continues.
     calls.append(tokens)
     if len(calls) <= 2:
         (root / f"{len(calls)}-{os.getpid()}").touch()
@@ -268,7 +247,7 @@ trainer.features.cache.open_cache(small_backbone(), "tok", some_data(), (1,), ro
 """
 
 
-def test_processes_that_write_at_once_and_one_that_is_killed_do_not_harm_each_other(backbone, data, tmp_path):
+def test_processes_that_write_at_once_do_not_harm_each_other_even_if_one_is_killed(backbone, data, tmp_path):
     for name in ("together", "alone"):
         (tmp_path / name).mkdir()
     commands = [[sys.executable, "-c", CHILD, str(tmp_path / "together"), str(kill_at)] for kill_at in (0, 0, 3)]
@@ -282,7 +261,7 @@ def test_processes_that_write_at_once_and_one_that_is_killed_do_not_harm_each_ot
     open_cache(backbone, "tok", data, (1,), tmp_path / "alone")
     alone, written = contents(tmp_path / "alone"), contents(together)
     assert alone.items() <= written.items()
-    # Only the killed one left something, its shards in flight, which the next writer takes away.
+    # Only the killed one left files, its unfinished shards, which the next writer removes.
     left = {f".{name}-00000.f16.{HOST}.{children[2].pid}.partial" for name in array_names((1,))}
     assert set(written) - set(alone) == left
     (directory_of(together) / "hidden-00001.f16").unlink()
@@ -290,59 +269,49 @@ def test_processes_that_write_at_once_and_one_that_is_killed_do_not_harm_each_ot
     assert contents(together) == alone
 
 
-def test_what_another_process_wrote_meanwhile_is_not_computed_again(backbone, data, tmp_path):
+def test_shards_that_another_process_wrote_meanwhile_are_not_computed(backbone, data, tmp_path):
     def other_is_faster(*_):
-        write_features(backbone, data, feature_store(backbone, "tok", data, tmp_path), ())
+        write_share(backbone, data, tmp_path)
 
     slow = SimpleNamespace(config=backbone.config, fingerprint=backbone.fingerprint, storage=backbone.storage)
-    store = feature_store(slow, "tok", data, tmp_path)  # and this backbone cannot compute at all
-    assert write_features(slow, data, store, (), on_start=other_is_faster)[0] == set()
+    # This backbone cannot compute at all.
+    assert write_share(slow, data, tmp_path, on_start=other_is_faster) == set()
     assert set(contents(tmp_path)) == {"meta.json", *all_shards("hidden")}
 
 
 # Several ranks
 
 
-def test_each_rank_writes_its_share_and_all_open_the_whole(backbone, data, opened, tmp_path):
-    whole, names = opened((1,))[0](range(len(data))), array_names((1,))
+def test_each_rank_writes_its_share_and_all_open_all_of_it(backbone, data, opened, tmp_path):
+    everything, names = opened((1,))[0](range(len(data))), array_names((1,))
     want = contents(tmp_path)
     shutil.rmtree(directory_of(tmp_path))
-    stores = [feature_store(backbone, "tok", data, tmp_path) for _ in range(2)]
-    shares = [write_features(backbone, data, stores[rank], (1,), rank=rank, world_size=2) for rank in range(2)]
-    assert shares[0][0] == {(name, index) for name in names for index in (0, 2)}
-    assert shares[1][0] == {(name, index) for name in names for index in (1, 3)}
     for rank in range(2):
-        cached, told = opened((1,), rank=rank, world_size=2)
-        assert told == 0
-        np.testing.assert_array_equal(cached(range(len(data))).hidden.numpy(), whole.hidden.numpy())
+        share = write_share(backbone, data, tmp_path, rank, 2, (1,))
+        assert share == {(name, index) for name in names for index in (rank, rank + 2)}
+    for rank in range(2):
+        cached, num_bytes = opened((1,), rank=rank, world_size=2)
+        assert num_bytes == 0
+        np.testing.assert_array_equal(cached(range(len(data))).hidden.numpy(), everything.hidden.numpy())
     assert contents(tmp_path) == want
 
 
-def test_a_rank_opens_what_the_others_have_written_by_the_barrier(backbone, data, opened, tmp_path):
-    def other_writes():
-        write_features(backbone, data, feature_store(backbone, "tok", data, tmp_path), (), rank=1, world_size=2)
-
-    _, told = opened(rank=0, world_size=2, barrier=other_writes)
-    assert told == data.offsets[-1] * BYTES  # of both ranks: they share a disk
-    assert set(contents(tmp_path)) == {"meta.json", *all_shards("hidden")}
-
-
-def test_what_another_rank_did_not_write_is_named(opened, tmp_path):
-    with pytest.raises(ValueError, match=r"hidden-00001\.f16 and 1 other shards are lacking after all 2 ranks"):
+def test_shards_that_another_rank_did_not_write_are_named(opened, tmp_path):
+    with pytest.raises(ValueError, match=r"hidden-00001\.f16 and 1 other shards are missing although all 2 ranks"):
         opened(world_size=2)
     assert set(contents(tmp_path)) == {"meta.json", *shard_files("hidden-00000", "hidden-00002")}
 
 
-def test_what_another_rank_damaged_is_refused(backbone, data, opened, tmp_path):
+def test_a_shard_that_another_rank_damaged_is_refused(backbone, data, opened, tmp_path):
     def other_writes():
-        write_features(backbone, data, feature_store(backbone, "tok", data, tmp_path), (), rank=1, world_size=2)
+        write_share(backbone, data, tmp_path, 1, 2)
         flip(directory_of(tmp_path) / "hidden-00003.f16")
 
     with pytest.raises(ValueError, match=r"hidden-00003\.f16 is damaged"):
         opened(world_size=2, barrier=other_writes)
 
 
-# Damage, and what cannot be kept
+# Damage
 
 
 def flip(path):
@@ -352,27 +321,18 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [flip, lambda path: os.truncate(path, 4096)])
-def test_a_damaged_shard_is_refused_before_anything_is_written_until_it_is_deleted(opened, tmp_path, damage):
+def test_a_damaged_shard_is_refused_before_anything_is_written_until_it_is_deleted(opened, tmp_path):
     opened((1,))
-    whole = contents(tmp_path)
+    complete = contents(tmp_path)
     path = directory_of(tmp_path) / "layer1-00002.f16"
-    damage(path)
-    with pytest.raises(ValueError, match=r"layer1-00002\.f16 is damaged: .*; delete it to have it written anew"):
+    flip(path)
+    with pytest.raises(ValueError, match=r"layer1-00002\.f16 is damaged: .*; delete it to have it written again"):
         opened((0, 1))
-    assert set(contents(tmp_path)) == set(whole)
-    assert opened()[1] == 0  # a head that does not read it is not held up
+    assert set(contents(tmp_path)) == set(complete)
+    assert opened()[1] == 0  # a head that does not need it is not affected
     path.unlink()
-    cached, told = opened((1,))
-    assert told == cached.store.num_rows(2) * BYTES and contents(tmp_path) == whole
-
-
-def test_a_cache_of_other_data_is_refused_by_name(backbone, data, opened, tmp_path):
-    opened()
-    other = TokenizedData(data.token_ids[::-1].copy(), data.mask, data.offsets)
-    directory_of(tmp_path).rename(tmp_path / cache_key(backbone, "tok", other))
-    with pytest.raises(ValueError, match=f"{directory_of(tmp_path)} is a cache of other data: token_ids_sha256"):
-        open_cache(backbone, "tok", other, (), tmp_path)
+    cached, num_bytes = opened((1,))
+    assert num_bytes == cached.store.num_rows(2) * BYTES and contents(tmp_path) == complete
 
 
 def scaled(backbone, token, factor):
@@ -386,19 +346,18 @@ def scaled(backbone, token, factor):
     return SimpleNamespace(config=backbone.config, fingerprint="x", storage="float32", forward=forward)
 
 
-@pytest.mark.parametrize(("factor", "value"), [(1e6, r"-?[\d.]{5,}"), (np.nan, "nan"), (np.inf, "-?inf")])
+@pytest.mark.parametrize(("factor", "value"), [(1e6, r"-?[\d.]{5,}"), (np.nan, "nan")])
 def test_a_feature_that_float16_cannot_hold_is_refused_by_its_sequence(backbone, data, tmp_path, factor, value):
     sequences = [data.conversation(i)[0] for i in range(len(data))]
     sequences = [np.where(ids == 63, 3, ids) for ids in sequences]
     sequences[27][4] = 63
     marked = TokenizedData.of([(ids, np.ones(len(ids))) for ids in sequences])
-    said = f"sequence 27: hidden holds {value}, outside float16; use --features online"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"sequence 27: hidden holds {value}, outside float16; use --features online"):
         open_cache(scaled(backbone, 63, factor), "tok", marked, (), tmp_path)
     assert set(contents(tmp_path)) == {"meta.json", *shard_files("hidden-00000", "hidden-00001")}
 
 
-def test_a_disk_without_room_is_said_before_anything_is_written(opened, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_reported_before_anything_is_written(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="use --features online or another --cache-dir"):
         opened()

@@ -18,18 +18,13 @@ K, STORED_K = 5, 8
 LENGTHS = (9, 4, 17, 6, 12)
 
 
-class Spelled:
-    """A tokenizer whose messages are token ids already."""
+class Identity:
+    """A tokenizer whose messages are already token ids."""
 
-    fingerprint = "spelled"
+    fingerprint = "identity"
 
     def encode_many_with_mask(self, conversations):
         yield from ((ids, [True] * len(ids)) for ids in conversations)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,7 @@ def texts():
 def write(backbone, texts, folder, k=STORED_K):
     """The top-k files of these texts, several to a folder."""
     folder.mkdir(parents=True)
-    writer = TopKWriter(backbone, Spelled(), k, folder / "partial", folder / "corpus.jsonl.top")
+    writer = TopKWriter(backbone, Identity(), k, folder / "partial", folder / "corpus.jsonl.top")
     for text in texts:
         writer.add(text.tolist(), len(text))
     writer.finish()
@@ -75,7 +70,7 @@ def expected(backbone, texts, k):
     return ids, np.take_along_axis(p, ids, 1)
 
 
-def told(teacher, batch):
+def taught(teacher, batch):
     ids, probabilities = teacher(*batch)
     assert (ids.dtype, probabilities.dtype) == ("int32", "float32")
     return ids.numpy(), probabilities.numpy()
@@ -87,7 +82,7 @@ def told(teacher, batch):
 @pytest.mark.parametrize("logit_bytes", [32 << 20, 11 * 64 * 4])
 def test_the_backbone_teaches_the_softmax_of_its_own_logits(backbone, texts, monkeypatch, logit_bytes):
     monkeypatch.setattr(top_k, "LOGIT_BYTES", logit_bytes)  # all rows at once, and a few at a time
-    ids, probabilities = told(BackboneTeacher(backbone, K), batch_of(backbone, texts))
+    ids, probabilities = taught(BackboneTeacher(backbone, K), batch_of(backbone, texts))
     true_ids, true = expected(backbone, texts, K)
     true /= true.sum(1, keepdims=True)
     assert ids.shape == probabilities.shape == (sum(LENGTHS), K)
@@ -98,11 +93,11 @@ def test_the_backbone_teaches_the_softmax_of_its_own_logits(backbone, texts, mon
     assert np.abs(probabilities - shifted).max() > 0.1  # a teacher one row off would be noticed
 
 
-def test_never_more_logits_exist_than_is_said(backbone, texts, monkeypatch):
+def test_the_number_of_logits_at_a_time_is_limited(backbone, texts, monkeypatch):
     sizes, multiply = [], jt.nn.matmul_transpose
     monkeypatch.setattr(top_k, "LOGIT_BYTES", 11 * 64 * 4)
     monkeypatch.setattr(jt.nn, "matmul_transpose", lambda x, w: sizes.append(x.shape[0]) or multiply(x, w))
-    told(BackboneTeacher(backbone, K), batch_of(backbone, texts))
+    taught(BackboneTeacher(backbone, K), batch_of(backbone, texts))
     assert sum(sizes) == sum(LENGTHS) and max(sizes) <= 11
 
 
@@ -120,40 +115,40 @@ def test_what_is_taught_carries_no_gradient(backbone, texts):
 def test_a_file_holds_the_tokens_and_their_true_probabilities(backbone, texts, stored):
     shards = [load_file(path) for path in sorted(stored.iterdir())]
     assert [shard["offsets"].tolist() for shard in shards] == [[0, 9, 13], [0, 17], [0, 6, 18]]
-    whole = {name: np.concatenate([shard[name] for shard in shards]) for name in ("token_ids", "ids", "probabilities")}
-    assert (whole["token_ids"] == np.concatenate(texts)).all()
-    assert [whole[name].dtype for name in whole] == [np.int32, np.int32, np.float16]
+    arrays = {name: np.concatenate([shard[name] for shard in shards]) for name in ("token_ids", "ids", "probabilities")}
+    assert (arrays["token_ids"] == np.concatenate(texts)).all()
+    assert [arrays[name].dtype for name in arrays] == [np.int32, np.int32, np.float16]
     ids, true = expected(backbone, texts, STORED_K)
-    assert (whole["ids"] == ids).all()
-    assert np.abs(whole["probabilities"] - true).max() < 2**-11 and whole["probabilities"].sum(1).max() < 0.999
+    assert (arrays["ids"] == ids).all()
+    assert np.abs(arrays["probabilities"] - true).max() < 2**-11 and arrays["probabilities"].sum(1).max() < 0.999
 
 
-def test_a_file_teaches_what_the_backbone_does_to_the_rounding_of_float16(backbone, texts, stored):
+def test_a_file_teaches_what_the_backbone_does_up_to_float16_rounding(backbone, texts, stored):
     order = [3, 0, 4, 2, 1]
     batch = batch_of(backbone, [texts[i] for i in order])
-    ids, probabilities = told(StoredTeacher(stored, K), batch)
-    true_ids, true = told(BackboneTeacher(backbone, K), batch)
+    ids, probabilities = taught(StoredTeacher(stored, K), batch)
+    true_ids, true = taught(BackboneTeacher(backbone, K), batch)
     assert (ids == true_ids).all()
     # Each probability is rounded by at most 2^-11 of itself, and so is their sum.
     assert (np.abs(probabilities - true) <= true * 2**-10 + 1e-6).all()
     assert np.abs(probabilities.sum(1) - 1).max() < 1e-6
-    other = told(StoredTeacher(stored, K), batch_of(backbone, texts))[1]
+    other = taught(StoredTeacher(stored, K), batch_of(backbone, texts))[1]
     assert np.abs(other - true).max() > 0.1
 
 
-def test_a_sequence_is_found_though_it_was_cut(backbone, texts, stored):
+def test_a_truncated_sequence_is_found(backbone, texts, stored):
     teacher = StoredTeacher(stored, K)
     for most in (8, 5, 8):
         cut = [text[:most] for text in texts]
-        ids, probabilities = told(teacher, batch_of(backbone, cut))
-        true_ids, true = told(BackboneTeacher(backbone, K), batch_of(backbone, cut))
+        ids, probabilities = taught(teacher, batch_of(backbone, cut))
+        true_ids, true = taught(BackboneTeacher(backbone, K), batch_of(backbone, cut))
         assert (ids == true_ids).all() and np.abs(probabilities - true).max() < 1e-3
 
 
 def test_the_beginning_of_one_conversation_that_is_another_gets_the_same_distributions(backbone, texts, tmp_path):
     pair = [texts[2], texts[2][:9]]
     teacher = StoredTeacher(write(backbone, pair, tmp_path / "pair"), K)
-    ids, probabilities = told(teacher, batch_of(backbone, pair[::-1]))
+    ids, probabilities = taught(teacher, batch_of(backbone, pair[::-1]))
     assert (ids[:9] == ids[9:18]).all() and np.abs(probabilities[:9] - probabilities[9:18]).max() < 1e-3
 
 
@@ -167,13 +162,13 @@ def test_other_text_is_refused_by_name(backbone, texts, stored):
     assert len(teacher.locate(np.concatenate(texts), np.cumsum([0, *LENGTHS]))) == len(LENGTHS)
 
 
-def test_a_hash_that_two_texts_share_is_not_taken_for_the_text(backbone, texts, stored, monkeypatch):
+def test_two_texts_with_the_same_hash_are_told_apart(backbone, texts, stored, monkeypatch):
     monkeypatch.setattr("trainer.features.teacher.token_hash", lambda token_ids: "same")
     with pytest.raises(ValueError, match="does not hold"):
-        told(StoredTeacher(stored, K), batch_of(backbone, texts[:2]))
+        taught(StoredTeacher(stored, K), batch_of(backbone, texts[:2]))
 
 
-def test_what_is_kept_of_a_hand_worked_row_adds_up_to_one(tmp_path):
+def test_a_hand_worked_row_is_renormalized(tmp_path):
     tensors = {
         "token_ids": np.array([7, 8], np.int32),
         "offsets": np.array([0, 2], np.int64),
@@ -182,32 +177,32 @@ def test_what_is_kept_of_a_hand_worked_row_adds_up_to_one(tmp_path):
     }
     path = tmp_path / "00000.safetensors"
     path.write_bytes(save(tensors, {KEY: json.dumps({"k": 3, "backbone": "b"})}))
-    ids, probabilities = told(StoredTeacher(path, 2), (None, tensors["token_ids"], tensors["offsets"]))
+    ids, probabilities = taught(StoredTeacher(path, 2), (None, tensors["token_ids"], tensors["offsets"]))
     assert ids.tolist() == [[4, 2], [-1, -1]]
     assert np.allclose(probabilities, [[2 / 3, 1 / 3], [0, 0]])
 
 
-def test_more_tokens_than_there_are_and_another_backbone_are_refused(backbone, stored):
+def test_too_many_tokens_and_another_backbone_are_refused(backbone, stored):
     assert isinstance(open_teacher(backbone, K), BackboneTeacher)
     assert isinstance(open_teacher(backbone, K, str(stored)), StoredTeacher)
     with pytest.raises(ValueError, match="--kl-top is 65, expected 1 to the 64"):
         open_teacher(backbone, 65)
-    with pytest.raises(ValueError, match=rf"--kl-top is 9, .* holds the {STORED_K} likeliest"):
+    with pytest.raises(ValueError, match=rf"--kl-top is 9, .* holds the {STORED_K} most probable"):
         open_teacher(backbone, STORED_K + 1, str(stored))
-    with pytest.raises(ValueError, match=r"was written by backbone .*, this is"):
+    with pytest.raises(ValueError, match=r"was written by backbone .*, not by this one"):
         open_teacher(small_backbone(seed=1), K, str(stored))
 
 
-def test_what_is_no_top_k_file_is_refused_by_name(stored, tmp_path):
+def test_damaged_and_foreign_files_are_refused_by_name(stored, tmp_path):
     corpus = stored.with_name("corpus.jsonl")
     with pytest.raises(ValueError, match=f"did you mean {top_k_folder(corpus)}"):
         StoredTeacher(corpus, K)
     with pytest.raises(ValueError, match="holds no top-k files"):
         StoredTeacher(tmp_path, K)
-    whole, path = (stored / "00000.safetensors").read_bytes(), tmp_path / "00000.safetensors"
-    for damaged in (whole[:-1], whole[:100], b"", save({"weight": np.zeros(3)})):
+    complete, path = (stored / "00000.safetensors").read_bytes(), tmp_path / "00000.safetensors"
+    for damaged in (complete[:-1], complete[:100], b"", save({"weight": np.zeros(3)})):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{path} holds no top-k probabilities"):
+        with pytest.raises(ValueError, match=f"{path} is damaged or holds no top-k probabilities"):
             StoredTeacher(tmp_path, K)
     tensors = load_file(stored / "00000.safetensors")
     about = {KEY: json.dumps({"k": STORED_K, "backbone": "b"})}
@@ -215,7 +210,7 @@ def test_what_is_no_top_k_file_is_refused_by_name(stored, tmp_path):
     with pytest.raises(ValueError, match="is damaged: its parts have the shapes"):
         StoredTeacher(tmp_path, K)
     path.write_bytes(save(tensors, about))
-    (tmp_path / "00001.safetensors").write_bytes(whole)
+    (tmp_path / "00001.safetensors").write_bytes(complete)
     with pytest.raises(ValueError, match="differ in backbone"):
         StoredTeacher(tmp_path, K)
 
@@ -223,7 +218,7 @@ def test_what_is_no_top_k_file_is_refused_by_name(stored, tmp_path):
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_of_the_same_tokens_is_left_as_it_is_and_any_other_is_written_again(
+def test_a_complete_file_of_the_same_tokens_is_reused_and_any_other_rewritten(
     backbone, texts, stored, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(top_k, "SHARD_TOKENS", 12)
@@ -235,12 +230,12 @@ def test_a_file_of_the_same_tokens_is_left_as_it_is_and_any_other_is_written_aga
     (folder / "00001.safetensors").write_bytes(b"torn")
     (folder / "00002.safetensors").write_bytes((stored / "00000.safetensors").read_bytes())
     for name in ("00003.safetensors", "00001.partial"):
-        (folder / name).write_bytes(b"left behind")
+        (folder / name).write_bytes(b"left over")
     forced = TopKWriter._forced
     monkeypatch.setattr(
         TopKWriter, "_forced", lambda self, ids, offsets: computed.append(len(ids)) or forced(self, ids, offsets)
     )
-    writer = TopKWriter(backbone, Spelled(), STORED_K, folder, tmp_path / "place")
+    writer = TopKWriter(backbone, Identity(), STORED_K, folder, tmp_path / "place")
     for text in texts:
         writer.add(text.tolist(), len(text))
     writer.finish()
@@ -252,13 +247,13 @@ def test_a_folder_of_something_else_is_not_replaced(backbone, tmp_path):
     place = tmp_path / "corpus.jsonl.top"
     place.mkdir()
     (place / "thesis.tex").write_text("all of it")
-    with pytest.raises(ValueError, match="not a folder of top-k files alone"):
-        TopKWriter(backbone, Spelled(), K, tmp_path / "top", place)
+    with pytest.raises(ValueError, match="not a folder of only top-k files"):
+        TopKWriter(backbone, Identity(), K, tmp_path / "top", place)
     assert (place / "thesis.tex").exists()
 
 
-def test_a_text_longer_than_the_backbones_positions_is_cut_there(backbone, tmp_path):
+def test_a_text_longer_than_the_backbones_positions_is_truncated(backbone, tmp_path):
     text = np.arange(140, dtype=np.int32) % 64
     teacher = StoredTeacher(write(backbone, [text], tmp_path / "long"), K)
     cut = text[:128]
-    assert (told(teacher, (None, cut, np.array([0, 128])))[0] == expected(backbone, [cut], K)[0]).all()
+    assert (taught(teacher, (None, cut, np.array([0, 128])))[0] == expected(backbone, [cut], K)[0]).all()

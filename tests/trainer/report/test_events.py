@@ -1,4 +1,4 @@
-"""TensorBoard events: that the points read back are those that were given, once each, also over a resumed run."""
+"""TensorBoard events: the points read back are those that were written, once each, also in a resumed run."""
 
 import math
 import struct
@@ -78,7 +78,7 @@ def test_the_points_read_back_are_those_given(tmp_path):
     }
 
 
-def test_a_resumed_run_replaces_the_points_behind_the_step_it_goes_on_from(tmp_path):
+def test_a_resumed_run_replaces_the_points_after_its_first_step(tmp_path):
     with Events(tmp_path) as events:
         for step in range(1, 9):
             events.step(step, {"rate": float(step)})
@@ -88,7 +88,7 @@ def test_a_resumed_run_replaces_the_points_behind_the_step_it_goes_on_from(tmp_p
     assert read_points(tmp_path) == {"train/learning_rate": {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: 60.0, 7: 70.0}}
 
 
-def test_a_fresh_run_in_the_same_directory_replaces_all_points(tmp_path):
+def test_a_new_run_in_the_same_directory_replaces_all_points(tmp_path):
     with Events(tmp_path) as events:
         events.step(1, {"rate": 1.0})
         events.step(2, {"rate": 2.0})
@@ -99,13 +99,13 @@ def test_a_fresh_run_in_the_same_directory_replaces_all_points(tmp_path):
     assert read_points(tmp_path) == {"train/learning_rate": {1: 3.0}}
 
 
-def test_without_the_package_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"--tensorboard needs tensorboardX .*pip install tensorboardX"):
         Events(tmp_path)
 
 
-def test_neither_torch_nor_jittor_is_loaded_for_it(tmp_path):
+def test_neither_torch_nor_jittor_is_loaded(tmp_path):
     program = (
         "import sys; from trainer.report.events import Events\n"
         "assert 'tensorboardX' not in sys.modules\n"

@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 
 
 def rows_on_screen(text, width):
-    """What stands on an endless screen of this width; a line that is too long goes on in the next row, as it does on a
+    """The rows of an endless screen of this width; a line that is too long continues in the next row, as it does on a
     real one. Knows the escape codes that a redrawing display needs: cursor up, erase the row."""
     rows, row, column, place = [[]], 0, 0, 0
     while place < len(text):
@@ -68,7 +68,7 @@ def score(value):
 
 
 def run(console, num_steps=40, score_every=20, first_step=0, quiet=False):
-    """A whole run on this console: two parts of features, training, a score that is best and one that is not."""
+    """A complete run on this console: two parts of features, training, a score that is best and one that is not."""
     with Watch(num_steps, first_step, console, quiet) as watch:
         for name in ("features", "held out"):
             start, advance = watch.cache(SimpleNamespace(offsets=np.array([0, 40])), name)
@@ -86,8 +86,7 @@ def run(console, num_steps=40, score_every=20, first_step=0, quiet=False):
 # On a terminal
 
 
-@pytest.mark.parametrize("width", [60, 100])
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(("width", "encoding"), [(60, "utf-8"), (100, "ascii")])
 def test_the_table_redraws_in_place_and_no_line_wraps(width, encoding):
     console = Console(file=Terminal(encoding), width=width, height=30)
     text = run(console)
@@ -98,7 +97,7 @@ def test_the_table_redraws_in_place_and_no_line_wraps(width, encoding):
     while not rows[-1]:
         rows.pop()
     bar = next(number for number, row in enumerate(rows) if "40/40" in row)
-    assert rows[:bar] == ["features  2 MB go to cache/abc, once"] * 2 + ["a word of two lines"]
+    assert rows[:bar] == ["features  writing 2 MB to cache/abc, once"] * 2 + ["a word of two lines"]
     assert rows[bar].startswith("heads ") and width - 2 <= len(rows[bar]) <= width
     assert [" ".join(row.split()) for row in rows[bar + 1 :]] == [
         "depth loss top-1 top-5 held out: loss top-1 top-5",
@@ -109,11 +108,11 @@ def test_the_table_redraws_in_place_and_no_line_wraps(width, encoding):
     ]
 
 
-def test_the_screen_of_these_tests_sees_a_line_that_wraps():
+def test_the_emulated_screen_notices_a_line_that_wraps():
     assert rows_on_screen("abcdef\r\nxy\x1b[1A\r\x1b[2Kz", 4) == ["abcd", "z", "xy"]
 
 
-def test_a_terminal_without_colours_gets_none(monkeypatch):
+def test_a_terminal_without_colors_gets_none(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     text = run(Console(file=Terminal(), width=80, height=30))
     assert not [code for code, kind in ESCAPE.findall(text) if kind == "m" and re.search(r"\b[349]\d", code)]
@@ -123,7 +122,7 @@ def test_a_terminal_without_colours_gets_none(monkeypatch):
     assert [code for code, kind in ESCAPE.findall(text) if kind == "m" and re.search(r"\b[349]\d", code)]
 
 
-def test_what_is_printed_to_a_redirected_stdout_stays_there(monkeypatch):
+def test_output_to_a_redirected_stdout_is_not_captured(monkeypatch):
     console = Console(file=Terminal(), width=80, height=30)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     with Watch(2, console=console) as watch:
@@ -148,7 +147,7 @@ def test_an_error_leaves_the_cursor_visible():
 def test_off_a_terminal_there_is_a_line_each_tenth_and_each_score_and_no_escape_code():
     lines = run(Console(file=io.StringIO(), width=40)).splitlines()
     assert "\x1b" not in "".join(lines)
-    assert lines[:2] == ["features  2 MB go to cache/abc, once"] * 2 and lines[-1] == "a word of two lines"
+    assert lines[:2] == ["features  writing 2 MB to cache/abc, once"] * 2 and lines[-1] == "a word of two lines"
     steps = [line for line in lines if "held out" not in line and line.startswith("step")]
     assert [line.split()[1] for line in steps] == [f"{step}/40" for step in range(4, 41, 4)]
     assert steps[-1] == "step 40/40 loss 2.00 3.00 top-1 50 25% 3,456 tokens/s rate 2.00e-03 1.25 GB skipped 1"
@@ -172,7 +171,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
     assert "\x1b" not in text and "step 40/40 loss" in text
 
 
-def test_a_resumed_run_counts_from_where_it_goes_on():
+def test_a_resumed_run_counts_from_its_first_step():
     console = Console(file=Terminal(), width=80, height=30)
     with Watch(100, 90, console) as watch:
         watch.step(91, 100, record(91))
@@ -185,16 +184,6 @@ def test_a_resumed_run_counts_from_where_it_goes_on():
 def test_a_quiet_one_shows_nothing(terminal, capsys):
     assert run(Console(file=terminal()), quiet=True) == ""
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("terminal", [Terminal, io.StringIO])
-def test_a_step_may_lack_any_figure(terminal):
-    console = Console(file=terminal(), width=80, height=30)
-    with Watch(10, console=console) as watch:
-        watch.step(1, 10, {})
-        watch.step(2, 10, {"step": 2, "loss": [math.nan, 1.0]})
-        watch.step(10, 10, {"step": 10, "loss": [math.nan, 2.0]})
-    assert "nan" in console.file.getvalue()
 
 
 # Smoothing
@@ -210,7 +199,7 @@ def test_a_figure_is_the_mean_of_the_last_steps():
     assert figure.means()[0] == 4.0 and math.isnan(figure.means()[1])
 
 
-def test_another_number_of_depths_begins_anew():
+def test_another_number_of_depths_starts_over():
     figure = Smoothed()
     for row in ([9.0, 9.0], [1.0]):
         figure.add(row)

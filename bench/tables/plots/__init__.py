@@ -1,0 +1,1 @@
+"""Plots of results. Door: `figure.py` sets each of them up; `comparison.py` and `engine.py` draw."""

@@ -1,0 +1,89 @@
+"""Which of the generated conversations go into the corpus, and the numbers of the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from corpus.dialogue import Dialogue
+from corpus.options import MAX_LOOPS, Options
+
+
+class Selection:
+    """Accepts conversations one by one, in order, and counts those it rejects by reason."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.dropped: Counter[str] = Counter()
+        self.kinds: dict[str, Counter[str]] = {}
+        self.replies: set[int] = set()  # hashes: the texts of a large corpus need not stay in memory
+        self.openings: set[str] = set()
+        self.generated = self.accepted = self.tokens = self.loops = self.greedy = self.shortened = 0
+
+    def accept(self, dialogue: Dialogue) -> bool:
+        """Count the conversation; False when it does not go into the corpus."""
+        self.generated += 1
+        reason = dialogue.dropped or self._reason_against(dialogue)
+        if reason:
+            self.dropped[reason] += 1
+            return False
+        self.accepted += 1
+        self.tokens += dialogue.num_tokens
+        self.loops += dialogue.loops
+        self.greedy += dialogue.greedy
+        self.shortened += dialogue.questions is not None and dialogue.num_turns < len(dialogue.questions)
+        kind = self.kinds.setdefault(dialogue.category, Counter())
+        kind.update(conversations=1, turns=dialogue.num_turns, tokens=dialogue.num_tokens)
+        self.replies.update(hash(m["content"]) for m in dialogue.messages if m["role"] == "assistant")
+        return True
+
+    def _reason_against(self, dialogue: Dialogue) -> str:
+        """Why a complete conversation is rejected, "" if it is not. Prompts may be repeated as often as they like."""
+        opening = dialogue.messages[0]["content"].casefold()
+        if dialogue.questions is None and opening in self.openings:
+            return "same opening as an earlier one"
+        most = self.options.max_loops
+        if most is None:
+            most = MAX_LOOPS if dialogue.questions is None else 1.0
+        if dialogue.loops and self.loops + 1 > most * (self.accepted + 1):
+            return "reply in a loop"
+        self.openings.add(opening)
+        return ""
+
+    @property
+    def full(self) -> bool:
+        """Whether the corpus has as much as was asked for."""
+        o = self.options
+        return (o.num_tokens is not None and self.tokens >= o.num_tokens) or (
+            o.num_conversations is not None and self.accepted >= o.num_conversations
+        )
+
+    def summary(self) -> str:
+        """The report, several lines."""
+        turns = sum(kind["turns"] for kind in self.kinds.values())
+        repeated = 1 - len(self.replies) / max(1, turns)
+        lines = [
+            f"{self.accepted:,} conversations, {turns:,} turns, {self.tokens:,} tokens; {self.greedy:,} with greedy "
+            f"replies, {self.loops:,} end in a loop, {repeated:.1%} of the replies repeat an earlier one",
+            f"{'kind':12} {'conversations':>13} {'turns':>8} {'tokens':>10} {'share':>6}",
+        ]
+        for name, kind in sorted(self.kinds.items()):
+            share = kind["tokens"] / self.tokens
+            lines.append(
+                f"{name or '-':12} {kind['conversations']:13,} {kind['turns']:8,} {kind['tokens']:10,} {share:6.1%}"
+            )
+        if self.shortened:
+            lines.append(
+                f"{self.shortened:,} end before the last turn of their prompt: see --max-length, --max-reply-tokens, "
+                "--max-turns"
+            )
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common()) or "none"
+        return "\n".join([*lines, f"dropped {self.dropped.total():,} of {self.generated:,}: {reasons}"])
+
+
+def record_of(dialogue: Dialogue) -> dict[str, Any]:
+    """The conversation as a ShareGPT record, with its kind."""
+    names = {"user": "human", "assistant": "gpt"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in dialogue.messages]
+    name = f"{dialogue.category or 'talk'}-{dialogue.index}"
+    return {"id": name, "category": dialogue.category, "conversations": turns}
