@@ -15,7 +15,7 @@ from decoding.text import Text
 from decoding.tree import Tree, default_tree
 from ops.row_plan import RowPlan
 from runtime import jt
-from tests.decoding.fakes import FAKES, TREES
+from tests.fake_heads import FAKES, TREES
 
 NUM_NEW = 48
 CHAIN = Tree.chain(4)
