@@ -38,8 +38,8 @@ LOG_EVERY = 10  # steps between lines of the log
 COUNTERS = ("step", "tokens", "skipped", "skipped_in_row", "best_step", "history", "sessions")
 
 
-class Pruned(Exception):
-    """Raised by ``on_score`` to end an unpromising run."""
+class _Pruned(Exception):
+    """``on_score`` ended an unpromising run."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Run:
 
     base_config: what a checkpoint stores besides the trainer's options and metrics; identity: what a state must have
     in common with the run that resumes it, see ``trainer.state.check_identity``; on_score(step, score) is called after
-    every score and may raise ``Pruned``.
+    every score and returns whether the run should end there.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Run:
         base_config: dict,
         out: Path,
         identity: dict | None = None,
-        on_score: Callable[[int, Score], None] = lambda step, score: None,
+        on_score: Callable[[int, Score], bool] = lambda step, score: False,
     ):
         self.config, self.head, self.base_config, self.out = config, head, base_config, Path(out)
         self.identity = {} if identity is None else identity
@@ -272,11 +272,10 @@ class _Loop:
                 while run.step < stretch.last:
                     self.step(optimizer, stretch, next(order))
                     self.between(optimizer)
-        except (KeyboardInterrupt, Pruned):
+        except (KeyboardInterrupt, _Pruned):
             interrupted = True
         if not (run.history and run.history[-1]["step"] == run.step):
-            with contextlib.suppress(Pruned):  # the run ends here anyway
-                run.on_score(run.step, run.score(*self.held_out))
+            run.on_score(run.step, run.score(*self.held_out))
         if optimizer is not None:
             run.save_state(optimizer)
         return run.finish(interrupted)
@@ -286,8 +285,8 @@ class _Loop:
         run, config = self.run, self.config
         if run.step == self.num_steps:
             return  # ``go`` does both at the end
-        if run.step % config.score_every == 0:
-            run.on_score(run.step, run.score(*self.held_out))
+        if run.step % config.score_every == 0 and run.on_score(run.step, run.score(*self.held_out)):
+            raise _Pruned
         if config.save_every and run.step % config.save_every == 0:
             run.save_state(optimizer)
 

@@ -164,11 +164,13 @@ class Outcome:
 
 
 def train(
-    config: TrainConfig, on_score: Callable[[int, Score], None] | None = None, setting: Setting | None = None
+    config: TrainConfig,
+    on_score: Callable[[int, Score], bool] = lambda step, score: False,
+    setting: Setting | None = None,
 ) -> Outcome:
     """Train one head in this process, all ranks together.
 
-    on_score(step, score) is called after every score and may raise ``trainer.fit.Pruned``; setting: what
+    on_score(step, score) is called after every score and returns whether the run should end there; setting: what
     ``prepare(config)`` gave, if it was called already. Raises ValueError for options that make no run.
     """
     setting = setting or prepare(config)
@@ -187,12 +189,11 @@ def train(
             watch.say(f"resumed   from step {first} of {num_steps}")
         sources = open_sources(setting, watch)
 
-        def scored(step: int, score: Score) -> None:
+        def scored(step: int, score: Score) -> bool:
             watch.score(step, score, best=run.best_step == step)
             if events:
                 events.score(step, score)
-            if on_score:
-                on_score(step, score)
+            return on_score(step, score)
 
         def stepped(step: int, total: int, record: dict) -> None:
             watch.step(step, total, record)

@@ -12,7 +12,7 @@ from heads.checkpoint import load_head
 from tests.trainer.runs import NUM_STEPS, start, training_data
 from trainer.config import TrainConfig
 from trainer.features.cache import CachedFeatures, OnlineFeatures, open_cache
-from trainer.fit import Pruned, count_steps
+from trainer.fit import count_steps
 from trainer.guard import bad_features
 from trainer.loss import make_batch
 
@@ -139,7 +139,7 @@ def test_a_pruned_run_ends_with_its_best_score(backbone, tmp_path):
 
     def stop(step, score):
         seen.append((step, score.expected_accept_length))
-        raise Pruned
+        return True
 
     result, _, _, _ = start(backbone, tmp_path / "run", on_score=stop)
     assert [step for step, _ in seen] == [5] and result.steps == 5 and result.interrupted

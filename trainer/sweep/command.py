@@ -38,10 +38,9 @@ def _main(arguments: Sequence[str]) -> None:
     from trainer.data.splits import load_splits
 
     splits = load_splits(sweep.base)  # the same for all trials; mistakes in the text are reported before the first
-    from trainer.fit import Pruned
     from trainer.session import prepare, train
 
-    run_trials(sweep, study, lambda config, on_score: train(config, on_score, prepare(config, splits)).result, Pruned)
+    run_trials(sweep, study, lambda config, on_score: train(config, on_score, prepare(config, splits)).result)
     print(finish(sweep, study))
 
 

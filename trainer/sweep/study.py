@@ -174,14 +174,14 @@ def count_trials(study: optuna.Study) -> int:
 # The trials -----------------------------------------------------------------------------------------------------------
 
 
-def run_trials(sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[Exception]) -> None:
+def run_trials(sweep: Sweep, study: optuna.Study, train: Callable) -> None:
     """Run trials until the study has as many as the sweep asks for.
 
-    train(config, on_score) -> FitResult trains once and reports every score; ``pruned``: raised by on_score to end it
-    early. A trial that fails is recorded and the next one begins; FAILURES of them in a row raise ValueError. Ctrl-C
-    queues the trial that it ended and is raised again.
+    train(config, on_score) -> FitResult trains once and reports every score; on_score returns whether to end it early.
+    A trial that fails is recorded and the next one begins; FAILURES of them in a row raise ValueError. Ctrl-C queues
+    the trial that it ended and is raised again.
     """
-    trials = _Trials(sweep, study, train, pruned)
+    trials = _Trials(sweep, train)
     while True:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -201,8 +201,8 @@ def run_trials(sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[
 class _Trials:
     """The trials that this process runs."""
 
-    def __init__(self, sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[Exception]):
-        self.sweep, self.study, self.train, self.pruned = sweep, study, train, pruned
+    def __init__(self, sweep: Sweep, train: Callable):
+        self.sweep, self.train = sweep, train
         self.current: Trial | None = None
         self.failures = 0
 
@@ -214,12 +214,11 @@ class _Trials:
         config = self.sweep.config(trial)
         ended = False
 
-        def on_score(step: int, score) -> None:
+        def on_score(step: int, score) -> bool:
             nonlocal ended
             trial.report(score.expected_accept_length, step)
-            if trial.should_prune():
-                ended = True
-                raise self.pruned(f"step {step}: {score.expected_accept_length:.3f} is below the median")
+            ended = trial.should_prune()
+            return ended
 
         try:
             config.check()
@@ -229,8 +228,6 @@ class _Trials:
             value = float(result.best.expected_accept_length)
             if not math.isfinite(value):
                 raise FloatingPointError(f"the expected accept length is {value}")
-        except self.pruned as error:
-            raise optuna.TrialPruned(str(error)) from error
         except FAILING as error:
             trial.set_user_attr("error", " ".join(str(error).split()))
             raise

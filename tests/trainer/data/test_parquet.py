@@ -82,11 +82,6 @@ def test_train_is_the_split_that_is_taken_unless_another_is_named(tmp_path):
     assert len(values(odd)) == 4 and len(values(write_splits(tmp_path / "c:d", test=CHATS[:1]))) == 1
 
 
-def test_parquet_gives_what_the_folder_gives(tmp_path):
-    parquet.write_table(pyarrow.Table.from_pylist(CHATS), tmp_path / "chats.parquet", row_group_size=2)
-    assert list(read_rows(tmp_path / "chats.parquet")) == list(read_rows(write_dataset(tmp_path / "set", CHATS)))
-
-
 def test_turns_stored_as_columns_are_turns(tmp_path):
     stored = {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}
     parquet.write_table(pyarrow.Table.from_pylist([{"conversations": stored}]), tmp_path / "a.parquet")
@@ -121,15 +116,6 @@ def test_tables_become_the_tokens_that_json_lines_become(tmp_path, name):
         assert report.as_dict()["files"] == [path.name]
 
 
-def test_inspect_prints_a_split_and_the_report(tmp_path, capsys):
-    folder = write_splits(tmp_path / "both", train=CHATS, test=TEXTS)
-    assert main(["--inspect", str(folder), "--count", "1"]) == 0
-    assert "5 of 5 conversations from both; " in capsys.readouterr().out
-    assert main(["--inspect", f"{folder}:test", "--block-size", "4"]) == 0
-    shown = capsys.readouterr().out
-    assert "of 5 texts from both:test; dropped 2 blank" in shown and "0: 4 tokens, 3 in the loss" in shown
-
-
 # Mistakes
 
 
@@ -137,11 +123,6 @@ def broken_stream(path):
     write_stream(path / "data.arrow", CHATS)
     content = (path / "data.arrow").read_bytes()
     (path / "data.arrow").write_bytes(content[: len(content) // 2])
-    return path / "data.arrow"
-
-
-def no_stream(path):
-    (path / "data.arrow").write_bytes(b"text, not Arrow, and long enough for a header" * 9)
     return path / "data.arrow"
 
 
@@ -164,13 +145,10 @@ def no_rows(path):
     return path / "a.parquet"
 
 
-def without(name):
-    def make(path):
-        folder = write_dataset(path / "set", CHATS[:3], CHATS[3:])
-        (folder / name).unlink()
-        return folder
-
-    return make
+def incomplete(path):
+    folder = write_dataset(path / "set", CHATS[:3], CHATS[3:])
+    (folder / "data-00001-of-00002.arrow").unlink()
+    return folder
 
 
 def state(content):
@@ -190,18 +168,12 @@ def splits(split, **folders):
     ("make", "complaint"),
     [
         (broken_stream, r"data\.arrow cannot be read: "),
-        (no_stream, r"data\.arrow cannot be read: "),
         (broken_parquet, r"a\.parquet cannot be read: "),
         (not_utf8, r"a\.parquet is not UTF-8 text after row 0: "),
         (no_rows, r"a\.parquet is empty; expected records"),
         (lambda path: path / "none.parquet", r"none\.parquet cannot be read: "),
         (lambda path: path, "is a folder without state.json or dataset_dict.json; expected one that Dataset.save_to"),
-        (
-            without("data-00001-of-00002.arrow"),
-            "set is incomplete: state.json names data-00001-of-00002.arrow; copy all",
-        ),
-        (without("state.json"), "set is a folder without state.json"),
-        (state('{"_data_files": []}'), "set is incomplete: state.json names no file"),
+        (incomplete, "set is incomplete: state.json names data-00001-of-00002.arrow; copy all"),
         (state('{"data_files": []}'), r"state\.json has no list '_data_files'"),
         (state("{"), r"state\.json:1: malformed JSON"),
         (splits(":dev", train=CHATS), "set has no split 'dev'; expected .*set:SPLIT with one of train"),

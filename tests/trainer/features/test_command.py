@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from backbone.model import load_backbone
+from tests.trainer.data.made import write_talks
 from trainer.config import TrainConfig
 from trainer.data.splits import load_splits
 from trainer.features import command
@@ -18,12 +19,7 @@ from trainer.features.command import layers_of, main
 
 @pytest.fixture
 def corpus(tmp_path):
-    path = tmp_path / "talks.jsonl"
-    with open(path, "w") as file:
-        for i in range(20):
-            turns = [{"from": "human", "value": f"What is {i} and {i}?"}, {"from": "gpt", "value": f"It is {i + i}."}]
-            file.write(json.dumps({"conversations": turns}) + "\n")
-    return path
+    return write_talks(tmp_path / "talks.jsonl", 20)
 
 
 def test_the_command_writes_the_layers_of_all_heads_and_verifies_them(corpus, tmp_path, capfd):

@@ -79,34 +79,23 @@ def taught(teacher, batch):
 # The backbone --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("logit_bytes", [32 << 20, 11 * 64 * 4])
-def test_the_backbone_teaches_the_softmax_of_its_own_logits(backbone, texts, monkeypatch, logit_bytes):
-    monkeypatch.setattr(top_k, "LOGIT_BYTES", logit_bytes)  # all rows at once, and a few at a time
-    ids, probabilities = taught(BackboneTeacher(backbone, K), batch_of(backbone, texts))
+@pytest.mark.parametrize("most_rows", [1000, 11])
+def test_the_backbone_teaches_the_softmax_of_its_own_logits(backbone, texts, monkeypatch, most_rows):
+    sizes, multiply = [], jt.nn.matmul_transpose
+    monkeypatch.setattr(top_k, "LOGIT_BYTES", most_rows * 64 * 4)
+    monkeypatch.setattr(jt.nn, "matmul_transpose", lambda x, w: sizes.append(x.shape[0]) or multiply(x, w))
+    batch = batch_of(backbone, texts)
+    batch[0].hidden = jt.array(batch[0].hidden.numpy())
+    assert not batch[0].hidden.is_stop_grad() and BackboneTeacher(backbone, K)(*batch)[1].is_stop_grad()
+    assert sum(sizes) == sum(LENGTHS) and max(sizes) <= most_rows
+    ids, probabilities = taught(BackboneTeacher(backbone, K), batch)
     true_ids, true = expected(backbone, texts, K)
     true /= true.sum(1, keepdims=True)
     assert ids.shape == probabilities.shape == (sum(LENGTHS), K)
     assert (ids == true_ids).all()
     # oneDNN and the row-invariant kernel of lm_logits add up in different orders.
     assert np.abs(probabilities - true).max() < 1e-5
-    shifted = np.roll(true, 1, 0)
-    assert np.abs(probabilities - shifted).max() > 0.1  # a teacher one row off would be noticed
-
-
-def test_the_number_of_logits_at_a_time_is_limited(backbone, texts, monkeypatch):
-    sizes, multiply = [], jt.nn.matmul_transpose
-    monkeypatch.setattr(top_k, "LOGIT_BYTES", 11 * 64 * 4)
-    monkeypatch.setattr(jt.nn, "matmul_transpose", lambda x, w: sizes.append(x.shape[0]) or multiply(x, w))
-    taught(BackboneTeacher(backbone, K), batch_of(backbone, texts))
-    assert sum(sizes) == sum(LENGTHS) and max(sizes) <= 11
-
-
-def test_what_is_taught_carries_no_gradient(backbone, texts):
-    features, token_ids, offsets = batch_of(backbone, texts)
-    features.hidden = jt.array(features.hidden.numpy())
-    assert not features.hidden.is_stop_grad()
-    _, probabilities = BackboneTeacher(backbone, K)(features, token_ids, offsets)
-    assert probabilities.is_stop_grad()
+    assert np.abs(probabilities - np.roll(true, 1, 0)).max() > 0.1  # a teacher one row off would be noticed
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
