@@ -28,11 +28,12 @@ from corpus.journal import Journal, check_begun
 from corpus.lanes import Batch
 from corpus.options import Options
 from corpus.prompts import Prompt, read_prompts
-from corpus.selection import Selection, record_of
+from corpus.selection import Selection
 from runtime.atomic import check_writable
 from runtime.entry import Parser
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from runtime.options import add_options, option_fields, read_options
+from trainer.data.conversations import share_gpt
 
 # Jittor and the tokenizers are loaded where they are used: a mistyped option is reported at once.
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def write_corpus(
             rest = f"the same command resumes from {journal.folder}" if journal.count else f"{out} was not written"
             print(f"interrupted at {progress}; {rest}", file=sys.stderr)
             raise
-        journal.finish(out, map(record_of, itertools.compress(journal.dialogues(prompts), accepted)))
+        kept = itertools.compress(journal.dialogues(prompts), accepted)
+        journal.finish(out, (share_gpt(d.messages, f"{d.category or 'talk'}-{d.index}", d.category) for d in kept))
         if top_k is not None:
             top_k.publish()
         journal.discard()

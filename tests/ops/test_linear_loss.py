@@ -39,8 +39,6 @@ class Case:
         if soft:
             k = min(4, vocab)
             ids = np.stack([random.permutation(vocab)[:k] for _ in range(rows)]).astype(np.int32)
-            ids[:, 2] = ids[:, 0]  # listed twice, it counts twice
-            ids[5] = self.targets[5]  # all of them, and the target too
             p = random.random((rows, k)).astype(np.float32)
             ids[3, 1:], p[3, 1:] = -1, 0
             ids[4], p[4] = -1, 0
@@ -235,6 +233,14 @@ def test_large_logits_do_not_overflow(scale):
     losses = linear_cross_entropy(*given)[1].numpy()
     expected = [0, 1e4] if scale > 0 else [1e4 + np.log(36), np.log(36)]
     np.testing.assert_allclose(losses, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_a_token_that_is_listed_twice_counts_twice():
+    case = Case(SIZES[1], "own", soft=True)
+    ids, _ = case.soft
+    ids[:, 2] = ids[:, 0]
+    ids[5] = case.targets[5]  # all of them, and the target too
+    assert farthest(case.run()[3:], case.exact()[3:]) < TOLERANCE
 
 
 def test_the_order_of_threads_changes_no_bit(monkeypatch):

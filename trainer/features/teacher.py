@@ -7,6 +7,7 @@ tokens: their probabilities are renormalized to 1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,9 +76,8 @@ class StoredTeacher:
             raise ValueError(
                 f"--kl-top is {k}, --teacher {path} holds the {stored} most probable tokens; expected 1 to {stored}"
             )
-        self._complete = self._places(None)
-        # All sequences that a trainer truncates have one length, so the places of one length are cached.
-        self._truncated: tuple[int, dict[str, tuple[Shard, int]]] = (0, {})
+        # All sequences that a trainer truncates have one length: the places of complete ones and of that length.
+        self._places_of = functools.lru_cache(2)(self._places)
 
     def _places(self, length: int | None) -> dict[str, tuple[Shard, int]]:
         """File and first row of every conversation, by the hash of its tokens; with a length, of the longer ones, by
@@ -102,11 +102,7 @@ class StoredTeacher:
 
     def _place(self, token_ids: np.ndarray, number: int) -> tuple[Shard, int]:
         digest, length = token_hash(token_ids), len(token_ids)
-        place = self._complete.get(digest)
-        if place is None:
-            if self._truncated[0] != length:
-                self._truncated = length, self._places(length)
-            place = self._truncated[1].get(digest)
+        place = self._places_of(None).get(digest) or self._places_of(length).get(digest)
         if place is None or not np.array_equal(place[0].token_ids[place[1] : place[1] + length], token_ids):
             raise ValueError(
                 f"--teacher {self.path} does not hold conversation {number} ({length} tokens, the last of them "

@@ -60,7 +60,9 @@ class Sweep:
         return dataclasses.replace(apply(self.base, trial.params), out=str(self.folder / str(trial.number)))
 
 
-def _parser() -> Parser:
+def parse_sweep(arguments: Sequence[str]) -> Sweep:
+    """The sweep that a command line asks for. Raises ValueError; mistyped options and keys, except those of the head,
+    are reported before anything is loaded."""
     parser = Parser(
         prog="python -m trainer.sweep",
         description="Search for the options that give a head the longest expected accept length.",
@@ -71,13 +73,6 @@ def _parser() -> Parser:
     parser.add_argument("--trials", type=int, metavar="N", default=20, help="trials in all (default: %(default)s)")
     parser.add_argument("--storage", metavar="URL", help="SQLAlchemy URL (default: sqlite in runs/sweeps/<study>.db)")
     parser.add_argument("--study", metavar="NAME", help="name of the study (default: the head's)")
-    return parser
-
-
-def parse_sweep(arguments: Sequence[str]) -> Sweep:
-    """The sweep that a command line asks for. Raises ValueError; mistyped options and keys, except those of the head,
-    are reported before anything is loaded."""
-    parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     known = [name for action in parser._actions for name in action.option_strings]
     known += ["--config", *map(flag, FIELDS)]
@@ -241,7 +236,7 @@ class _Trials:
         self.current = None
         outcome = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
         score = trial.value if trial.value is not None else max(trial.intermediate_values.values(), default=None)
-        values = " ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
+        values = " ".join(f"{name}={short(value)}" for name, value in trial.params.items())
         say(f"trial {trial.number} {outcome[trial.state]} {'-' if score is None else f'{score:.3f}'} {values}")
         self.failures = self.failures + 1 if trial.state == TrialState.FAIL else 0
         if trial.state == TrialState.FAIL:
@@ -257,5 +252,6 @@ def say(text: str) -> None:
     CONSOLE.print(text, markup=False, soft_wrap=True)
 
 
-def _short(value) -> str:
+def short(value) -> str:
+    """An option's value, floats in four figures."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

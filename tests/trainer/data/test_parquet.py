@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from backbone.tokenizer import load_tokenizer
+from runtime.entry import run_entry
 from trainer.data.conversations import load_conversations
 from trainer.data.inspect import main
 from trainer.data.parquet import is_table, read_rows
@@ -197,7 +198,7 @@ def test_a_table_that_cannot_be_read_is_refused_in_one_line_by_name(tmp_path, ca
     path = make(tmp_path)
     with pytest.raises(ValueError, match=complaint):
         load_data([path], load_tokenizer(), max_length=64, block_size=8)
-    assert main(["--inspect", str(path)]) == 2
+    assert run_entry(main, ["--inspect", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 

@@ -114,10 +114,11 @@ def test_a_sequence_of_weight_two_is_in_the_batches_twice():
 def test_targets_of_five_tokens_by_hand():
     ids = np.array([10, 11, 12, 13, 14], dtype=np.int32)
     mask = np.array([False, False, True, True, True])
-    labels = targets(mask, ids, np.array([0, 5]), num_depths=2)
+    data = TokenizedData(ids, mask, np.array([0, 5]))
+    labels = targets(data, num_depths=2)
     assert labels.dtype == np.int32
     assert labels.tolist() == [[12, 13, 14, IGNORE, IGNORE], [13, 14, IGNORE, IGNORE, IGNORE]]
-    positions, found = labelled_positions(TokenizedData(ids, mask, np.array([0, 5])), num_depths=2)
+    positions, found = labelled_positions(data, num_depths=2)
     assert positions.tolist() == [1, 2] and found.tolist() == [[13, 14], [14, IGNORE]]  # the root of 0 is the user's
 
 
@@ -137,11 +138,10 @@ def test_targets_stay_inside_their_conversation_and_equal_the_plain_loop():
         data = numbered(lengths, first=100)
         mask = order.random(len(data.token_ids)) < 0.7
         for num_depths in (1, 3, 9):
-            found = targets(mask, data.token_ids, data.offsets, num_depths)
+            found = targets(TokenizedData(data.token_ids, mask, data.offsets), num_depths)
             expected = targets_one_by_one(mask, data.token_ids, data.offsets, num_depths)
             np.testing.assert_array_equal(found, expected)
     # The control: as one conversation, the same tokens have labels that cross the borders.
     data = numbered([5, 7])
-    everything = np.ones(12, bool)
-    joined = targets(everything, data.token_ids, np.array([0, 12]), 2)
-    assert not np.array_equal(joined, targets(everything, data.token_ids, data.offsets, 2))
+    joined = targets(TokenizedData(data.token_ids, data.mask, np.array([0, 12])), 2)
+    assert not np.array_equal(joined, targets(data, 2))

@@ -21,7 +21,6 @@ from trainer.features.cache import (
     OnlineFeatures,
     array_names,
     cache_key,
-    chunks,
     feature_store,
     open_cache,
     write_features,
@@ -108,12 +107,6 @@ def test_cached_features_equal_online_features_rounded_to_float16(backbone, data
     assert (cached([5]).hidden.numpy() != online([2]).hidden.numpy()[:, :1]).any()
     assert num_bytes == data.offsets[-1] * BYTES * 3
     assert opened(layers)[1] == 0
-
-
-def test_passes_take_complete_sequences_up_to_their_size():
-    data = TokenizedData.of([(np.zeros(n), np.ones(n)) for n in (7, 3, 4, 2, 9, 1)])
-    assert list(chunks(data, range(1, 6), 7)) == [range(1, 3), range(3, 4), range(4, 5), range(5, 6)]
-    assert list(chunks(data, range(0, 2), 100)) == [range(0, 2)]
 
 
 def test_the_cache_is_named_by_all_it_depends_on(backbone, data, monkeypatch):

@@ -5,12 +5,18 @@ from itertools import pairwise
 
 import pytest
 
-from trainer.config import SCHEDULES
+from trainer.config import SCHEDULES, TrainConfig
 from trainer.optim.schedule import rate
 
 
-def rates(kind, num_steps=100, peak=2e-3, warmup=0.1, final=0.05, decay_share=0.2):
-    return [rate(kind, step, num_steps, peak, warmup, final, decay_share) for step in range(num_steps)]
+def settings(kind, peak=2e-3, warmup=0.1, final=0.05, decay_share=0.2):
+    shape = {"learning_rate": peak, "warmup": warmup, "final_rate": final, "decay_share": decay_share}
+    return TrainConfig(schedule=kind, **shape)
+
+
+def rates(kind, num_steps=100, *shape, **more):
+    config = settings(kind, *shape, **more)
+    return [rate(config, step, num_steps) for step in range(num_steps)]
 
 
 # The worked example of the docstring.
@@ -28,7 +34,7 @@ def test_ten_updates_by_hand(kind, expected):
 
 def test_a_cosine_is_halfway_down_in_the_middle_and_flat_at_its_ends():
     got = rates("cosine")
-    middle = rate("cosine", 9 + 90 / 2, 100, 2e-3, 0.1, 0.05)
+    middle = rate(settings("cosine"), 9 + 90 / 2, 100)
     assert middle == pytest.approx(2e-3 * (1 + 0.05) / 2)
     assert got[9] - got[10] < (got[54] - got[55]) / 20 and got[-2] - got[-1] < (got[54] - got[55]) / 20
 

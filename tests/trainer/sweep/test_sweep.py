@@ -179,8 +179,8 @@ def test_a_mistake_on_the_command_line_is_reported(space_file, arguments, messag
 def test_a_mistake_is_reported_before_jittor_loads(tmp_path):
     (tmp_path / "space.yaml").write_text("learning_rate: {low: 2, high: 1}")
     program = (
-        "import sys; from trainer.sweep.command import main\n"
-        f"status = main(['--head', 'mlp', '--space', {str(tmp_path / 'space.yaml')!r}])\n"
+        "import sys; from runtime.entry import run_entry; from trainer.sweep.command import main\n"
+        f"status = run_entry(main, ['--head', 'mlp', '--space', {str(tmp_path / 'space.yaml')!r}])\n"
         "print(status, 'jittor' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -192,7 +192,7 @@ def test_a_mistake_is_reported_before_jittor_loads(tmp_path):
 def test_under_mpirun_it_refuses(monkeypatch):
     monkeypatch.setattr(trainer.sweep.command, "under_mpi", lambda: True)
     with pytest.raises(ValueError, match="without mpirun"):
-        trainer.sweep.command._main([])
+        trainer.sweep.command.main([])
 
 
 # Trials
