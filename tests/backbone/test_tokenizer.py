@@ -80,14 +80,6 @@ def sentencepiece_directory(tmp_path_factory):
 # Templates
 
 
-def test_vicuna_by_name_is_the_embedded_template():
-    own, named = load_tokenizer(), load_tokenizer(template="vicuna")
-    for messages in (CHAT, SYSTEM + CHAT, CHAT[:1], CHAT[:3]):
-        for prompt in (True, False):
-            assert own.render(messages, prompt) == named.render(messages, prompt)
-    assert own.fingerprint != named.fingerprint and own.vocab_size == named.vocab_size == 4096
-
-
 def test_named_templates_render_as_published():
     a, b, c = "a", "b", "c"
     chat = [
@@ -154,6 +146,11 @@ def test_templates_of_older_directories_are_found(tmp_path):
 
 def test_templates_run_in_a_sandbox_and_their_mistakes_are_errors(tmp_path):
     folder = embedded_with(tmp_path / "t")
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A"
+        "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    assert load_tokenizer(folder).render(CHAT[2:], False) == "26 Jul 2024UASSISTANT: me tooAme too</s>"
     for text, complaint in [
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{% for %}", "does not parse, line 1"),
@@ -164,21 +161,10 @@ def test_templates_run_in_a_sandbox_and_their_mistakes_are_errors(tmp_path):
             load_tokenizer(folder)
 
 
-def test_generation_tags_and_dates_in_templates_render(tmp_path):
-    folder = embedded_with(tmp_path / "t")
-    (folder / "chat_template.jinja").write_text(
-        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A"
-        "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
-    )
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.render(CHAT[2:], False) == "26 Jul 2024UASSISTANT: me tooAme too</s>"
-
-
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
         ([], "does not open with a user message"),
-        (SYSTEM, "does not open with a user message"),
         (CHAT[1:], "does not open with a user message"),
         (CHAT + SYSTEM, "message 4 is a system message"),
         ([{"role": "human", "content": "hi"}], "role 'human', expected one of system, user, assistant"),
@@ -225,11 +211,8 @@ def test_special_end_tokens_are_masked_and_end_a_reply(tmp_path):
     assert masked_text(tokenizer, ids, mask) == replies(CHAT, "chatml")
     assert [said for token, said in zip(ids, mask, strict=True) if token == 4097] == [False, True, False, True]
     assert not mask[-1]  # the line break behind the last <|im_end|>
-
-
-def test_end_of_turn_text_tells_where_there_is_no_such_token():
     assert load_tokenizer().end_of_turn == "</s>" and load_tokenizer().eos_ids == (2,)
-    llama_3 = load_tokenizer(template="llama-3")
+    llama_3 = load_tokenizer(template="llama-3")  # its end is several tokens of this vocabulary
     assert llama_3.end_of_turn == "<|eot_id|>" and llama_3.eos_ids == (2,)
 
 

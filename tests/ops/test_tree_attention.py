@@ -3,7 +3,6 @@
 Emulated where there is no GPU. The CPU's body is held to the same in ``tests/backbone``.
 """
 
-import contextlib
 import shutil
 
 import numpy as np
@@ -16,7 +15,7 @@ from ops.row_plan import RowPlan
 from runtime import jt
 from tests.ops.layers import decoder_layer, make_layer, rotary
 from tests.ops.references import reference_decoder_layer
-from tests.small import path_to
+from tests.small import bodies, path_to, random_tree
 
 SLOTS = 400
 STRETCH, MANY = "row_plan.STRETCH", "decoder_pass.MANY_TILES"
@@ -26,7 +25,7 @@ HEADS = [(4, 2), (3, 1), (8, 1)]
 
 @pytest.fixture(autouse=True)
 def cuda():
-    with contextlib.nullcontext() if runtime.device == "cuda" else ops.kernel.emulated_cuda():
+    with bodies("cuda"):
         yield
 
 
@@ -62,10 +61,6 @@ class Case:
 
 def assert_same_bits(found, expected, note=""):
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32), err_msg=note)
-
-
-def random_tree(random, rows, back, lowest=0):
-    return np.array([-1, *(int(random.integers(max(lowest, row - back), row)) for row in range(1, rows))])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
