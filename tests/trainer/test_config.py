@@ -8,7 +8,7 @@ import pytest
 
 import train
 import trainer.config
-from runtime.entry import INTERRUPTED, USER_MISTAKE, run_entry
+from runtime.entry import USER_MISTAKE, run_entry
 from tests.trainer.data.made import GOOD, write_talks
 from trainer.config import TrainConfig, parse
 
@@ -196,14 +196,6 @@ def test_train_reports_a_run_that_diverges(failure, tmp_path):
     line = failure(arguments, started=True)
     assert "step 5, the 4th update in a row; the features are finite: lower --learning-rate; see" in line
     assert (tmp_path / "run" / "bad-step-5.npz").exists()
-
-
-def test_ctrl_c_ends_an_entry_with_its_own_status(capsys):
-    def main(arguments):
-        raise KeyboardInterrupt
-
-    assert run_entry(main, []) == INTERRUPTED
-    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_train_lists_the_heads(capsys):
