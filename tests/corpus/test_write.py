@@ -113,17 +113,6 @@ def test_greedy_replies_are_those_of_a_loop_of_one_token_at_a_time(backbone, tok
             messages.append({"role": "assistant", "content": reply})
 
 
-def test_a_conversation_does_not_depend_on_its_neighbors(backbone, tokenizer, tmp_path):
-    question = Prompt(("Do you like music?",))
-    crowd = [Prompt((f"What is {n} plus {n}?",)) for n in range(5)]
-    conversations = {}
-    for name, prompts in {"alone": [question], "last": [*crowd, question]}.items():
-        path = tmp_path / f"{name}.jsonl.gz"
-        write_corpus(backbone, tokenizer, Options(greedy_share=1.0), path, prompts)
-        conversations[name] = records_of(path)[-1]["conversations"]
-    assert conversations["alone"] == conversations["last"]
-
-
 def test_a_reply_is_truncated_at_its_limit_and_a_later_truncated_turn_is_left_out(tokenizer):
     writer = Writer(tokenizer, options(max_reply_tokens=3))
     word = tokenizer.encode(" good")[0]

@@ -98,6 +98,7 @@ def test_a_run_stopped_by_a_signal_is_resumed(backbone, tmp_path, number, moment
     start(backbone, tmp_path / "complete")
     result, *_ = start(backbone, tmp_path / "broken", source=source, progress=stop)
     assert result.interrupted and result.steps == 6
+    assert (tmp_path / "broken" / "checkpoint").exists() and comparable(tmp_path / "broken")[-1]["finished"] is False
     state = newest_state(tmp_path / "broken")
     assert state.step == 6
     result, _, _, _ = start(backbone, tmp_path / "broken", state=state)

@@ -15,9 +15,9 @@ from backbone.templates import named_template
 from backbone.tokenizer import EMBEDDED, ChatTokenizer, load_tokenizer
 from tests.trainer.data.made import GOOD, write_lines
 from trainer.data import conversations
-from trainer.data.conversations import DataReport, load_conversations
+from trainer.data.conversations import DataReport
 from trainer.data.plain_text import CONTEXT, Window, _meet, pack, read_blocks, read_texts, text_tokens, windows
-from trainer.data.tokens import TokenizedData, check_vocabulary, encode_conversations, load_data
+from trainer.data.tokens import TokenizedData, check_vocabulary, load_data
 
 # The pre-tokenizer of Llama 3: line breaks belong to the punctuation before them.
 LLAMA_3 = (
@@ -274,11 +274,7 @@ def test_files_of_all_kinds_are_laid_end_to_end_in_their_order(mixed, tokenizer)
     assert (data.offsets.dtype, data.offsets[0], data.offsets[-1]) == (np.int64, 0, len(data.token_ids))
     assert parts[1][0].weights.tolist() == [1.0, 1.0]
 
-    talks, chat_report = load_conversations(mixed[1])
-    same = encode_conversations(talks, tokenizer, 100, chat_report)
-    assert parts[1][0].token_ids.tolist() == same.token_ids.tolist()
-    assert parts[1][1].parts == [chat_report] == report.parts[1:2]
-
+    assert parts[1][1].parts == report.parts[1:2]
     blocks = len(parts[0][0]) + len(parts[2][0])
     assert (report.read, report.texts, report.kept, report.blank, report.blocks) == (6, 3, 2, 1, blocks)
     assert (report.tokens, report.loss_tokens) == (len(data.token_ids), data.mask.sum())
@@ -306,8 +302,11 @@ def test_loss_on_all_leaves_out_only_the_beginning_token(mixed, tokenizer, monke
         patch.delitem(tokenizer._special, "bos_token")  # the template then begins with the system sentence
         without, _ = load_data(mixed[1:2], tokenizer, max_length=100, block_size=6, loss_on="all")
     assert without.mask.all() and len(without.mask) == len(everything.mask) - 2
-    text, _ = load_data(mixed[:1], load_tokenizer(), max_length=100, block_size=6, loss_on="all")
-    assert text.mask.tolist() == load_data(mixed[:1], load_tokenizer(), max_length=100, block_size=6)[0].mask.tolist()
+    text, all_of_it = (
+        load_data(mixed[:1], tokenizer, max_length=100, block_size=6, loss_on=loss_on)[0]
+        for loss_on in ("assistant", "all")
+    )
+    assert text.mask.tolist() == all_of_it.mask.tolist()
 
 
 def test_a_text_is_read_on_demand(tmp_path, monkeypatch):

@@ -120,25 +120,22 @@ def test_a_terminal_without_colors_gets_none(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     text = run(Console(file=Terminal(), width=80, height=30))
     assert [code for code, kind in ESCAPE.findall(text) if kind == "m" and re.search(r"\b[349]\d", code)]
+    monkeypatch.setenv("TERM", "dumb")
+    text = run(Console(file=Terminal(), width=80, height=30))
+    assert "\x1b" not in text and "step 40/40 loss" in text  # lines
 
 
 def test_output_to_a_redirected_stdout_is_not_captured(monkeypatch):
     console = Console(file=Terminal(), width=80, height=30)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    with Watch(2, console=console) as watch:
-        watch.step(1, 2, record(1))
-        print("the result")
-    assert sys.stdout.getvalue() == "the result\n"
-    assert "the result" not in console.file.getvalue()
-
-
-def test_an_error_leaves_the_cursor_visible():
-    console = Console(file=Terminal(), width=80, height=30)
     with pytest.raises(FloatingPointError), Watch(2, console=console) as watch:
         watch.step(1, 2, record(1))
+        print("the result")
         raise FloatingPointError
+    assert sys.stdout.getvalue() == "the result\n"
     text = console.file.getvalue()
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "the result" not in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # an error leaves the cursor visible
 
 
 # Off a terminal
@@ -162,12 +159,6 @@ def test_off_a_terminal_there_is_a_line_each_tenth_and_each_score_and_no_escape_
         "step 40/40 held out: expected accept length 2.250 (best 2.750 at step 20) loss 2.50 3.50 top-1 60 30% "
         "top-5 80 60%",
     ]
-
-
-def test_a_dumb_terminal_gets_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    text = run(Console(file=Terminal(), width=80, height=30))
-    assert "\x1b" not in text and "step 40/40 loss" in text
 
 
 def test_a_resumed_run_counts_from_its_first_step():
