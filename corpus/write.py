@@ -135,7 +135,8 @@ class _Progress:
             print(self, file=sys.stderr, flush=True)
 
 
-def _parser() -> Parser:
+def main(arguments: list[str]) -> int:
+    """The command line; see the module's docstring."""
     parser = Parser(prog="python -m corpus", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out",
@@ -158,12 +159,7 @@ def _parser() -> Parser:
         metavar="P",
         help="probability of a further turn; without: as probable as the backbone finds one",
     )
-    return parser
-
-
-def main(arguments: list[str]) -> int:
-    """The command line; see the module's docstring."""
-    given = _parser().parse_args(arguments)
+    given = parser.parse_args(arguments)
     if not given.prompts and given.num_tokens is None and given.num_conversations is None:
         raise ValueError("nothing says when to stop; pass --num-tokens, --num-conversations or --prompts")
     models, out = read_options(BackboneOptions, given), Path(given.out)

@@ -44,9 +44,8 @@ class _Pruned(Exception):
 
 @dataclass
 class FitResult:
-    """The result of a run. ``interrupted``: Ctrl-C or a pruner ended it; the best checkpoint until then was saved.
-    skipped: skipped updates; history: {"step", "expected_accept_length", "loss"} of every score; sessions:
-    {"first_step", "last_step", "provenance"} of every start and resumption."""
+    """The result of a run. interrupted: Ctrl-C or a pruner ended it; skipped: updates; history, sessions: see
+    ``trainer.report.record``."""
 
     best: Score
     best_step: int
@@ -100,7 +99,7 @@ class Run:
 
     def resume(self, state: State) -> None:
         """Restore a state, and remove later steps from the log."""
-        counters = state.progress
+        counters = state.meta["progress"]
         state.restore_head(self.head)
         self.best = Score(**counters["best"]) if counters["best"] else None
         session = {**self.sessions[0], "first_step": counters["step"], "last_step": counters["step"]}

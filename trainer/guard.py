@@ -17,8 +17,7 @@ def save_bad_step(out: Path, step: int, batches: list[Batch], data: TokenizedDat
     not finite, or that all are, and the path."""
     rank = f"-rank{runtime.rank()}" if runtime.world_size() > 1 else ""
     path, part = out / f"bad-step-{step}{rank}.npz", data.select(indices)
-    arrays = {"sequences": np.asarray(indices), "token_ids": part.token_ids, "mask": part.mask}
-    arrays["offsets"] = part.offsets
+    arrays = {"sequences": indices, "token_ids": part.token_ids, "mask": part.mask, "offsets": part.offsets}
     for number, batch in enumerate(batches):
         arrays[f"hidden{number}"], arrays[f"labels{number}"] = batch.features.hidden.numpy()[0], batch.labels
         arrays[f"positions{number}"] = batch.positions

@@ -28,7 +28,7 @@ HEAD, OPTIMIZER, AVERAGE = "head.safetensors", "optimizer.safetensors", "average
 
 @dataclass
 class State:
-    """A state on disk. meta: the content of state.json; progress: its counters."""
+    """A state on disk. meta: the content of state.json; ``progress`` in it: see ``trainer.fit.Run.counters``."""
 
     directory: Path
     meta: dict
@@ -37,11 +37,6 @@ class State:
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.meta["progress"]["step"])
-
-    @property
-    def progress(self) -> dict:
-        """The counters of the run, see ``trainer.fit.Run.counters``."""
-        return self.meta["progress"]
 
     def restore_head(self, head) -> None:
         """Load the head's weights."""

@@ -174,10 +174,10 @@ def test_only_the_logits_that_were_asked_for_come(small, config, tokens):
 def test_the_language_model_head_in_float32_is_made_when_training_asks_for_it(dtype, vocab_size):
     config = small_config(vocab_size=vocab_size)  # 50 leaves the last block of 16 outputs unfinished
     weights = draw_weights(config)
+    expected = weights["lm_head.weight"].astype(dtype).astype(np.float32)
     backbone = Backbone(config, weights, dtype)
     backbone.forward(np.array([[1, 2]], np.int32)).logits.sync()
     assert "lm_head_weight" not in vars(backbone)
-    expected = weights["lm_head.weight"].astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(backbone.lm_head_weight.numpy(), expected)
     assert backbone.lm_head_weight is backbone.lm_head_weight
 

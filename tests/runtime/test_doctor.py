@@ -113,7 +113,7 @@ def a_toolkit(*problems):
 def test_compiling_names_what_it_lacks(monkeypatch, toolkits, words):
     monkeypatch.setattr(compile_check, "find_toolkits", lambda: toolkits)
     with pytest.raises(ValueError, match=words):
-        compile_check.compile_core([70, 90])
+        compile_check.begin([70, 90])
 
 
 @pytest.mark.parametrize("arguments", [["--jsn"], ["--archs", "new"], ["now"]])

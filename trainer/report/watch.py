@@ -42,8 +42,7 @@ def card(config, backbone, head, report, num_steps: int, out) -> None:
         f"data      {report.summary()}",
         f"run       {num_steps} steps of {config.tokens_per_step} tokens, features {config.features}, into {out}",
     )
-    for line in lines:
-        CONSOLE.print(line, markup=False, soft_wrap=True)
+    CONSOLE.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 class Smoothed:
@@ -95,7 +94,7 @@ class Watch:
         self.figures = {name: Smoothed() for name in ("loss", "top1", "top5")}
         self.record: dict = {}
         self.last_score = None
-        self.best_score: tuple[int, float] | None = None
+        self.best = ""  # the best score, in words
         self.live: Live | None = None
         self.drawn = -math.inf
 
@@ -156,12 +155,12 @@ class Watch:
         """Show a score on the held-out text (``trainer.scoring.Score``). best: it is the best so far."""
         self.last_score = score
         if best:
-            self.best_score = step, score.expected_accept_length
+            self.best = f"{score.expected_accept_length:.3f} at step {step}"
         if self.live:
             self._draw()
             return
         words = f"step {step}/{self.num_steps} held out: expected accept length {score.expected_accept_length:.3f}"
-        words += " (best)" if best else f" (best {self._best_words()})" if self.best_score else ""
+        words += " (best)" if best else f" (best {self.best})" if self.best else ""
         self.say(f"{words} {_by_depth(score.loss, score.top1)} top-5 {_shares(score.top5)}%")
 
     def _line(self, step: int) -> str:
@@ -172,10 +171,6 @@ class Watch:
     def _state(self) -> list[str]:
         """The figures of the last record, besides its losses."""
         return [text(self.record[name]) for name, text in STATE.items() if name in self.record]
-
-    def _best_words(self) -> str:
-        step, value = self.best_score
-        return f"{value:.3f} at step {step}"
 
     # Drawing ----------------------------------------------------------------------------------------------------------
 
@@ -200,7 +195,7 @@ class Watch:
         figures = [figure.means() for figure in self.figures.values()]
         held_out = [score.loss, score.top1, score.top5] if score else [[], [], []]
         if score:
-            best = f", best {self._best_words()}" if self.best_score else ""
+            best = f", best {self.best}" if self.best else ""
             lines.append(f"expected accept length {score.expected_accept_length:.3f}{best}")
         lines += ["  ".join(self._state())] if self._state() else []
         depths = max(map(len, figures + held_out))

@@ -137,7 +137,10 @@ def open_study(sweep: Sweep) -> optuna.Study:
         known = study.user_attrs.get("sweep")
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
         raise ValueError(f"--storage {sweep.storage} cannot be used: {str(error).splitlines()[0]}") from error
-    described = _describe(sweep)
+    # What all calls that work on one study must have in common, as JSON returns it.
+    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in OUTPUT}
+    space = {f"space of {name}": repr(spec) for name, spec in sweep.space.items()}
+    described = json.loads(json.dumps({"options": base, "space": space}))
     if known is None:
         taken = [path for path in sweep.folder.iterdir() if path.name.isdigit()]
         if taken and not sweep.base.overwrite:
@@ -150,13 +153,6 @@ def open_study(sweep: Sweep) -> optuna.Study:
             "another --study"
         )
     return study
-
-
-def _describe(sweep: Sweep) -> dict:
-    """What all calls that work on one study must have in common, as JSON returns it."""
-    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in OUTPUT}
-    space = {f"space of {name}": repr(spec) for name, spec in sweep.space.items()}
-    return json.loads(json.dumps({"options": base, "space": space}))
 
 
 def count_trials(study: optuna.Study) -> int:

@@ -10,7 +10,7 @@ from backbone.tokenizer import load_tokenizer
 from runtime.entry import run_entry
 from trainer.data.conversations import load_conversations
 from trainer.data.inspect import main
-from trainer.data.parquet import is_table, read_rows
+from trainer.data.parquet import read_rows
 from trainer.data.tokens import load_data
 
 pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
@@ -56,11 +56,13 @@ def values(path, column="conversations"):
 
 
 def test_shards_come_in_order_with_their_rows_counted(tmp_path):
-    folder = write_dataset(tmp_path / "set", CHATS[:3], CHATS[3:])
+    folder = write_dataset(
+        tmp_path / "set", *([{**chat, "text": "a text"} for chat in part] for part in (CHATS[:3], CHATS[3:]))
+    )
     found = list(read_rows(folder))
     assert [row for row, _ in found] == [0, 1, 2, 3, 4]
     assert [record["id"] for _, record in found] == ["0", "1", "2", "3", "4"]
-    assert found[0][1] == {"conversations": TURNS, "id": "0"}  # the column source is not read
+    assert found[0][1] == {"conversations": TURNS, "id": "0"}  # the columns source and text are not read
     talks, report = load_conversations(folder)
     assert [talk.id for talk in talks] == ["0", "1", "2", "3", "4"] and (report.read, report.kept) == (5, 5)
     assert values(folder / "data-00001-of-00002.arrow") == [TURNS] * 2
@@ -91,12 +93,6 @@ def test_turns_stored_as_columns_are_turns(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": uneven}]), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet row 0: expected a list under conversations or messages"):
         load_conversations(tmp_path / "b.parquet")
-
-
-def test_the_first_of_the_known_columns_is_read(tmp_path):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    record = {"text": "a text", "messages": messages, "other": 1}
-    assert list(read_rows(write_dataset(tmp_path / "set", [record]))) == [(0, {"messages": messages})]
 
 
 @pytest.mark.parametrize("name", ["set", "texts.parquet"])
@@ -208,12 +204,3 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"set is read with pyarrow, which is not .*: pip install pyarrow==25\.0\.1$"):
         load_data([folder], load_tokenizer(), max_length=64, block_size=8)
-
-
-def test_a_table_is_recognized_by_its_name_or_its_folder(tmp_path):
-    write_splits(tmp_path / "set", train=CHATS)
-    assert all(
-        map(is_table, [tmp_path / "set", f"{tmp_path}/set:train", "none.parquet", "a.arrow", f"{tmp_path}/set:no"])
-    )
-    (tmp_path / "a.jsonl").write_text("{}")
-    assert not any(map(is_table, [tmp_path / "a.jsonl", "a.txt", "none", "a:b", ":a", "a.json.gz"]))

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -99,16 +98,6 @@ def test_windows_of_a_text_by_hand():
     assert list(windows([], 3, 2)) == [Window("", 0, 0, True)]
 
 
-@given(st.text("ab \n", max_size=200), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
-def test_windows_laid_end_to_end_are_the_text(text, size, cut, context):
-    found = list(windows([text[i : i + cut] for i in range(0, len(text), cut)], size, context))
-    assert "".join(w.text[w.first : w.last] for w in found) == text
-    assert [w.opens for w in found] == [True] + [False] * (len(found) - 1)
-    for left, right in pairwise(found):
-        assert left.last - left.first >= size
-        assert left.text[max(0, left.last - context) :] == right.text[: right.first + context]
-
-
 SEAMS = (
     "one.\n\nTwo  three\n\n\n  four 55555 \r\n\r\n. . ab\n\tc d\na bab\n\n\n\nd.\n\n語é \N{GRINNING FACE}\n"
     "ab</s>\n a b c\nb c ab ab\n"
@@ -177,18 +166,6 @@ def test_blocks_by_hand():
     assert blocks([5, 6, 7, 8, 9, 10, 11], bos=None) == [[5, 6, 7, 8], [9, 10, 11]]
     assert blocks([5, 6, 7, 8, 9, 10], bos=None) == [[5, 6, 7, 8]]
     assert blocks([5], bos=1) == [] == blocks()
-
-
-@given(st.lists(st.integers(0, 12), max_size=8), st.integers(3, 9), st.sampled_from([None, 1]))
-def test_packing_drops_only_a_short_rest(lengths, block_size, bos):
-    total = sum(lengths)
-    stream = np.split(np.arange(100, 100 + total, dtype=np.int32), np.cumsum(lengths)[:-1])
-    blocks = list(pack(stream, block_size, bos))
-    front = 0 if bos is None else 1
-    packed = [token for block in blocks for token in block[front:].tolist()]
-    assert packed == list(range(100, 100 + len(packed))) and total - len(packed) < 3 - front
-    assert all(len(block) == block_size for block in blocks[:-1]) and all(len(block) >= 3 for block in blocks)
-    assert all(block[0] == 1 for block in blocks if front)
 
 
 @pytest.mark.parametrize("name", ["novel.txt", "novel.txt.gz", "NOVEL.TXT", "wiki.train.raw"])

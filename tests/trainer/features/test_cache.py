@@ -186,24 +186,6 @@ def test_a_writer_killed_at_any_moment_loses_one_shard(data, opened, tmp_path, m
     assert contents(tmp_path) == complete
 
 
-def test_an_interrupted_write_is_resumed_after_its_complete_shards(backbone, data, opened, tmp_path):
-    calls = []
-
-    def stop(count):
-        calls.append(count)
-        if len(calls) == 7:
-            raise RuntimeError("of the backbone")
-
-    with pytest.raises(RuntimeError, match="of the backbone"):
-        open_cache(backbone, "tok", data, (1,), tmp_path, on_tokens=stop)
-    complete = contents(tmp_path)
-    assert set(complete) == {"meta.json", *shard_files("hidden-00000", "layer1-00000")}
-    cached, num_bytes = opened((1,))
-    assert num_bytes == (data.offsets[-1] - cached.store.num_rows(0)) * BYTES * 2
-    assert complete.items() <= contents(tmp_path).items()
-    assert set(contents(tmp_path)) == {"meta.json", *all_shards("hidden", "layer1")}
-
-
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
@@ -314,27 +296,6 @@ def test_a_damaged_shard_is_refused_before_anything_is_written_until_it_is_delet
     path.unlink()
     cached, num_bytes = opened((1,))
     assert num_bytes == cached.store.num_rows(2) * BYTES and contents(tmp_path) == complete
-
-
-def scaled(backbone, token, factor):
-    """The backbone, one token's hidden state multiplied."""
-
-    def forward(token_ids, **how):
-        output = backbone.forward(token_ids, **how)
-        rows = np.where(token_ids == token, np.float32(factor), np.float32(1))[..., None]
-        return SimpleNamespace(hidden=output.hidden * rows, layers=output.layers)
-
-    return SimpleNamespace(config=backbone.config, fingerprint="x", storage="float32", forward=forward)
-
-
-def test_a_feature_that_float16_cannot_hold_is_refused_by_its_sequence(backbone, data, tmp_path):
-    sequences = [data.conversation(i)[0] for i in range(len(data))]
-    sequences = [np.where(ids == 63, 3, ids) for ids in sequences]
-    sequences[27][4] = 63
-    marked = TokenizedData.of([(ids, np.ones(len(ids))) for ids in sequences])
-    with pytest.raises(ValueError, match=r"sequence 27: hidden holds -?[\d.]{5,}, outside float16; use --features"):
-        open_cache(scaled(backbone, 63, 1e6), "tok", marked, (), tmp_path)
-    assert set(contents(tmp_path)) == {"meta.json", *shard_files("hidden-00000", "hidden-00001")}
 
 
 def test_a_disk_without_room_is_reported_before_anything_is_written(opened, tmp_path, monkeypatch):

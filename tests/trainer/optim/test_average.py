@@ -1,7 +1,6 @@
 """The moving average of the weights: its values, and the exchange with the parameters."""
 
 import numpy as np
-import pytest
 
 from heads.base import Head
 from heads.layers import Linear
@@ -147,25 +146,3 @@ def test_parameters_still_have_gradients_and_no_graph_is_left_behind():
     assert counts[0] == counts[1] == counts[2]
     weight = head.first.weight
     np.testing.assert_allclose(jt.grad((weight * weight).sum(), weight).numpy(), 2 * weight.numpy(), rtol=1e-6)
-
-
-def test_a_state_that_does_not_fit_is_refused_and_every_entry_named():
-    _, average = begin()
-    fitting = average.state()
-    wrong = {**fitting, "average.stray": fitting["updates"], "average.first.bias": np.zeros(3, np.float32)}
-    del wrong["average.second.weight"]
-    with pytest.raises(ValueError, match="the average of the weights") as caught:
-        average.load_state(wrong)
-    wanted = ("second.weight is missing", "stray is int64 (), expected none", "first.bias is float32 (3,)")
-    for part in wanted:
-        assert part in str(caught.value)
-    average.load_state(fitting)
-
-
-def test_no_update_and_no_state_while_the_averages_are_in_the_parameters():
-    _, average = begin()
-    with average.swapped():
-        for refused in (average.update, average.state, lambda: average.swapped().__enter__()):
-            with pytest.raises(AssertionError, match="in the parameters"):
-                refused()
-    average.update()
