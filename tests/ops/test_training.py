@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 
-from ops.training import (
-    cross_entropy,
-    kl_divergence,
-    outer_product,
-    trainable_linear,
-)
+from ops.training import cross_entropy, kl_divergence, outer_product, trainable_linear
 from runtime import jt
 from tests.ops.layers import normal
 

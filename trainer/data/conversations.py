@@ -22,14 +22,8 @@ from trainer.data.parquet import is_table, read_rows
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 CHUNK_BYTES = 1 << 20  # read at a time
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+ROLES = dict.fromkeys(("human", "user"), "user") | dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")
+ROLES["system"] = "system"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ops.packing.quantize import GROUP, quantize_nf4, quantize_rows
-from ops.packing.tiles import Room, pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, row_blocks
+from ops.packing.tiles import pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, row_blocks
 
 # Tiles of 16 inputs in a lane's 16 bytes.
 TOGETHER = {"float16": 1, "int8": 2, "uint8": 4}
@@ -83,13 +83,6 @@ def test_matrices_in_parts_are_packed_as_one_and_behind_each_other(storage):
         np.testing.assert_array_equal(first.numpy(), pack_tiles(np.concatenate([q, k])))
     else:
         np.testing.assert_array_equal(scales.numpy(), np.concatenate([first_scales.numpy(), second_scales.numpy()]))
-
-
-def test_room_that_is_not_filled_is_noticed():
-    room = Room("float32", [(40, 10)])
-    room.append(draw(32, 10, "float32"))
-    with pytest.raises(AssertionError, match=r"2048, ?3072"):
-        room.variables()
 
 
 @pytest.mark.parametrize("storage", [None, "nf4"])
