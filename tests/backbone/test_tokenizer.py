@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import socket
+from itertools import compress
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ CHAT = [
     {"role": "assistant", "content": "me too"},
 ]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
-# What each template puts before and behind a reply.
+# What each template puts before and after a reply.
 FRAME = {
     "vicuna": (" ", "</s>"),
     "llama-2": (" ", " </s>"),
@@ -35,12 +36,12 @@ OWN = "own"
 
 
 def replies(messages, name):
-    before, behind = FRAME["vicuna" if name == OWN else name]
-    return "".join(before + turn["content"] + behind for turn in messages if turn["role"] == "assistant")
+    before, after = FRAME["vicuna" if name == OWN else name]
+    return "".join(before + turn["content"] + after for turn in messages if turn["role"] == "assistant")
 
 
 def masked_text(tokenizer, ids, mask):
-    return tokenizer.decode([token for token, said in zip(ids, mask, strict=True) if said], skip_special_tokens=False)
+    return tokenizer.decode(list(compress(ids, mask)), skip_special_tokens=False)
 
 
 def embedded_with(directory, **added):
@@ -209,7 +210,7 @@ def test_special_end_tokens_are_masked_and_end_a_reply(tmp_path):
     assert tokenizer.end_of_turn == "<|im_end|>" and tokenizer.eos_ids == (2, 4097)
     ids, mask = tokenizer.encode_with_mask(CHAT)
     assert masked_text(tokenizer, ids, mask) == replies(CHAT, "chatml")
-    assert [said for token, said in zip(ids, mask, strict=True) if token == 4097] == [False, True, False, True]
+    assert [masked for token, masked in zip(ids, mask, strict=True) if token == 4097] == [False, True, False, True]
     assert not mask[-1]  # the line break behind the last <|im_end|>
     assert load_tokenizer().end_of_turn == "</s>" and load_tokenizer().eos_ids == (2,)
     llama_3 = load_tokenizer(template="llama-3")  # its end is several tokens of this vocabulary

@@ -1,4 +1,4 @@
-"""weight_convert.py as a user types it: formats recognised, notes, exit statuses, and mistakes in one line."""
+"""weight_convert.py as a user types it: formats recognized, notes, exit statuses, and mistakes in one line."""
 
 import importlib.util
 import json

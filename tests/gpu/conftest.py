@@ -22,7 +22,7 @@ from tests.small import bodies, small_backbone
 
 @dataclass(frozen=True)
 class Place:
-    """name: emulated or gpu. location: where Jittor says that a Var lies which kernels use. load: dtype ->
+    """name: emulated or gpu. location: what Jittor calls the place of a Var that kernels use. load: dtype ->
     backbone. prompts: token ids each. new_tokens: decoded behind each. steps: passes that the memory is watched for."""
 
     name: str

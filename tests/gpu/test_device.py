@@ -36,16 +36,16 @@ TRAINED_HEADS = ("mlp", "gated_rnn")
 
 
 def address(var) -> int:
-    """Where the elements of a Var lie, as kernels see it. ``Var.raw_ptr`` would move them to the host."""
-    told = jt.code(
+    """The address of a Var's elements, as kernels see it. ``Var.raw_ptr`` would move them to the host."""
+    place = jt.code(
         (1,),
         "int64",
         [var],
         cpu_src="*(long long*)out0_p = (long long)in0_p;",
-        cuda_header="__global__ static void gorgon_tell(long long* place, const void* at) { *place = (long long)at; }",
-        cuda_src="gorgon_tell<<<1, 1>>>((long long*)out0_p, (const void*)in0_p);",
+        cuda_header="__global__ static void gorgon_place(long long* place, const void* at) { *place = (long long)at; }",
+        cuda_src="gorgon_place<<<1, 1>>>((long long*)out0_p, (const void*)in0_p);",
     )
-    return int(told.numpy()[0])
+    return int(place.numpy()[0])
 
 
 def held_vars(*objects) -> dict[str, object]:

@@ -17,6 +17,6 @@ def body(request):
 
 @pytest.fixture(params=["ascending", "descending"])
 def order(request, monkeypatch):
-    """In which order emulated threads run; a result that depends on it lacks a barrier."""
+    """In which order emulated threads run; a barrier is missing where the result depends on it."""
     monkeypatch.setenv("GORGON_EMULATOR_ORDER", request.param)
     return request.param

@@ -57,8 +57,8 @@ class Network:
         state, memory, chosen = hidden.astype(f), np.zeros(self.dim, f), [root]
         for _ in range(self.depths):
             normed = state / np.sqrt((state**2).mean() + EPS) * self.norm
-            told = root if flaw == "token" else chosen[-1]
-            u = np.concatenate([normed, memory, self.embedding[told].astype(f)])
+            previous = root if flaw == "token" else chosen[-1]
+            u = np.concatenate([normed, memory, self.embedding[previous].astype(f)])
             y = self.wide.astype(f) @ u + (0 if flaw == "bias" else self.bias)
             a, b, c = (y[i * self.inner : (i + 1) * self.inner] for i in range(3))
             proposal = self.back.astype(f) @ (a * sigmoid(a) * np.tanh(b))

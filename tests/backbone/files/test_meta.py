@@ -218,9 +218,9 @@ def test_a_config_beside_params_settles_what_they_leave_open_and_must_agree(tmp_
     rope = LLAMA_3_ROPE | {"factor": 32.0}
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": WIDE, "max_position_embeddings": 200}
     origin = write_model(tmp_path / "origin", raw_config(rope_scaling=rope, **sizes))
-    said = []
-    convert(origin, "meta", tmp_path / "meta", ConvertOptions(dtype="keep"), said.append)
-    assert any("params.json has no field for rope scaling" in line and "32.0" in line for line in said)
+    notes = []
+    convert(origin, "meta", tmp_path / "meta", ConvertOptions(dtype="keep"), notes.append)
+    assert any("params.json has no field for rope scaling" in line and "32.0" in line for line in notes)
     assert read_config(tmp_path / "meta") == read_config(origin)
     (tmp_path / "meta" / "config.json").rename(tmp_path / "config.json")
     assert read_config(tmp_path / "meta").rope_scaling["factor"] == 8.0

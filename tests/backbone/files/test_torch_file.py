@@ -22,7 +22,7 @@ def read_torch_file(path):
         yield name, tensor.whole()
 
 
-def test_views_of_a_torch_storage_are_honoured(tmp_path, assert_same):
+def test_views_of_a_torch_storage_are_read_as_they_are(tmp_path, assert_same):
     base = torch.arange(24.0).reshape(4, 6)
     state = {"transposed": base.t(), "slice": base[1:3, ::2], "column": base[:, 5], "whole": base, "tied": base}
     torch.save(state, tmp_path / "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""The seven matrices out of a layer's packed weights, and products with them that train what lies before."""
+"""The seven matrices out of a layer's packed weights, and products with them through which gradients flow."""
 
 import gc
 
@@ -82,7 +82,7 @@ def test_a_product_and_its_gradient_equal_those_of_the_float_matrix(layer, name)
 
 
 def test_no_unpacked_matrix_outlives_its_product():
-    """Twenty products behind each other, forward and back: room for two unpacked matrices, not for twenty."""
+    """Twenty products in a row, forward and backward: room for two unpacked matrices, not for twenty."""
     shape = LayerShape(hidden_size=512, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=512, eps=1e-5)
     square = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32) / 512**0.5
     norms = {name: np.ones(512, np.float32) for name in ("norm1", "norm2")}

@@ -1,4 +1,4 @@
-"""Jittor starts anywhere, quietly, and whatever stands in its way is said in words."""
+"""Jittor starts anywhere, quietly, and whatever is in its way is reported."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_onednn_is_linked_where_jittor_looks(home, prefix, before):
 
 @pytest.mark.parametrize(("name", "below"), [("gorgon-cpu", ""), ("gorgon-cuda", "cu13.0.88_sm_90")])
 def test_a_compiled_core_is_found_by_its_cache_name(home, monkeypatch, name, below):
-    """With CUDA it lies one folder deeper."""
+    """With CUDA it is one folder deeper."""
     folder = home / ".cache" / "jittor" / "jt1.3.11" / "g++12" / "py3.11" / "Linux" / "cpu" / "7b6b" / name / below
     folder.mkdir(parents=True)
     core = folder / "jittor_core.cpython-311-x86_64-linux-gnu.so"
@@ -79,7 +79,7 @@ def test_a_compiled_core_is_found_by_its_cache_name(home, monkeypatch, name, bel
     assert not core_is_compiled()
 
 
-def test_mpirun_is_recognised(monkeypatch):
+def test_mpirun_is_recognized(monkeypatch):
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
     assert not under_mpi()
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
@@ -227,7 +227,7 @@ print(os.environ["JITTOR_HOME"])
 
 
 @pytest.mark.parametrize("given", [None, "elsewhere"])
-def test_jittor_is_told_its_home_so_that_one_it_remembers_does_not_count(tmp_path, given):
+def test_jittor_gets_its_home_whatever_home_it_has_stored(tmp_path, given):
     home = tmp_path / "home"
     (home / ".cache" / "jittor").mkdir(parents=True)
     (home / ".cache" / "jittor" / "config.json").write_text(json.dumps({"JITTOR_HOME": "/nowhere/at/all"}))

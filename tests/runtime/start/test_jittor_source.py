@@ -41,7 +41,7 @@ def test_the_copy_is_made_once_and_named_by_its_contents(tmp_path):
     assert patched_sources(tmp_path) == copy and copy.stat().st_ino == made
     other = patched_sources(tmp_path, PATCHES[:1])
     assert other != copy
-    with pytest.raises(SourceError):  # one that cannot be mended leaves nothing behind
+    with pytest.raises(SourceError):  # one that cannot be patched leaves no files
         patched_sources(tmp_path, (dataclasses.replace(PATCHES[0], old="not in any file of Jittor"),))
     assert set(tmp_path.iterdir()) == {copy, other}
 

@@ -1,4 +1,4 @@
-"""What a machine has of CUDA is found wherever it lies, has to fit together, and becomes one folder."""
+"""The parts of CUDA on a machine are found wherever they are, have to fit together, and become one folder."""
 
 import errno
 import os
@@ -66,7 +66,7 @@ def write_libraries(folder, names):
 FULL = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10", "libcudadevrt.a")
 
 
-def whole_toolkit(root, version="13.0"):
+def complete_toolkit(root, version="13.0"):
     major, minor = map(int, version.split("."))
     write_headers(root / "include", major, minor)
     write_libraries(root / "lib64", [name.replace("13", str(major)) for name in FULL])
@@ -85,8 +85,8 @@ def test_a_toolkit_says_its_version_or_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["11.8", "13.0"])
-def test_a_whole_toolkit_has_no_problem(tmp_path, version):
-    found = examine(whole_toolkit(tmp_path, version), [])
+def test_a_complete_toolkit_has_no_problem(tmp_path, version):
+    found = examine(complete_toolkit(tmp_path, version), [])
     major, minor = map(int, version.split("."))
     assert found.problems == () and found.version == (major, minor) and found.codes == (80, 90)
     assert {name: part.major for name, part in found.parts.items()} == {
@@ -95,7 +95,7 @@ def test_a_whole_toolkit_has_no_problem(tmp_path, version):
 
 
 def test_a_compiler_that_is_a_script_elsewhere_is_asked_where_its_toolkit_lies(tmp_path):
-    whole_toolkit(tmp_path / "cuda")
+    complete_toolkit(tmp_path / "cuda")
     found = examine(write_nvcc(tmp_path / "scripts", top=tmp_path / "cuda"), [])
     assert found.top == tmp_path / "cuda" and found.problems == ()
 
@@ -142,19 +142,19 @@ def test_libraries_of_another_major_version_are_refused_with_one_line(tmp_path):
     ],
 )
 def test_what_is_missing_is_named(tmp_path, gone, words):
-    nvcc = whole_toolkit(tmp_path)
+    nvcc = complete_toolkit(tmp_path)
     (tmp_path / gone).unlink()
     found = examine(nvcc, [])
     assert len(found.problems) == 1 and words in found.problems[0]
     assert remedy(found) == "pip install -r requirements-cuda.txt"
-    assert "is 10.2; 11 to 13 are supported" in examine(whole_toolkit(tmp_path, "10.2"), []).problems[0]
+    assert "is 10.2; 11 to 13 are supported" in examine(complete_toolkit(tmp_path, "10.2"), []).problems[0]
 
 
 def test_compilers_come_in_order_and_once(tmp_path, monkeypatch):
     named, wheels = tmp_path / "named", tmp_path / "nvidia"
-    on_path = whole_toolkit(tmp_path / "cuda")
-    whole_toolkit(named)
-    whole_toolkit(wheels / "cu13")
+    on_path = complete_toolkit(tmp_path / "cuda")
+    complete_toolkit(named)
+    complete_toolkit(wheels / "cu13")
     monkeypatch.setenv("PATH", f"{on_path.parent}:/usr/bin:/bin")
     monkeypatch.setattr(toolkit, "_system_folders", lambda: [tmp_path / "cuda"])
     assert [found.top for found in find_toolkits([wheels])] == [tmp_path / "cuda", wheels / "cu13"]
@@ -168,7 +168,7 @@ def test_compilers_come_in_order_and_once(tmp_path, monkeypatch):
 
 
 def test_the_folder_holds_a_compiler_headers_and_libraries_under_all_their_names(tmp_path):
-    whole_toolkit(tmp_path / "cuda")
+    complete_toolkit(tmp_path / "cuda")
     wheels = tmp_path / "nvidia"
     write_headers(wheels / "cu13" / "include")
     (tmp_path / "cuda" / "include" / "curand.h").unlink()
@@ -197,20 +197,20 @@ def test_the_folder_holds_a_compiler_headers_and_libraries_under_all_their_names
     ],
 )
 def test_the_compilers_script_passes_words_on(tmp_path, given, passed):
-    found = examine(whole_toolkit(tmp_path / "a folder with spaces"), [])
+    found = examine(complete_toolkit(tmp_path / "a folder with spaces"), [])
     script = assemble(plan(found, [90]), tmp_path / "cache") / "bin" / "nvcc"
     done = subprocess.run([script, *given], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"<{word}>" for word in passed]
 
 
 def test_the_folder_is_named_by_its_contents_and_made_once(tmp_path):
-    found = examine(whole_toolkit(tmp_path / "cuda"), [])
+    found = examine(complete_toolkit(tmp_path / "cuda"), [])
     entries = plan(found, [90])
     folder = assemble(entries, tmp_path / "cache")
     made = folder.stat().st_ino
     assert assemble(entries, tmp_path / "cache") == folder and folder.stat().st_ino == made
     assert assemble(plan(found, [80]), tmp_path / "cache") != folder
-    assert assemble(plan(examine(whole_toolkit(tmp_path / "cuda", "13.1"), []), [90]), tmp_path / "cache") != folder
+    assert assemble(plan(examine(complete_toolkit(tmp_path / "cuda", "13.1"), []), [90]), tmp_path / "cache") != folder
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
@@ -223,7 +223,7 @@ print(assemble({f"d{i}/f{j}": Entry(text=str(j)) for i in range(5) for j in rang
 """
 
 
-def test_several_processes_make_one_whole_folder(tmp_path):
+def test_several_processes_make_one_complete_folder(tmp_path):
     root = Path(__file__).resolve().parents[3]
     words = [sys.executable, "-c", MAKER, str(tmp_path)]
     makers = [
