@@ -238,7 +238,7 @@ def _head_steps(name: str) -> list[Step]:
 
 def _kernel_steps() -> list[Step]:
     """A step for each file of tests/ops: an illegal access ends the process, and with separate ones no other tests."""
-    files = [path for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")) if path.name not in WITHOUT_GPU]
+    files = [path for path in sorted((ROOT / "tests" / "ops").rglob("test_*.py")) if path.name not in WITHOUT_GPU]
     words = ["pytest", "-m", "not slow and not nvcc"]
     return [
         Step(

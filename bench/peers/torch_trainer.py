@@ -147,9 +147,8 @@ class TorchTrainer:
         total.backward()
         if config.clip:
             nn.utils.clip_grad_norm_(self.parameters, config.clip)
-        shape = (config.learning_rate, config.warmup, config.final_rate, config.decay_share)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(config.schedule, self.done, config.max_steps, *shape)
+            group["lr"] = rate(config, self.done, config.max_steps)
         self.optimizer.step()
         self.done += 1
         return batch.num_tokens, losses.tolist()

@@ -22,7 +22,7 @@ def read_torch_file(path):
         yield name, tensor.whole()
 
 
-def test_views_of_a_torch_storage_are_honoured(tmp_path, assert_same):
+def test_views_of_a_torch_storage_are_read_as_they_are(tmp_path, assert_same):
     base = torch.arange(24.0).reshape(4, 6)
     state = {"transposed": base.t(), "slice": base[1:3, ::2], "column": base[:, 5], "whole": base, "tied": base}
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -213,21 +213,16 @@ def test_bad_storages_are_refused(tmp_path):
         list(read_torch_file(file))
 
 
-def test_checkpoints_with_more_than_tensors_are_refused(tmp_path):
-    file = tmp_path / "x.bin"
-    torch.save({"model": {"a": torch.ones(2)}, "step": 3}, file)
-    with pytest.raises(ValueError, match="entry 'model' is a dict"):
-        list(read_torch_file(file))
-    torch.save([torch.ones(2)], file)
-    with pytest.raises(ValueError, match="holds a list"):
-        list(read_torch_file(file))
-
-
-def test_the_format_before_the_zip_is_refused(tmp_path):
-    file = tmp_path / "x.bin"
-    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"x\.bin cannot be read as weights: File is not a zip file"):
-        list(read_torch_file(file))
+def test_checkpoints_with_more_than_tensors_and_an_older_format_are_refused(tmp_path):
+    file, tensor = tmp_path / "x.bin", torch.ones(2)
+    for content, settings, match in [
+        ({"model": {"a": tensor}, "step": 3}, {}, "entry 'model' is a dict"),
+        ([tensor], {}, "holds a list"),
+        ({"a": tensor}, {"_use_new_zipfile_serialization": False}, "cannot be read as weights: File is not a zip file"),
+    ]:
+        torch.save(content, file, **settings)
+        with pytest.raises(ValueError, match=match):
+            list(read_torch_file(file))
 
 
 def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):

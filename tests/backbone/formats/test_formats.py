@@ -90,7 +90,7 @@ def test_the_pairs_can_fail():
 # Types ---------------------------------------------------------------------------------------------------------------
 
 
-def test_rounding_is_told_and_verified_against_the_narrower_type(tmp_path, capsys):
+def test_rounding_is_reported_and_verified_against_the_narrower_type(tmp_path, capsys):
     origin = write_model(tmp_path / "origin", raw_config(), torch.float32)
     done = convert(origin, "safetensors", tmp_path / "half", ConvertOptions(dtype="float16"))
     exact, rounded = open_source(origin).tensors, open_source(tmp_path / "half").tensors
@@ -133,21 +133,21 @@ def test_a_number_too_large_for_float16_is_refused_by_name(tmp_path):
     convert(origin, "safetensors", tmp_path / "out", ConvertOptions(dtype="bfloat16"))
 
 
-def test_pickles_are_float16_unless_told_otherwise(tmp_path):
+def test_pickles_are_float16_by_default(tmp_path):
     origin = write_model(tmp_path / "origin", raw_config(), torch.bfloat16)
     assert convert(origin, "jittor-pkl", tmp_path / "a.pkl").dtypes.keys() == {"float16"}
     assert convert(origin, "jittor-pkl", tmp_path / "b.pkl", ConvertOptions(dtype="float32")).rounding == 0
     for dtype in ("keep", "bfloat16"):
         with pytest.raises(ValueError, match="no bfloat16"):
             convert(origin, "jittor-pkl", tmp_path / "c.pkl", ConvertOptions(dtype=dtype))
-    # As a folder, the tokenizer lies beside it where load_tokenizer finds it.
+    # In a folder the tokenizer is beside it, where load_tokenizer finds it.
     convert(origin, "jittor-pkl", tmp_path / "folder")
     names = {path.name for path in (tmp_path / "folder").iterdir()}
     assert names == {"backbone.pkl", "config.json", "generation_config.json", *TOKENIZER}
     assert read_config(tmp_path / "folder" / "backbone.pkl") == read_config(tmp_path / "folder")
 
 
-# Whole or not at all -------------------------------------------------------------------------------------------------
+# Complete or not at all ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_leaves_nothing(tmp_path, to
     assert sorted(path.name for path in tmp_path.iterdir()) == ["origin"]
 
 
-def test_no_space_left_on_device_is_said_in_these_words_and_known_beforehand_where_possible(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_the_systems_words_and_beforehand_where_possible(tmp_path, monkeypatch):
     origin = write_model(tmp_path / "origin", raw_config())
     convert(origin, "safetensors", tmp_path / "out", KEEP)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -174,7 +174,7 @@ def test_no_space_left_on_device_is_said_in_these_words_and_known_beforehand_whe
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="No space left on device while writing"):
         patch.setattr(containers, "_stream", full)
         convert(origin, "safetensors", tmp_path / "out", ConvertOptions(overwrite=True))
-    # What stood there before is untouched.
+    # The earlier conversion is untouched.
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "out"]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
@@ -211,10 +211,10 @@ def test_tied_and_old_checkpoints_lose_only_what_follows_from_the_config(tmp_pat
     state = load_file(origin / "model.safetensors")
     state |= {LM_HEAD: state[EMBEDDING].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     save_file(state, origin / "model.safetensors")
-    said = []
-    convert(origin, "hf-bin", tmp_path / "out", KEEP, said.append)
-    assert any("1 rotary buffers are left out" in line for line in said)
-    assert any("lm_head.weight is left out" in line for line in said)
+    notes = []
+    convert(origin, "hf-bin", tmp_path / "out", KEEP, notes.append)
+    assert any("1 rotary buffers are left out" in line for line in notes)
+    assert any("lm_head.weight is left out" in line for line in notes)
     assert set(torch.load(tmp_path / "out" / "pytorch_model.bin")) == set(expected_shapes(read_config(origin)))
     state[LM_HEAD][0, 0] += 1
     save_file(state, origin / "model.safetensors")
@@ -237,7 +237,7 @@ def test_meta_refuses_what_params_json_has_no_field_for(tmp_path, change, match)
     convert(origin, "jittor-pkl", tmp_path / "out.pkl", KEEP)
 
 
-def test_backbones_are_told_from_heads_by_their_tensors(tmp_path):
+def test_backbones_and_heads_are_distinguished_by_their_tensors(tmp_path):
     origin = write_model(tmp_path / "origin", raw_config())
     head = tmp_path / "head"
     head.mkdir()
