@@ -10,19 +10,19 @@ line of stdout is JSON. Exit status: 0, 1 if --verify found a difference above t
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
-import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.formats import FORMATS, ConvertOptions, convert, recognise, verify
 from backbone.formats.cast import FLOATS, KEEP
 from backbone.formats.shards import parse_size
-from runtime.entry import Parser, run_entry, suggest
+from runtime.entry import run_entry, suggest
+from runtime.options import option, parse_options
 
 DIFFERENT = 1  # exit status
 DESCRIPTION = "Convert a backbone or a draft head from one format to another."
@@ -33,53 +33,45 @@ def head_formats() -> dict[str, str]:
     return importlib.import_module("heads.formats").FORMATS
 
 
-def build_parser() -> Parser:
+@dataclass
+class Options:
     """The options of this entry."""
-    parser = Parser(prog="weight_convert.py", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a folder or a file; its format is recognized")
-    parser.add_argument("--to", metavar="FORMAT", help="the format to write; --list prints all")
-    parser.add_argument("--out", metavar="PATH", help="where to write: a folder, or a file for formats of one file")
-    parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="read SOURCE as this format")
-    floats = (
-        "of floating-point tensors (default: keep; float16 for backbones in jittor-pkl and for tensorrt-llm-medusa)"
+
+    source: str | None = option(
+        None, "a folder or a file; its format is recognized", name="source", nargs="?", metavar="SOURCE"
     )
-    parser.add_argument("--dtype", choices=(*FLOATS, KEEP), help=floats)
-    parser.add_argument(
-        "--shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="largest weight file, such as 500MB or 2GiB (default: %(default)s)",
+    to: str | None = option(None, "the format to write; --list prints all", metavar="FORMAT")
+    out: str | None = option(None, "where to write: a folder, or a file for formats of one file", metavar="PATH")
+    source_format: str | None = option(None, "read SOURCE as this format", name="--from", metavar="FORMAT")
+    dtype: str | None = option(
+        None,
+        "of floating-point tensors (default: keep; float16 for backbones in jittor-pkl and for tensorrt-llm-medusa)",
+        choices=(*FLOATS, KEEP),
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote to --out")
-    parser.add_argument("--verify", action="store_true", help="compare every tensor and the logits of both sides")
-    parser.add_argument(
-        "--tolerance", type=float, metavar="T",
-        help="largest difference that --verify allows, relative to the largest magnitude of a tensor or of the logits "
+    shard_size: str = option("5GB", "largest weight file, such as 500MB or 2GiB", metavar="SIZE")
+    overwrite: bool = option(False, "replace what an earlier conversion wrote to --out")
+    verify: bool = option(False, "compare every tensor and the logits of both sides")
+    tolerance: float | None = option(
+        None,
+        "largest difference that --verify allows, relative to the largest magnitude of a tensor or of the logits "
         "(default: 0 if types are equal, else the rounding of the narrower type)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--backbone", metavar="DIR", help="the backbone that a head belongs to (default: the embedded one)"
+        metavar="T",
+        least=0,
     )
-    parser.add_argument(
-        "--merge", action="store_true", help="write complete language-model heads for a head with none or low-rank ones"
+    backbone: str | None = option(
+        None, "the backbone that a head belongs to (default: the embedded one)", metavar="DIR"
     )
-    parser.add_argument("--list", action="store_true", help="print every format and leave")
-    return parser
+    merge: bool = option(False, "write complete language-model heads for a head with none or low-rank ones")
+    list: bool = option(False, "print every format and leave")
 
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The checked options. Raises ValueError for unknown, missing or contradictory ones."""
-    options = build_parser().parse_args(arguments)
-    if options.list:
-        return options
-    if missing := [flag for flag in ("source", "to", "out") if getattr(options, flag) is None]:
-        named = ", ".join("SOURCE" if flag == "source" else f"--{flag}" for flag in missing)
-        raise ValueError(f"{named} missing; expected SOURCE --to FORMAT --out PATH, or --list")
-    if options.tolerance is not None and not (math.isfinite(options.tolerance) and options.tolerance >= 0):
-        raise ValueError(f"--tolerance is {options.tolerance}, expected a number of 0 or more")
-    if options.tolerance is not None and not options.verify:
-        raise ValueError("--tolerance belongs to --verify; pass both or neither")
-    return options
+    def check(self) -> None:
+        """Raises ValueError for missing or contradictory options."""
+        missing = [name for name in ("source", "to", "out") if getattr(self, name) is None]
+        if missing and not self.list:
+            named = ", ".join("SOURCE" if name == "source" else f"--{name}" for name in missing)
+            raise ValueError(f"{named} missing; expected SOURCE --to FORMAT --out PATH, or --list")
+        if self.tolerance is not None and not self.verify:
+            raise ValueError("--tolerance belongs to --verify; pass both or neither")
 
 
 def list_formats() -> None:
@@ -107,7 +99,7 @@ def is_backbone(source: str, source_format: str | None) -> bool:
     return recognise(source) is not None
 
 
-def convert_backbone(options: argparse.Namespace, settings: ConvertOptions) -> int:
+def convert_backbone(options: Options, settings: ConvertOptions) -> int:
     """A backbone to one of the backbone formats. Returns the exit status."""
     if options.to not in FORMATS:
         if options.to in head_formats():
@@ -127,7 +119,7 @@ def convert_backbone(options: argparse.Namespace, settings: ConvertOptions) -> i
 
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns the exit status."""
-    options = parse(arguments)
+    options = parse_options(Options, "weight_convert.py", DESCRIPTION, arguments)
     if options.list:
         list_formats()
         return 0

@@ -16,26 +16,15 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backbone.engines import prepare_engine
-from bench.measure.calibrate import DECODING, CalibrateOptions, calibrate
+from bench.measure.calibrate import OFFERED, CalibrateOptions, calibrate
 from bench.tables.terminal import note
-from decoding.options import DecodingOptions
-from runtime.entry import Parser, run_entry
-from runtime.options import add_options, option_fields, read_options
-
-
-def parse(arguments: Sequence[str]) -> CalibrateOptions:
-    """The checked options. Raises ValueError for unknown ones, and for values that make no calibration."""
-    parser = Parser(prog="bench/calibrate.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    others = option_fields(DecodingOptions).keys() - DECODING
-    add_options(parser, CalibrateOptions, only=option_fields(CalibrateOptions).keys() - others)
-    options = read_options(CalibrateOptions, parser.parse_args(arguments))
-    options.check()
-    return options
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    options = parse(arguments)
+    options = parse_options(CalibrateOptions, "bench/calibrate.py", __doc__, arguments, OFFERED)
     prepare_engine(options.backbone_engine)
     calibration, out = calibrate(options)
     calibration.write(out)

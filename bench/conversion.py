@@ -17,26 +17,16 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.clock.conversion import measure
+from bench.clock.conversion import ConversionOptions, measure
 from bench.record.files import publish
-from runtime.atomic import check_writable
-from runtime.entry import Parser, run_entry
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns 0, or 1 if a bit was lost."""
-    parser = Parser(prog="bench/conversion.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--scratch", required=True, metavar="DIR", help="an existing folder on the disk to measure")
-    add("--size", default="2GB", help="of the model's weights (default: %(default)s)")
-    add("--shard-size", default="500MB", metavar="SIZE", help="of a weight file (default: %(default)s)")
-    add("--out", metavar="FILE", help="write the JSON here too")
-    options = parser.parse_args(arguments)
-    if not Path(options.scratch).is_dir():
-        raise ValueError(f"--scratch {options.scratch} is not a folder; name an existing one")
-    if options.out:
-        check_writable(options.out)
-    record = measure(options.scratch, options.size, options.shard_size)
+    options = parse_options(ConversionOptions, "bench/conversion.py", __doc__, arguments)
+    record = measure(options)
     publish(record, options.out)
     return 0 if record["identical"] else 1
 

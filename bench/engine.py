@@ -24,29 +24,14 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
 
 from bench.clock.engine import EngineOptions, measure
 from bench.record.files import publish
-from bench.tables.plots.figure import check_plot_path
-from runtime.atomic import check_writable
-from runtime.entry import Parser, run_entry
+from runtime.entry import run_entry
 from runtime.interrupt import deferred_interrupts
-from runtime.options import add_options, read_options
-
-
-def parse(arguments: Sequence[str]) -> EngineOptions:
-    """The checked options. Raises ValueError for unknown ones and for values that make no run."""
-    parser = Parser(prog="bench/engine.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add_options(parser, EngineOptions)
-    options = read_options(EngineOptions, parser.parse_args(arguments))
-    options.check()
-    return options
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    options = parse(arguments)
-    if options.plot:
-        check_plot_path(options.plot)
-    for path in filter(None, (options.out, options.plot)):
-        check_writable(path)
+    options = parse_options(EngineOptions, "bench/engine.py", __doc__, arguments)
     from bench.peers.torch_llama import find_peer
 
     with deferred_interrupts():

@@ -22,19 +22,13 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
 from bench.gpu.check import CheckOptions, run_check
 from bench.gpu.step import Step
 from bench.gpu.steps import STEPS
-from runtime.entry import Parser, run_entry
-from runtime.options import add_options, read_options
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str], steps: Sequence[Step] = STEPS) -> int:
     """The command line. steps: all that there are."""
-    parser = Parser(prog="bench/gpu_check.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add_options(parser, CheckOptions)
-    reuse, leave = "reuse the steps that passed in --out; run the rest", "print the steps with commands and limits"
-    parser.add_argument("--continue", dest="resume", action="store_true", help=reuse)
-    parser.add_argument("--list", dest="show_steps", action="store_true", help=leave)
-    given = parser.parse_args(arguments)
-    options = read_options(CheckOptions, given, resume=given.resume, show_steps=given.show_steps)
+    options = parse_options(CheckOptions, "bench/gpu_check.py", __doc__, arguments)
     return run_check(options, steps, arguments)
 
 

@@ -21,16 +21,13 @@ from bench.measure.engines import HybridOptions, compare_engines
 from bench.record.files import publish
 from bench.tables.terminal import note
 from runtime.atomic import check_writable
-from runtime.entry import Parser, run_entry
-from runtime.options import add_options, read_options
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns 0, or 1 if a text differs between the engines."""
-    parser = Parser(prog="bench/hybrid.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_options(parser, HybridOptions, only=HybridOptions.SHOWN)
-    options = read_options(HybridOptions, parser.parse_args(arguments))
-    options.check()
+    options = parse_options(HybridOptions, "bench/hybrid.py", __doc__, arguments, HybridOptions.SHOWN)
     prepare_engine(TORCH)
     prompts = options.read_prompts()
     if options.out:

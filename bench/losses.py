@@ -15,33 +15,16 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataclasses import dataclass
-
-from bench.clock.losses import Problem, compare
+from bench.clock.losses import LossOptions, compare
 from bench.record.files import publish
-from runtime.atomic import check_writable
-from runtime.entry import Parser, run_entry
-from runtime.options import add_options, option, read_options
-
-
-@dataclass
-class LossOptions:
-    """The options of this entry besides the problem's."""
-
-    repeats: int = option(20, "timed turns", metavar="N", least=0)
-    out: str | None = option(None, "write the JSON here too", metavar="FILE")
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(prog="bench/losses.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add_options(parser, Problem)
-    add_options(parser, LossOptions)
-    given = parser.parse_args(arguments)
-    problem, options = read_options(Problem, given), read_options(LossOptions, given)
-    if options.out:
-        check_writable(options.out)
-    publish(compare(problem, options.repeats), options.out)
+    options = parse_options(LossOptions, "bench/losses.py", __doc__, arguments)
+    publish(compare(options.problem, options.repeats), options.out)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,14 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.tables.report import BEGIN, END, report
-from runtime.entry import Parser, run_entry
+from bench.tables.report import ReportOptions, report
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(prog="bench/report.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("results", nargs="+", metavar="RESULT", help="result files written by bench/run.py")
-    add("--out", metavar="FILE", help="write a Markdown page with the table only")
-    add("--update", nargs="+", default=[], metavar="FILE", help=f"replace the text between {BEGIN} and {END}")
-    given = parser.parse_args(arguments)
-    report(given.results, given.out, given.update)
+    report(parse_options(ReportOptions, "bench/report.py", __doc__, arguments))
 
 
 if __name__ == "__main__":

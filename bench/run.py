@@ -19,22 +19,13 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
 
 from bench.measure.options import RunOptions
 from bench.measure.session import run
-from runtime.entry import Parser, run_entry
-from runtime.options import add_options, read_options
-
-
-def parse(arguments: Sequence[str]) -> RunOptions:
-    """The checked options. Raises ValueError for unknown ones, with a suggestion, and for values that make no run."""
-    parser = Parser(prog="bench/run.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add_options(parser, RunOptions)
-    options = read_options(RunOptions, parser.parse_args(arguments))
-    options.check()
-    return options
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
-    return run(parse(arguments))
+    return run(parse_options(RunOptions, "bench/run.py", __doc__, arguments))
 
 
 if __name__ == "__main__":

@@ -17,20 +17,14 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.tables.seeds_report import BEGIN, END, compare_seeds
-from runtime.entry import Parser, run_entry
+from bench.tables.seeds_report import SeedsOptions, compare_seeds
+from runtime.entry import run_entry
+from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(prog="bench/seeds.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("results", nargs="+", metavar="RESULT", help="result files written by bench/run.py")
-    add("--against", metavar="HEAD", help="give the ratio of each head to this one")
-    add("--markdown", metavar="FILE", help=f"write the tables between {BEGIN} and {END} of FILE, or a new FILE")
-    add("--json", metavar="FILE", help="write the comparison as JSON")
-    given = parser.parse_args(arguments)
-    compare_seeds(given.results, given.against, given.markdown, given.json)
+    compare_seeds(parse_options(SeedsOptions, "bench/seeds.py", __doc__, arguments))
 
 
 if __name__ == "__main__":

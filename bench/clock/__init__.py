@@ -1,1 +1,1 @@
-"""What passes, kernels, losses and conversions cost, beside what the machine allows. Door: `engine.py`."""
+"""What passes, losses and conversions cost, beside what the machine allows. Door: `engine.py`."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from backbone.formats.shards import parse_size, plan_shards
 from backbone.weights import expected_shapes
 from bench.record.files import ROOT
 from bench.tables.terminal import note
+from runtime.atomic import check_writable
+from runtime.options import option
 
 STEPS = (SAFETENSORS, META, PICKLE)
 # (least bytes, hidden_size, vocab_size): as wide as a 7B, as a 1B, and narrow.
@@ -37,6 +40,23 @@ begin = time.monotonic()
 status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
 print(json.dumps([status, time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
 """
+
+
+@dataclass
+class ConversionOptions:
+    """The options of bench/conversion.py."""
+
+    scratch: str | None = option(None, "an existing folder on the disk to measure (required)", metavar="DIR")
+    size: str = option("2GB", "of the model's weights")
+    shard_size: str = option("500MB", "of a weight file", metavar="SIZE")
+    out: str | None = option(None, "write the JSON here too", metavar="FILE")
+
+    def check(self) -> None:
+        """Raises ValueError without a folder, and OSError for an ``out`` that cannot be written."""
+        if not self.scratch or not Path(self.scratch).is_dir():
+            raise ValueError(f"--scratch {self.scratch or 'DIR'} is not a folder; name an existing one")
+        if self.out:
+            check_writable(self.out)
 
 
 def model_config(size: int) -> dict:
@@ -109,17 +129,17 @@ def convert_in_child(source: Path, to: str, out: Path, shard_size: str) -> dict:
     return {"to": to, "seconds": round(seconds, 2), "peak_bytes": kilobytes * 1024}
 
 
-def measure(folder: str, model_size: str, shard_size: str) -> dict[str, Any]:
-    """The record of the conversions, JSON-ready. folder: where the files go meanwhile; sizes such as "2GB"."""
-    raw = model_config(parse_size(model_size))
-    with tempfile.TemporaryDirectory(dir=folder, prefix="conversion-") as scratch:
+def measure(options: ConversionOptions) -> dict[str, Any]:
+    """The record of the conversions, JSON-ready."""
+    raw = model_config(parse_size(options.size))
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="conversion-") as scratch:
         source, steps = Path(scratch) / BIN, []
-        make_model(source, raw, parse_size(shard_size))
+        make_model(source, raw, parse_size(options.shard_size))
         size = sum(tensor.nbytes for tensor in open_source(source).tensors.values())
         before = digest(source)
         for to in STEPS:
             out = Path(scratch) / (f"{to}.pkl" if to == PICKLE else to)
-            steps.append({"from": open_source(source).layout, **convert_in_child(source, to, out, shard_size)})
+            steps.append({"from": open_source(source).layout, **convert_in_child(source, to, out, options.shard_size)})
             note(str(steps[-1]))
             shutil.rmtree(source)
             source = out
@@ -129,7 +149,7 @@ def measure(folder: str, model_size: str, shard_size: str) -> dict[str, Any]:
         "kind": "conversion",
         "model_bytes": size,
         "layers": raw["num_hidden_layers"],
-        "shard_size": shard_size,
+        "shard_size": options.shard_size,
         "steps": steps,
         "identical": identical,
         "provenance": runtime.provenance(0),

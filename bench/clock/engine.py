@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from bench.clock.shapes import ITEM_BYTES, TINY, shape_config
 from bench.clock.timing import busy_note, read_counts
 from bench.record.engine import EngineRecord
+from bench.tables.plots.figure import check_plot_path
 from bench.tables.terminal import note
+from runtime.atomic import check_writable
 from runtime.options import option
 
 USUAL_SHAPES = (TINY, "110m", "1.1b")
@@ -53,16 +55,21 @@ class EngineOptions:
         return None if self.contexts is None else read_counts("--contexts", self.contexts)
 
     def check(self) -> None:
-        """Raises ValueError for an unknown shape, for counts that are none and for options that exclude each other."""
+        """Raises ValueError for an unknown shape, for counts that are none, for options that exclude each other and for
+        a plot's ending, and OSError for a file that cannot be written."""
         for name in self.shapes:
             shape_config(name)
         self.row_counts, self.context_counts  # noqa: B018  raise ValueError
         if self.steps and self.no_loop:
             raise ValueError("--steps is part of the decoding loop, which --no-loop leaves out; give one of them")
+        if self.plot:
+            check_plot_path(self.plot)
+        for path in filter(None, (self.out, self.plot)):
+            check_writable(path)
 
 
 def measure(options: EngineOptions, find_peer) -> EngineRecord:
-    """The complete measurement. find_peer: ``bench.clock.passes.FindPeer``, unless --no-transformers.
+    """The complete measurement. find_peer: of ``bench.peers.torch_llama``, unless --no-transformers.
 
     Raises ValueError for shapes that cannot be measured.
     """

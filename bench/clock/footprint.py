@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -37,18 +38,26 @@ def weigh(name: str, config: BackboneConfig, dtype: str, rows: list[int], length
         call()
     peak = peak_rss() if known else None
     jt.gc()
-    held, growth = weight_bytes(config, dtype) + cache_bytes(config, dtype, length), None
-    if peak is not None:
-        growth = max(0, peak - before)
+    return describe_memory(config, dtype, length, before, peak, rss())
+
+
+def describe_memory(
+    config: BackboneConfig, dtype: str, length: int, before: int, peak: int | None, after: int, **where: Any
+) -> Memory:
+    """The bytes that were held before a backbone with a cache of ``length`` rows was built, at the peak while it ran,
+    and after."""
+    weights, rows = weight_bytes(config, dtype), cache_bytes(config, dtype, length)
+    growth = None if peak is None else max(0, peak - before)
     return Memory(
-        weight_bytes=weight_bytes(config, dtype),
-        cache_bytes=cache_bytes(config, dtype, length),
+        weight_bytes=weights,
+        cache_bytes=rows,
         before_bytes=before,
         peak_bytes=peak,
-        after_bytes=rss(),
+        after_bytes=after,
         growth_bytes=growth,
-        ratio=None if growth is None else growth / held,
+        ratio=None if growth is None else growth / (weights + rows),
         late_kernels=None,
+        **where,
     )
 
 
@@ -57,15 +66,26 @@ def pass_calls(backbone: Backbone, cache: KVCache, rows: list[int], contexts: li
     one memory and differ in their length."""
     calls = {}
     for context in contexts:
-        view = copy.copy(cache)
-        view.reserve(context)
-        view.commit(np.arange(context))
+        view = cache_view(cache, context)
         for count in rows:
-            tokens, plan = (np.arange(count, dtype=np.int32) % backbone.config.vocab_size)[None], RowPlan.chain(count)
+            tokens, plan = pass_tokens(backbone, count), RowPlan.chain(count)
             calls["pass", count, context] = lambda t=tokens, p=plan, c=view: backbone.forward(
                 t, cache=c, attend=p
             ).logits.sync(True)
     return calls
+
+
+def cache_view(cache: KVCache, context: int) -> KVCache:
+    """The memory of a cache with ``context`` rows in it."""
+    view = copy.copy(cache)
+    view.reserve(context)
+    view.commit(np.arange(context))
+    return view
+
+
+def pass_tokens(backbone: Backbone, count: int) -> np.ndarray:
+    """The tokens of a pass, (1, count)."""
+    return (np.arange(count, dtype=np.int32) % backbone.config.vocab_size)[None]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 
 from backbone.config import BackboneConfig
 from backbone.model import Backbone, load_backbone
@@ -106,28 +107,21 @@ def stages(nodes: int, samples: list[tuple[float, Generation]]) -> Stages:
 
     Worked example: stages of 1, 2, 3, 1, 1 and 1.8 s, 9.8 together, in a call of 10 s: a gap of 2 percent.
     """
-    timers = [dataclasses.asdict(generation.timers) for _, generation in samples]
-    steps = [generation.num_passes for _, generation in samples]
-    gaps = [100 * (1 - sum(t[s] for s in STAGES) / wall) for t, (wall, _) in zip(timers, samples, strict=True)]
-
-    def per_step(*names: str) -> float:
-        spent = [1e3 * sum(t[n] for n in names) / count for t, count in zip(timers, steps, strict=True)]
-        return float(np.median(spent))
-
-    after_first = [len(generation.token_ids) - 1 for _, generation in samples]
-    rates = [n / (t["total_s"] - t["prefill_s"]) for n, t in zip(after_first, timers, strict=True)]
+    timers = pd.DataFrame([dataclasses.asdict(generation.timers) for _, generation in samples])
+    walls, generations = zip(*samples, strict=True)
+    steps = [generation.num_passes for generation in generations]
+    gaps = 100 * (1 - timers[list(STAGES)].sum(axis=1) / walls)
+    per_step = (1e3 * timers[list(STAGES[1:])]).div(steps, axis=0)
+    outside = per_step[["accept_s", "cache_s", "host_s"]]
+    decoded = pd.Series([len(generation.token_ids) - 1 for generation in generations])
     return Stages(
         nodes=nodes,
-        tokens=len(samples[0][1].token_ids),
+        tokens=len(generations[0].token_ids),
         steps=steps[0],
-        tokens_per_s=float(np.median(rates)),
-        step_ms=per_step(*STAGES[1:]),
-        draft_ms=per_step("draft_s"),
-        verify_ms=per_step("verify_s"),
-        accept_ms=per_step("accept_s"),
-        cache_ms=per_step("cache_s"),
-        host_ms=per_step("host_s"),
-        outside_ms=per_step("accept_s", "cache_s", "host_s"),
+        tokens_per_s=(decoded / (timers["total_s"] - timers["prefill_s"])).median(),
+        step_ms=per_step.sum(axis=1).median(),
+        **{f"{stage.removesuffix('_s')}_ms": ms for stage, ms in per_step.median().items()},
+        outside_ms=outside.sum(axis=1).median(),
         wall_gap_percent=max(gaps, key=abs),
     )
 

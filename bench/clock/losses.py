@@ -23,6 +23,7 @@ from bench.clock.timing import interleave, spread_ms
 from ops.linear_loss import linear_cross_entropy
 from ops.training import cross_entropy, trainable_linear
 from runtime import jt
+from runtime.atomic import check_writable
 from runtime.options import option
 from runtime.types import Var
 
@@ -41,6 +42,24 @@ class Problem:
     positions: int = option(1000, "rows of each head", metavar="N", least=1)
     shared: bool = option(False, "one weight for all heads, instead of one each")
     frozen: bool = option(False, "the weights get no gradient")
+
+
+@dataclass
+class LossOptions(Problem):
+    """The options of bench/losses.py."""
+
+    repeats: int = option(20, "timed turns", metavar="N", least=0)
+    out: str | None = option(None, "write the JSON here too", metavar="FILE")
+
+    @property
+    def problem(self) -> Problem:
+        """The sizes alone."""
+        return Problem(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Problem)})
+
+    def check(self) -> None:
+        """Raises OSError for an ``out`` that cannot be written."""
+        if self.out:
+            check_writable(self.out)
 
 
 class Side:

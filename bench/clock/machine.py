@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
+import pandas as pd
 
 import runtime
 from bench.clock.memory import available_memory
@@ -75,28 +75,24 @@ class Readings:
         self._memory = jt.ones((size // 4,))
         self._small = jt.ones((self.cache_bytes // 8,)) if self.cache_bytes else None  # 4 bytes an element
         jt.sync_all()
-        self.read, self.copy, self.cache_read, self.fma, self.mma, self.launches = [], [], [], [], [], []
+        self.rows: list[dict[str, float]] = []  # a reading each, by the fields of ``Machine``
 
     def sample(self) -> None:
         """Take one reading of each kind; about 50 ms on a CPU."""
-        self.fma.append(fma_gflop_s(self.load.fma))
-        self.read.append(read_gb_s(self._memory))
-        self.copy.append(copy_gb_s(self._memory))
+        row = {"fma_gflop_s": fma_gflop_s(self.load.fma), "read_gb_s": read_gb_s(self._memory)}
+        row["copy_gb_s"] = copy_gb_s(self._memory)
         if self._small is not None:
             read_gb_s(self._small)
-            self.cache_read.append(read_gb_s(self._small, self.load.cache_sweeps))
+            row["cache_read_gb_s"] = read_gb_s(self._small, self.load.cache_sweeps)
         if not self.on_cpu:
-            self.mma.append(mma_tflop_s(self.load.mma))
-            self.launches.append(launch_us())
+            row["mma_tflop_s"] = mma_tflop_s(self.load.mma)
+            row["launch_host_us"], row["launch_device_us"] = launch_us()
+        self.rows.append(row)
 
     def bounds(self) -> Bounds:
         """The medians."""
-        return Bounds(
-            read_gb_s=float(np.median(self.read)),
-            cache_read_gb_s=float(np.median(self.cache_read)) if self.cache_read else None,
-            fma_gflop_s=float(np.median(self.fma)),
-            mma_tflop_s=float(np.median(self.mma)) if self.mma else None,
-        )
+        medians = pd.DataFrame(self.rows).median()
+        return Bounds(**{name: medians.get(name) for name in Bounds.model_fields})
 
     def release(self) -> None:
         """Free the buffers; the figures stay."""
@@ -106,16 +102,11 @@ class Readings:
 def best(several: Iterable[Readings]) -> Machine:
     """The best reading of each kind: other work can only make a reading worse."""
     several = list(several)
-    cache_reads = [value for each in several for value in each.cache_read]
-    launches = [pair for each in several for pair in each.launches]
+    readings = pd.DataFrame([row for each in several for row in each.rows])
+    launches = [name for name in readings if name.startswith("launch")]
+    found = {**readings.max(), **readings[launches].min()}
     return Machine(
         threads=num_threads(),
         last_level_cache_bytes=several[0].cache_bytes,
-        read_gb_s=max(value for each in several for value in each.read),
-        copy_gb_s=max(value for each in several for value in each.copy),
-        cache_read_gb_s=max(cache_reads, default=None),
-        fma_gflop_s=max(value for each in several for value in each.fma),
-        mma_tflop_s=max((value for each in several for value in each.mma), default=None),
-        launch_host_us=min((host for host, _ in launches), default=None),
-        launch_device_us=min((device for _, device in launches), default=None),
+        **{"cache_read_gb_s": None, **found},
     )

@@ -6,12 +6,11 @@ the launching itself.
 
 from __future__ import annotations
 
-import copy
 import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,21 +18,19 @@ import runtime
 from backbone.cache import KVCache
 from backbone.config import BackboneConfig
 from backbone.model import Backbone
-from bench.clock.footprint import footprint, pass_calls
+from bench.clock.footprint import cache_view, describe_memory, footprint, pass_calls, pass_tokens
 from bench.clock.machine import Readings, free_memory
 from bench.clock.memory import rss
 from bench.clock.shapes import (
     ITEM_BYTES,
     TINY,
     build_backbone,
-    cache_bytes,
     check_memory,
     largest_matrix,
     pass_bytes,
     pass_flops,
     shape_config,
     usual_contexts,
-    weight_bytes,
 )
 from bench.clock.timing import interleave, spread_ms
 from bench.measure.warmup import kernels_since, loaded_kernels
@@ -51,43 +48,23 @@ SIZES = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "
 ROW_UNIT = 128  # a cache's rows are a multiple of this
 
 
-class PeerCall(Protocol):
-    """Another engine's fastest way to do our work: calling it does the work once and gives the seconds it took.
-    trials_ms: milliseconds of a trial by dtype, None if it does not run; best_ms: of the fastest."""
-
-    versions: dict[str, str]
-    dtype: str
-    sleeping: bool
-    best_ms: float
-    trials_ms: dict[str, float | None]
-
-    def __call__(self) -> float: ...
-
-    def close(self) -> None: ...
-
-
-# (name and config of the shape, prompt of a text or None for a pass of one row, tokens of the text, context of the row,
-# threads, notes to add to) -> the peer, None with a note if it cannot be measured.
-FindPeer = Callable[[str, BackboneConfig, np.ndarray | None, int, int, int, list[str]], PeerCall | None]
-
-
 @dataclass
 class Work:
     """What is measured of every shape. rows, contexts: ascending, contexts None for the shape's usual ones; tokens: of
-    the text that both engines continue; find_peer: another engine to measure beside ours."""
+    the text that both engines continue; find_peer: of ``bench.peers.torch_llama``, to measure it beside ours."""
 
     rows: list[int]
     contexts: list[int] | None
     repeats: int
     dtype: str
     tokens: int
-    find_peer: FindPeer | None = None
+    find_peer: Callable | None = None
 
 
 @dataclass
 class Timed:
     """A shape's raw figures: seconds by ("pass", rows, context), ("linear", rows), "ours" and "theirs", and on a GPU
-    ("host", rows) and ("queued", rows). peer: None if none was measured."""
+    ("host", rows) and ("queued", rows). peer: a ``bench.peers.torch_llama.Choice``, None if none was measured."""
 
     name: str
     config: BackboneConfig
@@ -95,12 +72,7 @@ class Timed:
     seconds: dict
     memory: Memory
     readings: Readings
-    peer: PeerCall | None = None
-
-
-def asked_contexts(config: BackboneConfig, work: Work) -> list[int]:
-    """The contexts of a shape, fitting or not."""
-    return work.contexts or usual_contexts(config)
+    peer: Any = None
 
 
 def cache_rows(config: BackboneConfig, work: Work) -> int:
@@ -111,7 +83,7 @@ def cache_rows(config: BackboneConfig, work: Work) -> int:
 
 def fitting_contexts(config: BackboneConfig, work: Work) -> list[int]:
     """The contexts after which the most rows still have positions."""
-    return [each for each in asked_contexts(config, work) if each + max(work.rows) <= config.max_positions]
+    return [each for each in work.contexts or usual_contexts(config) if each + max(work.rows) <= config.max_positions]
 
 
 def check_shapes(names: list[str], work: Work) -> list[str]:
@@ -122,14 +94,13 @@ def check_shapes(names: list[str], work: Work) -> list[str]:
     notes = []
     for name in names:
         config = shape_config(name)
-        contexts, asked = fitting_contexts(config, work), asked_contexts(config, work)
-        longest = max(work.rows)
+        contexts, longest = fitting_contexts(config, work), max(work.rows)
+        left_out = [each for each in work.contexts or usual_contexts(config) if each not in contexts]
         if not contexts:
             raise ValueError(
-                f"{name} has {config.max_positions} positions: none of the contexts {asked} leaves room for {longest} "
-                "rows; give a smaller --contexts or --rows"
+                f"{name} has {config.max_positions} positions: none of the contexts {left_out} leaves room for "
+                f"{longest} rows; give a smaller --contexts or --rows"
             )
-        left_out = [context for context in asked if context not in contexts]
         if left_out:
             notes.append(f"{name}: contexts {left_out} left out: {config.max_positions} positions, {longest} rows")
         check_memory(name, config, work.dtype, cache_rows(config, work), free_memory())
@@ -152,7 +123,8 @@ def time_shape(name: str, work: Work, threads: int, notes: list[str]) -> Timed:
     for call in functions.values():
         call()
     if on_gpu:
-        memory = device_memory(config, work.dtype, length, before, host_before)
+        held, grown = device_bytes(), {"where": "device", "host_growth_bytes": max(0, rss() - host_before)}
+        memory = describe_memory(config, work.dtype, length, before, held, held, **grown)
         functions |= host_calls(backbone, cache, work.rows, contexts[0])
     functions |= linear_calls(config, work)
     readings = Readings()
@@ -174,7 +146,9 @@ def time_shape(name: str, work: Work, threads: int, notes: list[str]) -> Timed:
     readings.release()
     if peer:
         peer.close()
-        notes.extend(doubt(name, peer.best_ms, spread_ms(seconds["theirs"])["ms"]))
+        times = spread_ms(seconds["theirs"])["ms"] / peer.best_ms
+        if times >= DOUBTFUL:  # threads that do not sleep suffer most from other work, which favors ours
+            notes.append(f"{name}: transformers took {times:.1f} times its trial: not quiet, do not trust the speedup")
     return Timed(name, config, work.dtype, seconds, memory, readings, peer)
 
 
@@ -190,27 +164,9 @@ def waiting(call: Callable) -> Callable:
 
 
 def device_bytes() -> int:
-    """Bytes of the device's memory that Jittor holds, in use or for reuse; 0 on the CPU."""
+    """Bytes of the device's memory that Jittor holds, in use or for reuse: it frees none, so this is the peak too. 0 on
+    the CPU."""
     return jt.get_mem_info().total_cuda_used
-
-
-def device_memory(config: BackboneConfig, dtype: str, length: int, before: int, host_before: int) -> Memory:
-    """What building a backbone and running its passes took of the device, which held ``before`` bytes, and of this
-    process, which held ``host_before``. Jittor does not free its blocks, so what it holds now is the peak."""
-    held, after = weight_bytes(config, dtype) + cache_bytes(config, dtype, length), device_bytes()
-    growth = max(0, after - before)
-    return Memory(
-        weight_bytes=weight_bytes(config, dtype),
-        cache_bytes=cache_bytes(config, dtype, length),
-        before_bytes=before,
-        peak_bytes=after,
-        after_bytes=after,
-        growth_bytes=growth,
-        ratio=growth / held,
-        late_kernels=None,
-        where="device",
-        host_growth_bytes=max(0, rss() - host_before),
-    )
 
 
 def host_calls(backbone: Backbone, cache: KVCache, rows: list[int], context: int) -> dict[tuple, Callable]:
@@ -219,13 +175,9 @@ def host_calls(backbone: Backbone, cache: KVCache, rows: list[int], context: int
 
     The tokens are on the device before: copying them waits for earlier work.
     """
-    view = copy.copy(cache)
-    view.reserve(context)
-    view.commit(np.arange(context))
-    calls = {}
+    view, calls = cache_view(cache, context), {}
     for count in rows:
-        plan = RowPlan.chain(count)
-        tokens = jt.array((np.arange(count, dtype=np.int32) % backbone.config.vocab_size)[None])
+        plan, tokens = RowPlan.chain(count), jt.array(pass_tokens(backbone, count))
         tokens.sync()
 
         def launch(tokens=tokens, plan=plan):
@@ -265,15 +217,6 @@ def describe_host(seconds: dict, context: int) -> list[Host]:
             Host(rows=rows, context=context, call=Time(**call), queued=Time(**queued), hidden=hidden, share=share)
         )
     return found
-
-
-def doubt(name: str, trial_ms: float, measured_ms: float) -> list[str]:
-    """A note if transformers took much longer in turns with ours than in its trial: threads that do not sleep suffer
-    most from other work, and the comparison then favors ours."""
-    if measured_ms < DOUBTFUL * trial_ms:
-        return []
-    times = measured_ms / trial_ms
-    return [f"{name}: transformers took {times:.1f} times its trial: not quiet, do not trust the speedup"]
 
 
 def fill(cache: KVCache, config: BackboneConfig) -> None:
@@ -327,17 +270,16 @@ def describe(timed: Timed, work: Work) -> Shape:
     passes, linear, first = [], [], fitting_contexts(c, work)[0]
     matrix, num_out, num_in = largest_matrix(c)
     for (kind, rows, *rest), samples in ((key, s) for key, s in seconds.items() if isinstance(key, tuple)):
+        time = spread_ms(samples)
         if kind == "pass":
-            (context,) = rest
-            flops, moved = pass_flops(c, rows, context), pass_bytes(c, timed.dtype, rows, context)
+            flops, moved = pass_flops(c, rows, *rest), pass_bytes(c, timed.dtype, rows, *rest)
+            figures = bounded(rows, time, flops, moved, bounds.read_gb_s, peak)
             roofline = 1e-6 * max(moved / bandwidth, flops / peak)
-            own = {"context": context, "roofline_ms": roofline}
-            passes.append(Pass(**bounded(rows, spread_ms(samples), flops, moved, bounds.read_gb_s, peak), **own))
+            passes.append(Pass(**figures, context=rest[0], roofline_ms=roofline))
         elif kind == "linear":
             weights = num_out * num_in
-            linear.append(
-                Bounded(**bounded(rows, spread_ms(samples), 2 * rows * weights, item * weights, bounds.read_gb_s, peak))
-            )
+            figures = bounded(rows, time, 2 * rows * weights, item * weights, bounds.read_gb_s, peak)
+            linear.append(Bounded(**figures))
     return Shape(
         name=timed.name,
         dtype=timed.dtype,

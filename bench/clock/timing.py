@@ -53,12 +53,6 @@ def spread_ms(seconds, per: int = 1) -> dict[str, float]:
     return {"ms": float(middle), "ms_low": float(low), "ms_high": float(high)}
 
 
-def medians_ms(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of a call of each function, timed in turns."""
-    seconds = interleave(functions, repeats, turn_s=0)
-    return {name: round(float(np.median(each)) * 1e3, 4) for name, each in seconds.items()}
-
-
 def busy_note(cores: int) -> list[str]:
     """A note if the machine is busy before a measurement begins: kernels whose threads wait for each other suffer."""
     load = os.getloadavg()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -39,8 +40,8 @@ class CheckOptions:
     allow_no_gpu: bool = option(False, "status 0 although there is no usable CUDA device")
     out: str = option("results/gpu-check.json", "where the JSON goes", metavar="FILE")
     logs: str = option("runs/gpu-check", "a file per step", metavar="DIR")
-    resume: bool = False  # --continue
-    show_steps: bool = False  # --list
+    resume: bool = option(False, "reuse the steps that passed in --out; run the rest", name="--continue")
+    show_steps: bool = option(False, "print the steps with commands and limits", name="--list")
 
 
 def choose(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> dict[str, str | None]:
@@ -173,15 +174,14 @@ def verdict(outcomes: Sequence[Outcome], allow_no_gpu: bool, interrupted: bool) 
     """(exit status, the sentence under the table)."""
     counts = {status: sum(each.status == status for each in outcomes) for status in STATUSES}
     text = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    no_gpu = any(each.reason == NO_GPU for each in outcomes)
-    undone = counts[NOT_RUN] > sum(each.reason == NO_GPU for each in outcomes)
+    no_gpu = sum(each.reason == NO_GPU for each in outcomes)
     if interrupted:
         return 130, f"{text}; interrupted"
     if no_gpu:
         text += f"; {NO_GPU}: nothing was checked on a GPU"
         if not allow_no_gpu:
             text += " (with --allow-no-gpu that is no failure)"
-    failed = counts["fail"] or undone or (no_gpu and not allow_no_gpu)
+    failed = counts["fail"] or counts[NOT_RUN] > no_gpu or (no_gpu and not allow_no_gpu)
     return int(bool(failed)), text
 
 
@@ -215,7 +215,7 @@ def run_check(options: CheckOptions, steps: Sequence[Step], words: Sequence[str]
         "kind": "gpu-check",
         "provenance": {**provenance(gpu, outcomes), "git_sha": sha, "command": command, **where},
         "status": status,
-        "steps": [each.plain() for each in outcomes],
+        "steps": [dataclasses.asdict(each) for each in outcomes],
     }
     show_outcomes(outcomes, steps)
     print(text)

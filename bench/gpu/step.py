@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shlex
@@ -32,16 +31,6 @@ class StepFailed(ValueError):
         self.figures = figures or {}
 
 
-def nothing_missing() -> str | None:
-    """Nothing is missing for most steps."""
-    return None
-
-
-def no_figures(log: Path) -> dict[str, Any]:
-    """For a step of which only the status counts."""
-    return {}
-
-
 def join_figures(figures: Mapping[str, Any]) -> str:
     """All figures by name: "passed 12, failed 0"."""
     return ", ".join(f"{name} {value}" for name, value in figures.items())
@@ -49,18 +38,20 @@ def join_figures(figures: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One command. read: its log -> figures with units in their names; raises StepFailed if the command succeeded with
-    a bad result. line: the figures as the table shows them. missing: why it cannot be run here, or None. clears: files
-    of an earlier run that must not be taken for this one's."""
+    """One command. read: its result, or its log, -> figures with units in their names; raises StepFailed if the command
+    succeeded with a bad result; without it only the status counts. line: the figures as the table shows them. missing:
+    why it cannot be run here, or None. result: the file that the command writes; it and ``clears`` are removed before,
+    as those of an earlier run must not be taken for this one's."""
 
     name: str
     command: Sequence[str]
     limit_s: float
     needs_gpu: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
-    read: Callable[[Path], dict[str, Any]] = no_figures
+    read: Callable[[Path], dict[str, Any]] = lambda log: {}
     line: Callable[[Mapping[str, Any]], str] = join_figures
-    missing: Callable[[], str | None] = nothing_missing
+    missing: Callable[[], str | None] = lambda: None
+    result: Path | None = None
     clears: Sequence[Path] = ()
 
     @property
@@ -89,10 +80,6 @@ class Outcome:
     reason: str | None = None
     log: str | None = None
 
-    def plain(self) -> dict:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
-
 
 def run_step(step: Step, logs: Path, ends: float | None = None) -> Outcome:
     """Run a step; its output goes to ``<logs>/<name>.log`` only. ends: when to stop it, by ``time.monotonic()``.
@@ -101,11 +88,11 @@ def run_step(step: Step, logs: Path, ends: float | None = None) -> Outcome:
     """
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{step.name}.log"
-    for path in step.clears:
-        path.unlink(missing_ok=True)
+    for path in (step.result, *step.clears):
+        if path:
+            path.unlink(missing_ok=True)
     start = time.monotonic()
-    left = float("inf") if ends is None else max(0.0, ends - start)
-    limit = min(step.limit_s, left)
+    limit = step.limit_s if ends is None else min(step.limit_s, max(0.0, ends - start))
     with log.open("wb") as file:
         try:
             process = subprocess.Popen(
@@ -130,7 +117,7 @@ def run_step(step: Step, logs: Path, ends: float | None = None) -> Outcome:
     elif status:
         outcome.reason = f"exit status {status}: {last_line(log)}"
     try:
-        figures = step.read(log) if status is not None else {}
+        figures = {} if status is None else step.read(step.result or log)
         json.dumps(figures, allow_nan=False)  # a NaN must not cost the record
         outcome.figures = figures
         if status == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -39,30 +38,16 @@ def usable_gpu() -> tuple[bool, str]:
     return False, driver.trouble or "no device"
 
 
-def need_module(name: str):
-    """A ``missing`` for steps that run a module with ``python -m``."""
-
-    def missing() -> str | None:
-        return None if importlib.util.find_spec(name) else f"there is no {name}"
-
-    return missing
-
-
 def need_wheels() -> str | None:
     """A ``missing`` for the step that installs what a toolkit would contain."""
     if any(not toolkit.problems for toolkit in find_toolkits()):
         return "a complete toolkit is installed: the wheels of requirements-cuda.txt are not needed"
-    return None if REQUIREMENTS.exists() else "there is no requirements-cuda.txt"
+    return None
 
 
 def need_nvcc() -> str | None:
     """A ``missing`` for steps that only compile."""
     return None if shutil.which("nvcc") else "no nvcc on the PATH"
-
-
-def need_file(path: Path):
-    """A ``missing`` for steps that need another one's file."""
-    return lambda: None if path.exists() else f"{path.relative_to(ROOT)} is missing: the step before it has to pass"
 
 
 def sanitizer() -> str | None:
@@ -80,33 +65,29 @@ def pytest_figures(log: Path) -> dict[str, Any]:
     return counts
 
 
-def engine_figures(path: Path):
-    """A ``read`` of a file of ``bench/engine.py``: the worst of its contexts."""
-
-    def read(log: Path) -> dict[str, Any]:
-        record = json.loads(path.read_text())
-        (shape,), loop = record["shapes"], record["loop"]
-        passes = {(each["context"], each["rows"]): each for each in shape["passes"]}
-        contexts = sorted({context for context, _ in passes})
-        most = max(rows for _, rows in passes)
-        ones = [passes[context, 1] for context in contexts]
-        figures = {
-            "shape": shape["name"],
-            "pass_ms": {str(each["context"]): each["ms"] for each in ones},
-            "floor_times": max(1 / each["bandwidth_share"] for each in ones),
-            "read_gb_s": shape["bounds"]["read_gb_s"],
-            "rows": most,
-            "verify_over_one": max(passes[context, most]["ms"] / passes[context, 1]["ms"] for context in contexts),
-            "host_share": max((each["share"] for each in shape["host"]), default=None),
-            "fits_in_cache": shape["fits_in_cache"],
-            "loop_tokens_per_s": loop and loop["autoregressive"]["tokens_per_s"],
-            "loop_outside_share": loop and loop["tree"]["outside_ms"] / loop["tree"]["step_ms"],
-        }
-        if shape["memory"]["late_kernels"]:
-            raise StepFailed(f"{shape['memory']['late_kernels']} kernels were compiled on the clock", figures)
-        return figures
-
-    return read
+def engine_figures(result: Path) -> dict[str, Any]:
+    """The figures of ``bench/engine.py``: the worst of its contexts."""
+    record = json.loads(result.read_text())
+    (shape,), loop = record["shapes"], record["loop"]
+    passes = {(each["context"], each["rows"]): each for each in shape["passes"]}
+    contexts = sorted({context for context, _ in passes})
+    most = max(rows for _, rows in passes)
+    ones = [passes[context, 1] for context in contexts]
+    figures = {
+        "shape": shape["name"],
+        "pass_ms": {str(each["context"]): each["ms"] for each in ones},
+        "floor_times": max(1 / each["bandwidth_share"] for each in ones),
+        "read_gb_s": shape["bounds"]["read_gb_s"],
+        "rows": most,
+        "verify_over_one": max(passes[context, most]["ms"] / passes[context, 1]["ms"] for context in contexts),
+        "host_share": max((each["share"] for each in shape["host"]), default=None),
+        "fits_in_cache": shape["fits_in_cache"],
+        "loop_tokens_per_s": loop and loop["autoregressive"]["tokens_per_s"],
+        "loop_outside_share": loop and loop["tree"]["outside_ms"] / loop["tree"]["step_ms"],
+    }
+    if shape["memory"]["late_kernels"]:
+        raise StepFailed(f"{shape['memory']['late_kernels']} kernels were compiled on the clock", figures)
+    return figures
 
 
 def engine_line(figures: Mapping[str, Any]) -> str:
@@ -130,24 +111,20 @@ def against(value: float, goal: float, text: str) -> str:
     return f"{text.format(value)} (goal {limit}: {'met' if value <= goal else 'missed'})"
 
 
-def train_figures(path: Path):
-    """A ``read`` of ``train.json``: the held-out loss has to fall."""
-
-    def read(log: Path) -> dict[str, Any]:
-        record = json.loads(path.read_text())
-        device, losses = record["provenance"]["device"], [sum(each["loss"]) for each in record["history"]]
-        figures = {
-            "device": device,
-            "steps": record["steps"],
-            "loss_first": losses[0],
-            "loss_last": losses[-1],
-            "tokens_per_s": record["tokens_per_s"],
-        }
-        if len(losses) < 2 or not losses[-1] < losses[0]:
-            raise StepFailed(f"the held-out loss did not fall: {losses}", figures)
-        return figures
-
-    return read
+def train_figures(result: Path) -> dict[str, Any]:
+    """The figures of ``train.json``: the held-out loss has to fall."""
+    record = json.loads(result.read_text())
+    losses = [sum(each["loss"]) for each in record["history"]]
+    figures = {
+        "device": record["provenance"]["device"],
+        "steps": record["steps"],
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "tokens_per_s": record["tokens_per_s"],
+    }
+    if len(losses) < 2 or not losses[-1] < losses[0]:
+        raise StepFailed(f"the held-out loss did not fall: {losses}", figures)
+    return figures
 
 
 def train_line(figures: Mapping[str, Any]) -> str:
@@ -158,28 +135,22 @@ def train_line(figures: Mapping[str, Any]) -> str:
     )
 
 
-def decoding_figures(path: Path):
-    """A ``read`` of a file of ``bench/run.py``: every text has to be the baseline's."""
-
-    def read(log: Path) -> dict[str, Any]:
-        record = json.loads(path.read_text())
-        metrics, parity = record["metrics"], record["parity"]
-        figures = {
-            "device": record["provenance"]["device"],
-            "accept_length": metrics["accept_length"],
-            "tokens_per_s": metrics["tokens_per_s"],
-            "baseline_tokens_per_s": record["baseline"]["tokens_per_s"],
-            "speedup": metrics["speedup"],
-            "identical": parity["identical"],
-            "prompts": parity["prompts"],
-        }
-        if parity["identical"] < parity["prompts"] or not parity["prompts"]:
-            raise StepFailed(
-                f"only {parity['identical']} of {parity['prompts']} texts are those of the baseline", figures
-            )
-        return figures
-
-    return read
+def decoding_figures(result: Path) -> dict[str, Any]:
+    """The figures of ``bench/run.py``: every text has to be the baseline's."""
+    record = json.loads(result.read_text())
+    metrics, parity = record["metrics"], record["parity"]
+    figures = {
+        "device": record["provenance"]["device"],
+        "accept_length": metrics["accept_length"],
+        "tokens_per_s": metrics["tokens_per_s"],
+        "baseline_tokens_per_s": record["baseline"]["tokens_per_s"],
+        "speedup": metrics["speedup"],
+        "identical": parity["identical"],
+        "prompts": parity["prompts"],
+    }
+    if parity["identical"] < parity["prompts"] or not parity["prompts"]:
+        raise StepFailed(f"only {parity['identical']} of {parity['prompts']} texts are those of the baseline", figures)
+    return figures
 
 
 def decoding_line(figures: Mapping[str, Any]) -> str:
@@ -201,52 +172,37 @@ def _script(name: str, *words: str) -> list[str]:
 def _engine(shape: str, out: Path, minutes: float, *more: str) -> Step:
     command = _script("bench/engine.py", "--shape", shape, "--no-transformers", "--out", str(out), *more)
     return Step(
-        f"engine-{shape}",
-        command,
-        minutes * MINUTES,
-        env=CUDA,
-        read=engine_figures(out),
-        line=engine_line,
-        clears=[out],
+        f"engine-{shape}", command, minutes * MINUTES, env=CUDA, read=engine_figures, line=engine_line, result=out
     )
 
 
 def _head_steps(name: str) -> list[Step]:
-    run, result = WORK / name, RESULTS / f"{name}.json"
+    """Train a head for some steps, then decode with it."""
+    run, decoded = WORK / name, RESULTS / f"{name}.json"
+    checkpoint = run / "checkpoint" / "config.json"
     options = ["--max-steps", "50", "--score-every", "25", "--features", "online", "--out", str(run), "--overwrite"]
-    decode = ["--greedy", "--backbone", "assets/tiny-vicuna", "--checkpoint", str(run), "--out", str(result)]
-    cleared = [run / "train.json", run / "checkpoint" / "config.json"]
     train = _script("train.py", "--head", name, *options)
-    trained = need_file(run / "checkpoint" / "config.json")
-    minutes = 8 * MINUTES
-    losses, texts = train_figures(run / "train.json"), decoding_figures(result)
-    decode = _script("bench/run.py", *decode)
+    decode = _script("bench/run.py", "--greedy", "--backbone", "assets/tiny-vicuna", "--checkpoint", str(run), "--out",
+                     str(decoded))  # fmt: skip
+
+    def not_trained() -> str | None:
+        return None if checkpoint.exists() else f"{checkpoint.relative_to(ROOT)} is missing: train-{name} has to pass"
+
     return [
-        Step(f"train-{name}", train, minutes, env=CUDA, read=losses, line=train_line, clears=cleared),
-        Step(
-            f"decode-{name}",
-            decode,
-            minutes,
-            env=CUDA,
-            read=texts,
-            line=decoding_line,
-            clears=[result],
-            missing=trained,
-        ),
-    ]
+        Step(f"train-{name}", train, 8 * MINUTES, env=CUDA, read=train_figures, line=train_line,
+             result=run / "train.json", clears=[checkpoint]),
+        Step(f"decode-{name}", decode, 8 * MINUTES, env=CUDA, read=decoding_figures, line=decoding_line,
+             result=decoded, missing=not_trained),
+    ]  # fmt: skip
 
 
 def _kernel_steps() -> list[Step]:
     """A step for each file of tests/ops: an illegal access ends the process, and with separate ones no other tests."""
     files = [path for path in sorted((ROOT / "tests" / "ops").rglob("test_*.py")) if path.name not in WITHOUT_GPU]
-    words = ["pytest", "-m", "not slow and not nvcc"]
+    command = _module("pytest", "-m", "not slow and not nvcc")
     return [
         Step(
-            f"ops-{path.stem.removeprefix('test_')}",
-            _module(*words, str(path)),
-            15 * MINUTES,
-            env=CUDA,
-            read=pytest_figures,
+            f"ops-{path.stem.removeprefix('test_')}", [*command, str(path)], 15 * MINUTES, env=CUDA, read=pytest_figures
         )
         for path in files
     ]
@@ -274,7 +230,7 @@ STEPS: tuple[Step, ...] = (
         "setup", _module("pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(REQUIREMENTS)),
         10 * MINUTES, missing=need_wheels,
     ),
-    Step("doctor", _module("runtime.doctor"), 2 * MINUTES, needs_gpu=False, missing=need_module("runtime.doctor")),
+    Step("doctor", _module("runtime.doctor"), 2 * MINUTES, needs_gpu=False),
     Step("core", [PYTHON, "-c", CORE], 10 * MINUTES, env=CUDA, read=core_figures),
     Step("gpu-tests", _module("pytest", "-m", "gpu", "tests/gpu"), 20 * MINUTES, env=CUDA, read=pytest_figures),
     *_kernel_steps(),

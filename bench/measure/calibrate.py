@@ -32,14 +32,12 @@ from decoding.tree import Tree
 from heads.checkpoint import find_checkpoint, read_config
 from heads.ranks import count_paths, fitted_paths
 from runtime.atomic import check_writable
-from runtime.options import option
-
-DECODING = ("max_new_tokens", "draft_dtype", "cache_length")  # the options of decoding that calibrate.py has
+from runtime.options import option, option_fields
 
 
 @dataclass
 class CalibrateOptions(BackboneOptions, PromptOptions, DecodingOptions):
-    """The options of bench/calibrate.py, with those DECODING of the decoding options."""
+    """The options of bench/calibrate.py, which offers a few of the decoding options."""
 
     prompts: list[str] = option(
         [], "prompt file instead of held-out text; may be repeated", repeat=True, metavar="FILE"
@@ -70,6 +68,10 @@ class CalibrateOptions(BackboneOptions, PromptOptions, DecodingOptions):
             directory = find_checkpoint(self.checkpoint)
             return directory, read_config(directory)
         return find_head(self.head, self.runs)
+
+
+OFFERED = option_fields(CalibrateOptions).keys() - option_fields(DecodingOptions).keys()
+OFFERED |= {"max_new_tokens", "draft_dtype", "cache_length"}
 
 
 def calibrate(options: CalibrateOptions) -> tuple[Calibration, Path]:

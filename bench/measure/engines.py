@@ -23,10 +23,10 @@ from decoding.options import DEFAULT_NODES, DecodingOptions
 from runtime.options import option
 
 if TYPE_CHECKING:
-    from bench.measure.attempts import Setup
+    from bench.measure.attempts import Attempt, Conversation, Setup
     from bench.measure.side_by_side import Measurement
 
-SCHEMA_VERSION, KIND = 1, "hybrid"
+WAYS = {"autoregressive": "baseline", "head": "head"}  # how a record names the sides of an attempt
 
 
 @dataclass
@@ -47,34 +47,12 @@ class HybridOptions(BackboneOptions, PromptOptions, DecodingOptions):
 
 
 @dataclass
-class Turn:
-    """One reply by one engine. baseline, head: token ids, without the head and with it; passes: those of the head."""
-
-    prompt_ids: list[int]
-    baseline: list[int]
-    head: list[int]
-    passes: int
-
-
-@dataclass
 class Side:
-    """One engine. conversations: the turns of each prompt, in the order of the prompts."""
+    """One engine. conversations: of each prompt, in the order of the prompts."""
 
     setup: Setup
     measured: Measurement
-    conversations: list[list[Turn]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Prompts of which all turns are the same with both engines: without the head, with it, and in its passes too,
-    which makes the accept length the same. difference: the first one, None without."""
-
-    prompts: int
-    autoregressive: int
-    head: int
-    passes: int
-    difference: dict | None
+    conversations: list[Conversation] = field(default_factory=list)
 
 
 def compare_engines(options: HybridOptions, prompts: PromptSet) -> dict[str, Any]:
@@ -102,11 +80,13 @@ def compare_engines(options: HybridOptions, prompts: PromptSet) -> dict[str, Any
             if (index + 1) % 10 == 0:
                 note(f"{index + 1} of {len(prompts.prompts)} prompts")
             check_interrupt()
-    ours, theirs = (sides[engine].conversations for engine in ENGINES)
-    found = compare_conversations([prompt.prompt_id for prompt in prompts.prompts], ours, theirs)
+    attempts = ([talk.attempt for talk in sides[engine].conversations] for engine in ENGINES)
+    agreement = compare_attempts([prompt.prompt_id for prompt in prompts.prompts], *attempts)
+    if agreement["difference"]:
+        add_logit_gaps(agreement["difference"], prompts, sides)
     return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
+        "schema_version": 1,
+        "kind": "hybrid",
         "config": {
             "backbone": {
                 "path": project_path(options.backbone or EMBEDDED),
@@ -119,7 +99,7 @@ def compare_engines(options: HybridOptions, prompts: PromptSet) -> dict[str, Any
         },
         "data": {"path": project_path(prompts.source), "sha256": prompts.sha256, "num_prompts": len(prompts.prompts)},
         "engines": {engine: figures(sides[engine]) for engine in ENGINES},
-        "agreement": {**dataclasses.asdict(found), "difference": explain(found.difference, prompts, sides)},
+        "agreement": agreement,
         "provenance": runtime.provenance(0),
     }
 
@@ -141,39 +121,36 @@ def decode(side: Side, prompt: Prompt, index: int, head_first: bool) -> None:
     from bench.measure.attempts import BASELINE, HEAD, Conversation
     from bench.measure.side_by_side import add_attempts
 
-    conversation, turns = Conversation(side.setup, prompt, index), []
-    while (ids := conversation.ask(len(turns))) is not None:
+    conversation = Conversation(side.setup, prompt, index)
+    while (ids := conversation.ask(len(conversation.attempt.head.generations))) is not None:
         ways = (HEAD, BASELINE) if head_first else (BASELINE, HEAD)
-        given = {way: side.setup.decode(ids, way) for way in ways}
-        conversation.take(ids, given)
-        head = given[HEAD]
-        turns.append(Turn(ids, given[BASELINE].token_ids, head.token_ids, head.num_passes))
-    side.conversations.append(turns)
+        conversation.take(ids, {way: side.setup.decode(ids, way) for way in ways})
+    side.conversations.append(conversation)
     add_attempts(side.setup, prompt, [conversation.attempt], side.measured)
 
 
-def compare_conversations(
-    prompt_ids: Sequence[str], ours: Sequence[list[Turn]], theirs: Sequence[list[Turn]]
-) -> Agreement:
-    """Compare the conversations of two engines, prompt by prompt. prompt_ids: their names.
+def compare_attempts(prompt_ids: Sequence[str], ours: Sequence[Attempt], theirs: Sequence[Attempt]) -> dict[str, Any]:
+    """The prompts of which all turns are the same with both engines: without the head, with it, and in its passes too,
+    which makes the accept length the same. prompt_ids: their names.
 
-    ``difference`` names prompt, turn, way (autoregressive or head), position and both tokens, None if a text ended.
+    ``difference``, the first one or None, names prompt, turn, way (autoregressive or head), position and both tokens,
+    None if a text ended.
     """
     from decoding.generate import first_difference
 
     counts, difference = {"autoregressive": 0, "head": 0, "passes": 0}, None
-    for name, mine, other in zip(prompt_ids, ours, theirs, strict=True):
-        for way, read in (("autoregressive", lambda t: t.baseline), ("head", lambda t: t.head)):
-            texts = [[read(turn) for turn in turns] for turns in (mine, other)]
+    for name, *pair in zip(prompt_ids, ours, theirs, strict=True):
+        for way, side in WAYS.items():
+            texts = [[each.token_ids for each in getattr(attempt, side).generations] for attempt in pair]
             counts[way] += texts[0] == texts[1]
             if texts[0] != texts[1] and difference is None:
                 turn = next(i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
-                pair = [text[turn] for text in texts]
-                at = first_difference(*pair)
-                tokens = [text[at] if at < len(text) else None for text in pair]
+                at = first_difference(*(text[turn] for text in texts))
+                tokens = [text[turn][at] if at < len(text[turn]) else None for text in texts]
                 difference = {"prompt_id": name, "turn": turn, "way": way, "position": at, "tokens": tokens}
-        counts["passes"] += [turn.passes for turn in mine] == [turn.passes for turn in other]
-    return Agreement(len(prompt_ids), *counts.values(), difference)
+        passes = [[each.num_passes for each in attempt.head.generations] for attempt in pair]
+        counts["passes"] += passes[0] == passes[1]
+    return {"prompts": len(prompt_ids), **counts, "difference": difference}
 
 
 def figures(side: Side) -> dict[str, Any]:
@@ -192,16 +169,15 @@ def figures(side: Side) -> dict[str, Any]:
     }
 
 
-def explain(difference: dict | None, prompts: PromptSet, sides: dict[str, Side]) -> dict | None:
-    """The difference with the gap between the two best logits there, by each engine on its own text."""
+def add_logit_gaps(difference: dict[str, Any], prompts: PromptSet, sides: dict[str, Side]) -> None:
+    """Add the gap between the two best logits there, by each engine on its own text."""
     from decoding.generate import logit_gap
 
-    if difference is None:
-        return None
     index = [prompt.prompt_id for prompt in prompts.prompts].index(difference["prompt_id"])
-    gaps = {}
+    turn, difference["logit_gap"] = difference["turn"], {}
     for engine in ENGINES:
-        turn = sides[engine].conversations[index][difference["turn"]]
-        text = turn.baseline if difference["way"] == "autoregressive" else turn.head
-        gaps[engine] = logit_gap(sides[engine].setup.backbone, turn.prompt_ids, text, difference["position"])
-    return {**difference, "logit_gap": gaps}
+        setup, talk = sides[engine].setup, sides[engine].conversations[index]
+        prompt_ids = setup.tokenizer.encode_chat(talk.messages[: 2 * turn + 1])
+        text = getattr(talk.attempt, WAYS[difference["way"]]).generations[turn].token_ids
+        gap = logit_gap(setup.backbone, prompt_ids, text, difference["position"])
+        difference["logit_gap"][engine] = gap

@@ -9,7 +9,7 @@ from backbone.tokenizer import EMBEDDED
 from bench.measure.attempts import Setup
 from bench.measure.heads import LoadedHead
 from bench.measure.options import RunOptions
-from bench.measure.side_by_side import Measurement, timing
+from bench.measure.side_by_side import Measurement
 from bench.measure.tree_choice import shape_fields
 from bench.record.files import project_path
 from bench.record.metrics import aggregate
@@ -66,7 +66,7 @@ class Recorder:
             },
             "baseline": None,
             "metrics": metrics,
-            "timing": timing(timers),
+            "timing": dataclasses.asdict(timers),
             "parity": None,
             "failures": measured.failures,
             "categories": categories,

@@ -11,7 +11,6 @@ shows how far its text is from the original's. The baseline is always the origin
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +30,7 @@ from bench.measure.attempts import (
 from bench.measure.warmup import kernels_since, loaded_kernels, warm_up
 from bench.record.metrics import agreement, comparable_rows
 from bench.record.prompts import Prompt
-from bench.record.schema import Adaptation, AdaptedText, Baseline, Failure, FirstDifference, Parity, PromptRow, Timing
+from bench.record.schema import Adaptation, AdaptedText, Baseline, Failure, FirstDifference, Parity, PromptRow
 from decoding.generate import Timers, first_difference, logit_gap
 from runtime.interrupt import check_interrupt, deferred_interrupts
 
@@ -80,11 +79,6 @@ class Measurement:
             return None
         greedy, tokens = agreement(self.rows)
         return Adaptation(stats=stats, greedy_agreement=greedy, token_agreement=tokens)
-
-
-def timing(timers: Timers) -> Timing:
-    """The ``timing`` of a record."""
-    return Timing(**dataclasses.asdict(timers))
 
 
 def measure(setup: Setup, prompts: Sequence[Prompt], on_prompt: Callable[[Measurement], None]) -> Measurement:

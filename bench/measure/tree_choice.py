@@ -65,10 +65,11 @@ def choose_tree(
     """The tree to measure a head with, and its prediction.
 
     asked: of ``decoding.options.parse_tree``; None: ``nodes`` decides. Notes what is doubtful. Raises ValueError for
-    AUTO without a calibration, for a broken one, and for a checkpoint whose stored paths make no tree.
+    too many nodes, for AUTO without a calibration, for a broken one and for stored paths that make no tree.
     """
     if asked == DYNAMIC:
-        return Choice(dynamic_tree(nodes, head, min_confidence))
+        depth, width = min(head.num_depths, nodes - 1), min(WIDTH, head.num_draftable)
+        return Choice(DynamicTree(nodes, depth, width, min_confidence))
     name, path = config["head"], calibration_path(directory, config["head"], runs)
     calibration = Calibration.read(path) if path.exists() else None
     if calibration is None:
@@ -89,12 +90,6 @@ def choose_tree(
     else:
         tree = asked or stored_tree(config, head.num_depths, nodes)
     return Choice(tree, None if other_head else predict(calibration, tree, str(path), same_machine=not other_machine))
-
-
-def dynamic_tree(nodes: int, head, min_confidence: float) -> DynamicTree:
-    """As deep as the head and the nodes allow, and ``WIDTH`` wide or as wide as its vocabulary. Raises ValueError for
-    too many nodes."""
-    return DynamicTree(nodes, min(head.num_depths, nodes - 1), min(WIDTH, head.num_draftable), min_confidence)
 
 
 def shape_fields(tree: Tree | DynamicTree) -> dict:

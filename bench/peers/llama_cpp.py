@@ -26,8 +26,8 @@ from bench.clock.timing import read_counts, spread_ms
 from bench.record.files import publish
 from bench.tables.terminal import note
 from runtime.atomic import check_writable
-from runtime.entry import Parser, run_entry
-from runtime.options import add_options, option, read_options
+from runtime.entry import run_entry
+from runtime.options import option, parse_options
 
 BINARY = "llama-bench"
 # Fields of its JSON on the build and the model -> our names.
@@ -57,7 +57,8 @@ class LlamaCppOptions:
     out: str | None = option(None, "write the JSON here too", metavar="FILE")
 
     def check(self) -> None:
-        """Find the program. Raises ValueError for a program or a file that does not exist, and for no counts."""
+        """Find the program. Raises ValueError for a program or a file that does not exist and for no counts, and
+        OSError for an ``out`` that cannot be written."""
         self.row_counts  # noqa: B018  raises ValueError
         found = shutil.which(self.binary or BINARY)
         if found is None:
@@ -66,6 +67,8 @@ class LlamaCppOptions:
         self.binary = found
         if not self.model or not Path(self.model).is_file():
             raise ValueError(f"{self.model or '--model'} does not exist; --model takes a GGUF file")
+        if self.out:
+            check_writable(self.out)
 
     @property
     def row_counts(self) -> list[int]:
@@ -115,12 +118,7 @@ def read_results(text: str, where: str) -> dict:
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(prog="bench/peers/llama_cpp.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add_options(parser, LlamaCppOptions)
-    options = read_options(LlamaCppOptions, parser.parse_args(arguments))
-    options.check()
-    if options.out:
-        check_writable(options.out)
+    options = parse_options(LlamaCppOptions, "bench/peers/llama_cpp.py", __doc__, arguments)
     results = read_results(run(options), options.binary)
     record = {"schema_version": 1, "kind": "peer", "peer": "llama.cpp", "command": command(options), **results}
     for each in results["passes"]:

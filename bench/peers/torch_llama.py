@@ -1,8 +1,8 @@
 """transformers on torch beside our engine: the same work, the same number of threads, in turns with ours.
 
-It runs in a separate process (``bench.peers.process``). Its dtypes are tried with both ways of waiting, and the fastest
-is compared. It runs as transformers runs it by default, uncompiled, with its own cache. torch comes with
-requirements-dev.txt only.
+It runs in a separate process: torch brings an OpenMP library that all kernels of a process share, and how its threads
+wait at a barrier is settled once. Its dtypes are tried with both ways of waiting, and the fastest is compared. It runs
+as transformers runs it by default, uncompiled, with its own cache. torch comes with requirements-dev.txt only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +26,62 @@ from backbone.config import BackboneConfig
 from backbone.tokenizer import EMBEDDED
 from bench.clock.memory import available_memory
 from bench.clock.shapes import config_from, weight_bytes
-from bench.peers.process import Child, serve, torch_environment
+from bench.record.files import ROOT
+from runtime.start.bootstrap import SPIN_COUNT
 
 DTYPES = ("float32", "bfloat16", "float16")
 MISSING = "torch is not installed: transformers was not measured; it comes with requirements-dev.txt"
 TRIALS = 3  # timed calls of a trial
-QUIET_S = 0.01  # after a call
+QUIET_S = 0.01  # pause after a call, by the end of which its threads sleep and take nothing from ours
+SPIN = "GOMP_SPINCOUNT"  # how long a thread spins at a barrier before it sleeps
 Call = Callable[[], object]
+
+
+class Child:
+    """A process that does a task once per question and answers with its seconds. sleeping: its waiting threads soon
+    sleep, as ours do, or spin as torch has it.
+
+    Raises RuntimeError, as ``ask`` does, if the process ends instead: the call cannot be made in this dtype. The first
+    call is the warm-up.
+    """
+
+    def __init__(self, task: dict[str, Any], dtype: str, sleeping: bool):
+        environment = {name: value for name, value in os.environ.items() if name != SPIN}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.peers.torch_llama"],
+            cwd=ROOT,
+            env=environment | ({SPIN: SPIN_COUNT} if sleeping else {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the process that asks, between two answers
+        )
+        self.ask({**task, "dtype": dtype})
+
+    def ask(self, question: Any = None) -> float:
+        """The seconds of the next call."""
+        try:
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.process.stdout.close()
+            raise RuntimeError(f"transformers ended with status {self.process.wait()}")
+        time.sleep(QUIET_S)
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
 
 
 @dataclass
 class Choice:
-    """The fastest way, as ``bench.clock.passes.PeerCall``. trials_ms: by "<dtype>" and "<dtype>, sleeping"."""
+    """The fastest way: calling it does the work once and gives the seconds it took. best_ms: of its trial; trials_ms:
+    of all, by "<dtype>" and "<dtype>, sleeping", None for one that does not run."""
 
     dtype: str
     sleeping: bool
@@ -69,10 +117,9 @@ def find_peer(
         return None
     dtypes = [dtype for dtype in DTYPES if fits(config, dtype, available_memory())]
     notes.extend(f"{name}: no memory for transformers in {dtype}" for dtype in sorted(set(DTYPES) - set(dtypes)))
+    task = {"config": dataclasses.asdict(config), "context": context, "threads": threads}
     if prompt is not None:
-        task = text_task(EMBEDDED, prompt, tokens, threads)
-    else:
-        task = step_task(config, context, threads)
+        task |= {"prompt": np.asarray(prompt).tolist(), "tokens": tokens}
     choice = choose(task, dtypes)
     if choice is None:
         notes.append(f"{name}: transformers runs in none of {', '.join(dtypes) or 'its dtypes'} here")
@@ -84,28 +131,7 @@ def fits(config: BackboneConfig, dtype: str, available: int) -> bool:
     return 1.1 * weight_bytes(config, "float32" if dtype == "float32" else "float16") < available
 
 
-def text_task(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) -> dict:
-    """A text, decoded greedily: see ``generator``."""
-    ids = np.asarray(prompt_ids).tolist()
-    return {"what": "generate", "directory": str(directory), "prompt": ids, "tokens": num_tokens, "threads": threads}
-
-
-def step_task(config: BackboneConfig, context: int, threads: int) -> dict:
-    """A pass of one row: see ``stepper``."""
-    return {"what": "step", "config": dataclasses.asdict(config), "context": context, "threads": threads}
-
-
-def start(task: dict[str, Any], dtype: str, sleeping: bool) -> Child:
-    """A process that does the task once per question and answers with its seconds, after the first call, the warm-up.
-
-    Raises RuntimeError if the call cannot be made in this dtype.
-    """
-    child = Child("bench.peers.torch_llama", environment=torch_environment(sleeping), quiet_s=QUIET_S)
-    child.ask({**task, "dtype": dtype})
-    return child
-
-
-def choose(task: dict[str, Any], dtypes=DTYPES, start=start) -> Choice | None:
+def choose(task: dict[str, Any], dtypes=DTYPES, start=Child) -> Choice | None:
     """Try every dtype, with waiting threads spinning and sleeping, one process at a time; the fastest is started again.
     None if none runs."""
     trials = {
@@ -132,8 +158,9 @@ def _trial_ms(task: dict[str, Any], dtype: str, sleeping: bool, start) -> float 
 # In the process ------------------------------------------------------------------------------------------------------
 
 
-def generator(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) -> Callable[[str], Call]:
-    """dtype -> a call that decodes ``num_tokens`` tokens greedily with ``generate`` and returns their ids."""
+def generator(prompt_ids: np.ndarray, num_tokens: int, threads: int) -> Callable[[str], Call]:
+    """dtype -> a call that decodes ``num_tokens`` tokens greedily on the embedded backbone with ``generate`` and
+    returns their ids."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -143,7 +170,7 @@ def generator(directory, prompt_ids: np.ndarray, num_tokens: int, threads: int) 
     ids = torch.tensor(np.asarray(prompt_ids)[None], dtype=torch.long)
 
     def make(dtype: str) -> Call:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=getattr(torch, dtype)).eval()
         model.generation_config.eos_token_id = None  # the text may not end early
         rules = {"max_new_tokens": num_tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
 
@@ -216,17 +243,19 @@ def _random_model(config: BackboneConfig, dtype: str):
 
 def main() -> None:
     """Make the call of the task, the first question, and again for every further one; answer with its seconds."""
-    questions, answer = serve()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    questions = map(json.loads, iter(sys.stdin.readline, ""))
     task = next(questions)
-    if task["what"] == "generate":
-        make = generator(task["directory"], task["prompt"], task["tokens"], task["threads"])
+    if "prompt" in task:
+        make = generator(task["prompt"], task["tokens"], task["threads"])
     else:
         make = stepper(config_from(task["config"]), task["context"], task["threads"])
     call = make(task["dtype"])
     for _ in itertools.chain([task], questions):
         begin = time.perf_counter()
         call()
-        answer(time.perf_counter() - begin)
+        print(json.dumps(time.perf_counter() - begin), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -40,17 +40,9 @@ STATISTICS: dict[str, Callable[[Sums], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class PairedRatio:
-    """A head's statistic over another head's on the prompts they share. interval: None below two prompts."""
-
-    ratio: float | None
-    interval: Interval | None
-    num_prompts: int
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """A statistic over seeds. value: the mean; interval: None below two prompts; by_run: per seed."""
+    """A statistic over seeds, or its ratio to another head's. value: the mean; interval: None below two prompts;
+    by_run: per seed."""
 
     value: float | None
     interval: Interval | None
@@ -183,19 +175,6 @@ def paired_bootstrap(rows: Sequence[PromptRow], statistic: str, num_resamples: i
     return bootstrap(_table(comparable_rows(rows)), lambda sums: _values(sums, statistic), num_resamples)
 
 
-def paired_ratio(rows: Sequence[PromptRow], other_rows: Sequence[PromptRow], statistic: str) -> PairedRatio:
-    """statistic(rows) / statistic(other_rows) over the prompt ids that count in both, with its paired interval."""
-    tables, num_prompts = _shared_tables([rows, other_rows])
-
-    def ratio(sums: np.ndarray) -> np.ndarray:
-        mine, theirs = np.moveaxis(_values(sums.reshape(-1, 2, len(COLUMNS)), statistic), -1, 0)
-        return mine / theirs
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        point = _number(ratio(tables.sum(axis=0))[0])
-    return PairedRatio(point, bootstrap(tables.reshape(num_prompts, 2 * len(COLUMNS)), ratio), num_prompts)
-
-
 def over_seeds(
     runs: Sequence[Sequence[PromptRow]],
     statistic: str,
@@ -217,7 +196,9 @@ def over_seeds(
     """
     everyone = [*runs, *(others or ())]
     assert runs and (others is None or len(others) == len(runs)), f"{len(everyone)} runs make no pairs"
-    tables, num_prompts = _shared_tables(everyone)
+    by_id = [{row.prompt_id: row for row in comparable_rows(rows)} for rows in everyone]
+    shared = [name for name in by_id[0] if all(name in rows for rows in by_id)]
+    tables = np.stack([_table([rows[name] for name in shared]) for rows in by_id], axis=1)  # (prompts, runs, COLUMNS)
 
     def values(sums: np.ndarray) -> np.ndarray:
         found = _values(sums, statistic)  # (..., runs)
@@ -230,18 +211,11 @@ def over_seeds(
         draws = np.random.default_rng([0, 1]).standard_t(len(runs) - 1, num_resamples)
         error = draws * float(by_run.std(ddof=1)) / len(runs) ** 0.5
     interval = bootstrap(
-        tables.reshape(num_prompts, tables.shape[1] * tables.shape[2]),
+        tables.reshape(len(shared), tables.shape[1] * tables.shape[2]),
         lambda sums: values(sums.reshape(-1, *tables.shape[1:])).mean(axis=-1) + error,
         num_resamples,
     )
-    return Estimate(_number(by_run.mean()), interval, [_number(value) for value in by_run], num_prompts)
-
-
-def _shared_tables(several: Sequence[Sequence[PromptRow]]) -> tuple[np.ndarray, int]:
-    """((prompts, records, COLUMNS), prompts) of the prompts that count in each of several records."""
-    by_id = [{row.prompt_id: row for row in comparable_rows(rows)} for rows in several]
-    shared = [name for name in by_id[0] if all(name in rows for rows in by_id)]
-    return np.stack([_table([rows[name] for name in shared]) for rows in by_id], axis=1), len(shared)
+    return Estimate(_number(by_run.mean()), interval, [_number(value) for value in by_run], len(shared))
 
 
 def _table(rows: Sequence[PromptRow]) -> np.ndarray:

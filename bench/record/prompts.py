@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HUMAN_ROLES = ("human", "user")
-# keys that identify a shape -> its name in messages
+# keys that identify a shape -> (its name in messages, key of the id, key of the text, category without one)
 KNOWN_SHAPES = {
-    ("question_id", "turns"): "MT-Bench, Vicuna-bench, Spec-Bench",
-    ("conversations",): "ShareGPT",
-    ("question", "answer"): "GSM8K",
-    ("task_id", "prompt"): "HumanEval",
+    ("question_id", "turns"): ("MT-Bench, Vicuna-bench, Spec-Bench", "question_id", "turns", "question"),
+    ("conversations",): ("ShareGPT", "id", "conversations", "chat"),
+    ("question", "answer"): ("GSM8K", None, "question", "math"),
+    ("task_id", "prompt"): ("HumanEval", "task_id", "prompt", "coding"),
 }
 # The beginning of a JSON list or object; "[INST] ..." and "{name}, ..." are text.
 JSON_OPENING = re.compile(r'\s*(\[\s*[\[{"\]]|\{\s*["}])')
@@ -181,39 +181,29 @@ def _json_records(text: str, path: str | Path) -> Iterator[tuple[str, object]]:
 
 def _prompt_from(record: object, number: int, where: str) -> Prompt:
     """The prompt of one record, recognized by its keys; ``number`` is its id if the record has none."""
-    known = "; ".join(f"{name}: {', '.join(keys)}" for keys, name in KNOWN_SHAPES.items())
+    known = "; ".join(f"{name}: {', '.join(keys)}" for keys, (name, *_) in KNOWN_SHAPES.items())
     if not isinstance(record, dict):
         raise ValueError(f"{where}: unknown shape: a {type(record).__name__}, not an object; known shapes are {known}")
     shape = next((keys for keys in KNOWN_SHAPES if all(key in record for key in keys)), None)
-    if shape == ("question_id", "turns"):
-        return Prompt(str(record["question_id"]), _category(record, "question", where), _turns(record["turns"], where))
-    if shape == ("conversations",):
-        turns = _human_turns(record["conversations"], where)
-        return Prompt(str(record.get("id", number)), _category(record, "chat", where), turns)
-    if shape == ("question", "answer"):
-        return Prompt(str(number), _category(record, "math", where), _turns([record["question"]], where))
-    if shape == ("task_id", "prompt"):
-        return Prompt(str(record["task_id"]), _category(record, "coding", where), _turns([record["prompt"]], where))
-    found = ", ".join(sorted(record)) or "none"
-    raise ValueError(f"{where}: unknown shape: the record's keys are {found}; known shapes are {known}")
-
-
-def _category(record: dict, default: str, where: str) -> str:
-    category = record.get("category")
-    if category is None:
-        return default
+    if shape is None:
+        found = ", ".join(sorted(record)) or "none"
+        raise ValueError(f"{where}: unknown shape: the record's keys are {found}; known shapes are {known}")
+    _, id_key, text_key, category = KNOWN_SHAPES[shape]
+    if record.get("category") is not None:
+        category = record["category"]
     if not isinstance(category, str):
         raise ValueError(f"{where}: category must be a string, got {category!r}")
-    return category
-
-
-def _turns(turns: object, where: str) -> tuple[str, ...]:
+    turns = record[text_key]
+    if text_key == "conversations":
+        turns = _human_turns(turns, where)
+    elif text_key != "turns":
+        turns = [turns]
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise ValueError(f"{where}: the turns must be a list of strings, got {_short(turns)}")
-    return tuple(turns)
+    return Prompt(str(record.get(id_key, number)), category, tuple(turns))
 
 
-def _human_turns(messages: object, where: str) -> tuple[str, ...]:
+def _human_turns(messages: object, where: str) -> list[str]:
     """The user's turns of a conversation of from/value or role/content messages."""
     if not isinstance(messages, list):
         raise ValueError(f"{where}: conversations must be a list of messages, got {_short(messages)}")
@@ -228,7 +218,7 @@ def _human_turns(messages: object, where: str) -> tuple[str, ...]:
             raise ValueError(f"{where}: a message's {keys[1]} must be a string, got {_short(content)}")
         if speaker in HUMAN_ROLES:
             turns.append(content)
-    return tuple(turns)
+    return turns
 
 
 def _short(value: object) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from bench.record.metrics import PairedRatio, paired_ratio
+from bench.record.metrics import over_seeds
 from bench.record.schema import AUTOREGRESSIVE
 from bench.tables.numbers import format_number, plain_rows
 from bench.tables.projection.projection import (
     ASSUMED,
     PUBLISHED_ASSUMED,
-    Profile,
     project,
     project_published,
     projection_warnings,
@@ -33,28 +33,14 @@ from bench.tables.results import (
     results_frame,
     sort_results,
 )
-from bench.tables.summary import PARITY_FAILED, sampling_mark, summary_cells, with_marks
+from bench.tables.summary import PARITY_FAILED, WORDS, header, sampling_mark, summary_cells, with_marks
 from bench.tables.terminal import show_table
 from bench.tables.training import is_off, join, read_train_records
 from runtime.atomic import check_writable, write_file
+from runtime.options import option
 
-HEADER = {
-    "head": "head",
-    "backbone": "backbone",
-    "nodes": "nodes",
-    "dtype": "dtype",
-    "prompts": "prompts",
-    "accept_length": "accept length [95%]",
-    "tokens_per_s": "tokens/s",
-    "speedup": "speedup [95%]",
-    "overhead": "overhead",
-    "draft_share": "draft share",
-    "draft_ms": "draft ms/pass",
-    "parameters": "parameters [M]",
-    "train_s": "train s",
-    "parity": "parity",
-}
-WORDS = ("head", "backbone", "dtype")  # columns of words
+COLUMNS = ("head", "backbone", "nodes", "dtype", "prompts", "accept_length", "tokens_per_s", "speedup", "overhead",
+           "draft_share", "draft_ms", "parameters", "train_s", "parity")  # fmt: skip
 # The columns of a result in the JSON; each interval is one entry there.
 JSON_COLUMNS = (
     "label", "path", "head", "backbone", "device", "dtype", "data", "nodes", "prompts", "num_prompts", "accept_length",
@@ -64,105 +50,100 @@ JSON_COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HeadToHead:
-    """``label`` over ``against`` on their shared prompts; tokens_per_s is None if parity failed on either side."""
-
-    label: str
-    against: str
-    accept_length: PairedRatio
-    tokens_per_s: PairedRatio | None
-
-
 @dataclass
-class Comparison:
-    """Everything that is shown. promises: of ``bench.tables.training.join``; profile, projected, published: None if
-    not asked for."""
+class CompareOptions:
+    """The options of bench/compare.py."""
 
-    frame: pd.DataFrame | None
-    pairs: list[HeadToHead]
-    warnings: list[str]
-    promises: pd.DataFrame | None
-    profile: Profile | None
-    projected: pd.DataFrame | None
-    published: pd.DataFrame | None
+    results: list[str] = option(
+        [], "result files of bench/run.py, and train.json", name="results", nargs="*", metavar="RESULT"
+    )
+    plot: str | None = option(None, "draw accept length and cost per pass into a .png, .pdf or .svg", metavar="FILE")
+    frontier: str | None = option(
+        None, "draw accept length against draft time into a .png, .pdf or .svg", metavar="FILE"
+    )
+    sort: str | None = option(None, "sort the table by a column, the best value first", metavar="COLUMN")
+    json: str | None = option(None, "write the comparison as JSON", metavar="FILE")
+    head_to_head: list[str] = option([], "give the ratios A / B only (heads or files)", nargs=2, metavar=("A", "B"))
+    profile: str | None = option(
+        None, "a result of bench/engine.py: project the results onto that machine", metavar="FILE"
+    )
+    profile_shape: str | None = option(None, "shape of the profile (default: its first)", metavar="NAME")
+    published: bool = option(False, "project published results onto the profile's 7b shape too")
+
+    def check(self) -> None:
+        """Raises ValueError for options that miss another one."""
+        if not self.results and not self.published:
+            raise ValueError("give result files of bench/run.py, or --published with --profile FILE")
+        if self.published and not self.profile:
+            raise ValueError("--published needs the curve of a machine; give --profile FILE as well")
+        if self.profile_shape and not self.profile:
+            raise ValueError("--profile-shape names a shape of a profile; give --profile FILE as well")
 
 
-def compare(
-    paths: Sequence[str],
-    *,
-    plot: str | None = None,
-    frontier: str | None = None,
-    sort: str | None = None,
-    json_path: str | None = None,
-    pair: Sequence[str] | None = None,
-    profile: str | None = None,
-    profile_shape: str | None = None,
-    published: bool = False,
-) -> None:
-    """Read everything, decide everything, then write and print.
-
-    paths: results and train records. plot, frontier, json_path: files to write. sort: a column. pair: (A, B) for the
-    ratio A / B only. profile: an engine measurement to project onto, and which of its shapes.
-    Raises ValueError or OSError before any output.
-    """
-    if not paths and not published:
-        raise ValueError("give result files of bench/run.py, or --published with --profile FILE")
-    if published and not profile:
-        raise ValueError("--published needs the curve of a machine; give --profile FILE as well")
-    if profile_shape and not profile:
-        raise ValueError("--profile-shape names a shape of a profile; give --profile FILE as well")
-    machine = read_profile(profile, profile_shape) if profile else None
-    results, notes, found = [], [], Comparison(None, [], [], None, machine, None, None)
-    if paths:
-        others, train_records = read_train_records(paths)
+def compare(options: CompareOptions) -> None:
+    """Read everything, decide everything, then write and print. Raises ValueError or OSError before any output."""
+    machine = read_profile(options.profile, options.profile_shape) if options.profile else None
+    content = {"schema_version": 1, "kind": "comparison", "results": [], "head_to_head": [], "trainings": {},
+               "projection": None}  # fmt: skip
+    results, notes, warnings, projected, published = [], [], [], None, None
+    if options.results:
+        others, train_records = read_train_records(options.results)
         results, notes = read_results(others)
         frame = results_frame(results)
-        found.promises, broken = join(frame, train_records)
-        found.frame = sort_results(frame, sort) if sort else frame
-        found.pairs, skipped = pair_up(results, pair)
-        found.warnings = differences(frame) + skipped + doubts(found.frame) + broken
-        if machine:
-            found.projected = project(frame, machine)
-            found.warnings += projection_warnings(frame, machine)
-    found.published = project_published(machine) if published else None
+        promises, broken = join(frame, train_records)
+        shown = sort_results(frame, options.sort) if options.sort else frame
+        pairs, skipped = pair_up(results, options.head_to_head)
+        warnings = differences(frame) + skipped + doubts(shown) + broken
+        content["results"] = [_json_row(row) for row in plain_rows(shown)]
+        content["head_to_head"] = pairs
+        content["trainings"] = dict(zip(promises.index, plain_rows(promises), strict=True))
+    if results and machine:
+        projected = project(frame, machine)
+        warnings += projection_warnings(frame, machine)
+        named = {"profile": machine.path, "device": machine.device, "shape": machine.shape, "dtype": machine.dtype}
+        content["projection"] = {**named, "assumed": ASSUMED, "results": plain_rows(projected)}
+    content["warnings"] = warnings
+    if options.published:
+        published = project_published(machine)
+        content["published"] = {"assumed": PUBLISHED_ASSUMED, "results": plain_rows(published)}
 
-    check_targets([target for target in (plot, frontier, json_path) if target is not None], paths)
-    if plot is not None or frontier is not None:
+    check_targets(filter(None, (options.plot, options.frontier, options.json)), options.results)
+    if options.plot or options.frontier:
         from bench.tables.plots.comparison import draw  # seaborn takes seconds to import
 
-        draw(results, plot, frontier)
-    if json_path is not None:
-        write_file(json_path, comparison_json(found))
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    show(found)
+        draw(results, options.plot, options.frontier)
+    if options.json:
+        write_json(options.json, content)
+    print_doubts(notes, warnings)
+    if results:
+        show_results(shown, promises)
+        show_pairs(pairs)
+    if projected is not None:
+        show_projection(projected, machine)
+    if published is not None:
+        show_published(published, machine)
 
 
-def check_targets(targets: Sequence[str], sources: Sequence[str]) -> None:
+def check_targets(targets: Iterable[str], sources: Sequence[str]) -> None:
     """Raises OSError if a target cannot be written, ValueError if it would overwrite a source or another target."""
-    for number, target in enumerate(targets):
-        if Path(target).resolve() in {Path(source).resolve() for source in sources}:
-            raise ValueError(f"{target}: is one of the results to compare; write elsewhere")
-        if Path(target).resolve() in {Path(other).resolve() for other in targets[:number]}:
-            raise ValueError(f"{target}: two outputs would go there; name two files")
+    taken = {Path(source).resolve(): "is one of the results to compare; write elsewhere" for source in sources}
+    for target in targets:
+        if Path(target).resolve() in taken:
+            raise ValueError(f"{target}: {taken[Path(target).resolve()]}")
+        taken[Path(target).resolve()] = "two outputs would go there; name two files"
         check_writable(target)
 
 
-def show(found: Comparison) -> None:
-    """Print the tables."""
-    if found.frame is not None:
-        show_results(found.frame, found.promises)
-    if found.pairs:
-        show_pairs(found.pairs)
-    if found.projected is not None:
-        show_projection(found.projected, found.profile)
-        print(ASSUMED)
-    if found.published is not None:
-        show_published(found.published, found.profile)
-        print(PUBLISHED_ASSUMED)
+def print_doubts(notes: Sequence[str], warnings: Sequence[str]) -> None:
+    """Notes and warnings, a line each on stderr."""
+    for kind, texts in (("note", notes), ("warning", warnings)):
+        for text in texts:
+            print(f"{kind}: {text}", file=sys.stderr)
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Write a comparison as JSON."""
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def show_results(frame: pd.DataFrame, promises: pd.DataFrame | None = None) -> None:
@@ -172,7 +153,7 @@ def show_results(frame: pd.DataFrame, promises: pd.DataFrame | None = None) -> N
         with_marks(row.label, sampling_mark(row.acceptance), "interrupted" * row.interrupted)
         for row in frame.itertuples()
     ]
-    cells = cells[list(HEADER)].rename(columns=HEADER)
+    cells = cells[list(COLUMNS)].rename(columns=header("en") | {"draft_ms": "draft ms/pass"})
     if promises is not None and len(promises):
         own = promises.reindex(frame["path"])
         cells["steps"] = ["-" if pd.isna(steps) else f"{steps:,}" for steps in own["steps"]]
@@ -191,7 +172,7 @@ def show_results(frame: pd.DataFrame, promises: pd.DataFrame | None = None) -> N
     show_table("Results", cells, WORDS, style)
 
 
-def pair_up(results: Sequence[Result], names: Sequence[str] | None) -> tuple[list[HeadToHead], list[str]]:
+def pair_up(results: Sequence[Result], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The pairs to compare, and a sentence for each that cannot be.
 
     names: (A, B) for A / B alone; without, every other head over the first. The baseline's record takes part only if
@@ -212,37 +193,36 @@ def pair_up(results: Sequence[Result], names: Sequence[str] | None) -> tuple[lis
     return pairs, skipped
 
 
-def head_to_head(result: Result, against: Result) -> HeadToHead:
-    """Paired ratios of accept length and tokens/s over the prompts both results hold.
+def head_to_head(result: Result, against: Result) -> dict[str, Any]:
+    """Paired ratios of accept length and tokens/s over the prompts both results hold, as the JSON holds them:
+    tokens_per_s is None if parity failed on either side.
 
     Raises ValueError if the two were measured on different prompt files: equal ids would not be equal prompts.
     """
     if result.record.data.sha256 != against.record.data.sha256:
         raise ValueError(f"{result.label} and {against.label} were measured on different prompt files")
-    rows = result.record.per_prompt, against.record.per_prompt
-    refused = parity_failed(result.record) or parity_failed(against.record)
-    return HeadToHead(
-        label=result.label,
-        against=against.label,
-        accept_length=paired_ratio(*rows, "accept_length"),
-        tokens_per_s=None if refused else paired_ratio(*rows, "tokens_per_s"),
-    )
+    mine, theirs = [result.record.per_prompt], [against.record.per_prompt]
+    found = {name: over_seeds(mine, name, theirs, num_resamples=2000) for name in ("accept_length", "tokens_per_s")}
+    ratios: dict[str, Any] = {name: {"ratio": each.value, "interval": each.interval} for name, each in found.items()}
+    if parity_failed(result.record) or parity_failed(against.record):
+        ratios["tokens_per_s"] = None
+    prompts = found["accept_length"].num_prompts
+    return {"head": result.label, "against": against.label, "prompts": prompts, **ratios}
 
 
-def show_pairs(pairs: Sequence[HeadToHead]) -> None:
-    """Print one row per pair of heads."""
-    rows = []
-    for pair in pairs:
-        length, speed = pair.accept_length, pair.tokens_per_s
-        rows.append(
-            {
-                "ratio": f"{pair.label} / {pair.against}",
-                "prompts": str(length.num_prompts),
-                "accept length [95%]": format_number(length.ratio, length.interval),
-                "tokens/s [95%]": PARITY_FAILED if speed is None else format_number(speed.ratio, speed.interval),
-            }
-        )
-    show_table("Ratios on shared prompts, paired by prompt", pd.DataFrame(rows), ["ratio"])
+def show_pairs(pairs: Sequence[Mapping[str, Any]]) -> None:
+    """Print one row per pair of heads, if there is any."""
+    cells = [
+        {
+            "ratio": f"{pair['head']} / {pair['against']}",
+            "prompts": str(pair["prompts"]),
+            "accept length [95%]": format_number(*pair["accept_length"].values()),
+            "tokens/s [95%]": format_number(*pair["tokens_per_s"].values()) if pair["tokens_per_s"] else PARITY_FAILED,
+        }
+        for pair in pairs
+    ]
+    if cells:
+        show_table("Ratios on shared prompts, paired by prompt", pd.DataFrame(cells), ["ratio"])
 
 
 def doubts(frame: pd.DataFrame) -> list[str]:
@@ -270,41 +250,6 @@ def doubts(frame: pd.DataFrame) -> list[str]:
         if row.interrupted:
             sentences.append(f"interrupted after {row.prompts} of {row.num_prompts} prompts: {row.path}")
     return sentences
-
-
-def comparison_json(found: Comparison) -> str:
-    """The comparison as JSON text; ratios that are refused are null, and so are projections that were not made."""
-
-    def ratio(pair: PairedRatio | None) -> dict | None:
-        return None if pair is None else {"ratio": pair.ratio, "interval": pair.interval}
-
-    content = {
-        "schema_version": 1,
-        "kind": "comparison",
-        "results": [] if found.frame is None else [_json_row(row) for row in plain_rows(found.frame)],
-        "head_to_head": [
-            {
-                "head": pair.label,
-                "against": pair.against,
-                "prompts": pair.accept_length.num_prompts,
-                "accept_length": ratio(pair.accept_length),
-                "tokens_per_s": ratio(pair.tokens_per_s),
-            }
-            for pair in found.pairs
-        ],
-        "trainings": {}
-        if found.promises is None
-        else dict(zip(found.promises.index, plain_rows(found.promises), strict=True)),
-        "projection": None,
-        "warnings": found.warnings,
-    }
-    if found.projected is not None:
-        machine = found.profile
-        named = {"profile": machine.path, "device": machine.device, "shape": machine.shape, "dtype": machine.dtype}
-        content["projection"] = {**named, "assumed": ASSUMED, "results": plain_rows(found.projected)}
-    if found.published is not None:
-        content["published"] = {"assumed": PUBLISHED_ASSUMED, "results": plain_rows(found.published)}
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _json_row(row: dict) -> dict:

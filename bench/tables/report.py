@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from bench.tables.markdown import language_of, markdown_table, replace_block
 from bench.tables.results import read_results, results_frame, sort_results
-from bench.tables.summary import sampling_mark, summary_cells, with_marks
+from bench.tables.summary import WORDS, header, sampling_mark, summary_cells, with_marks
 from runtime.atomic import check_writable, write_file
+from runtime.options import option
 
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
-WORD_COLUMNS = ("head", "backbone", "device", "dtype", "data", "file")
-# The columns, with their English and Chinese headers.
-HEADER = {
-    "head": ("head", "草稿头"),
-    "backbone": ("backbone", "骨干模型"),
-    "device": ("device", "设备"),
-    "dtype": ("dtype", "精度"),
-    "data": ("data", "数据"),
-    "prompts": ("prompts", "提示数"),
-    "nodes": ("nodes", "树节点数"),
-    "accept_length": ("accept length [95%]", "接受长度 [95%]"),
-    "tokens_per_s": ("tokens/s", "tokens/s"),
-    "speedup": ("speedup [95%]", "加速比 [95%]"),
-    "overhead": ("overhead", "开销"),
-    "draft_share": ("draft share", "草稿时间占比"),
-    "draft_ms": ("draft ms", "草稿毫秒"),
-    "parameters": ("parameters [M]", "参数量 [M]"),
-    "parity": ("parity", "一致性"),
-    "file": ("file", "文件"),
-}
+COLUMNS = ("head", "backbone", "device", "dtype", "data", "prompts", "nodes", "accept_length", "tokens_per_s",
+           "speedup", "overhead", "draft_share", "draft_ms", "parameters", "parity", "file")  # fmt: skip
 # Words in cells, in Chinese.
 CHINESE = {
     "parity failed": "一致性检查未通过",
@@ -70,18 +53,28 @@ PAGES = {
 }
 
 
-def report(paths: Sequence[str], out: str | None = None, update: Sequence[str] = ()) -> None:
+@dataclass
+class ReportOptions:
+    """The options of bench/report.py."""
+
+    results: list[str] = option([], "result files written by bench/run.py", name="results", metavar="RESULT")
+    out: str | None = option(None, "write a Markdown page with the table only", metavar="FILE")
+    update: list[str] = option([], f"replace the text between {BEGIN} and {END}", metavar="FILE")
+
+
+def report(options: ReportOptions) -> None:
     """Write the table to ``out`` and into the files of ``update``; to stdout if neither is given.
 
     All pages are made before the first is written. Raises ValueError for bad results or missing markers and OSError
     if a file cannot be read or written.
     """
-    results, notes = read_results(paths)
+    out = options.out
+    results, notes = read_results(options.results)
     frame = arrange(results_frame(results))
     pages: dict[str, str] = {}
     if out is not None:
         pages[out] = f"{PAGES[language_of(out)]}\n\n{results_table(frame, out)}\n"
-    for path in update:
+    for path in options.update:
         text = pages[path] if path in pages else Path(path).read_bytes().decode("utf-8")
         pages[path] = replace_block(text, results_table(frame, path), path, BEGIN, END)
     for path in pages:
@@ -103,8 +96,7 @@ def arrange(frame: pd.DataFrame) -> pd.DataFrame:
 
 def results_table(frame: pd.DataFrame, page: str | Path) -> str:
     """The table for ``page``: its language, and links to the JSON files relative to its folder."""
-    chinese, folder = language_of(page) == "zh", Path(page).resolve().parent
-    words = CHINESE if chinese else {}
+    folder, words = Path(page).resolve().parent, CHINESE if language_of(page) == "zh" else {}
     cells = summary_cells(frame).replace({"parity": words, "speedup": words})
     cells["head"] = [
         with_marks(
@@ -117,5 +109,5 @@ def results_table(frame: pd.DataFrame, page: str | Path) -> str:
     ]
     links = [Path(os.path.relpath(Path(path).resolve(), folder)).as_posix() for path in frame["path"]]
     cells["file"] = [f"[{Path(link).name}]({link.replace(' ', '%20')})" for link in links]
-    header = {name: both[chinese] for name, both in HEADER.items()}
-    return markdown_table(cells[list(header)].rename(columns=header), [header[name] for name in WORD_COLUMNS])
+    titles = header(language_of(page))
+    return markdown_table(cells[list(COLUMNS)].rename(columns=titles), [titles[name] for name in WORDS])

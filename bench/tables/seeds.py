@@ -8,14 +8,16 @@ id. All figures are of the prompts that count in every result.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
-from bench.record.metrics import Estimate, comparable_rows, over_seeds
-from bench.record.schema import AUTOREGRESSIVE, PromptRow
+from bench.record.metrics import comparable_rows, over_seeds
+from bench.record.schema import PromptRow
 from bench.tables.results import Result, differences, results_frame, unequal_conditions
 from runtime.entry import suggest
 
@@ -35,31 +37,6 @@ class Group:
     def trained(self) -> bool:
         """Whether there is anything that a seed could change."""
         return bool((self.runs["parameters"] > 0).any())
-
-
-@dataclass(frozen=True)
-class Line:
-    """One head of the comparison. None is unknown. seeds: of the runs, in the order of accept_length.by_run; ratio: to
-    the reference, None for the reference itself and if no run has a partner; parameters, train_s, draft_ms: means over
-    the runs. warnings: what makes this line less comparable."""
-
-    label: str
-    seeds: list[int | None]
-    accept_length: Estimate
-    categories: dict[str, Estimate]
-    ratio: Estimate | None
-    parameters: float | None
-    train_s: float | None
-    draft_ms: float | None
-    warnings: list[str]
-
-
-def heads_of(results: Sequence[Result]) -> list[Result]:
-    """The results without the baseline's. Raises ValueError if none is left."""
-    heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
-    if not heads:
-        raise ValueError("no result of a head among the files; measure one with bench/run.py")
-    return heads
 
 
 def group_runs(heads: Sequence[Result]) -> list[Group]:
@@ -124,15 +101,24 @@ def shared_rows(heads: Sequence[Result]) -> dict[str, list[PromptRow]]:
     return {path: [rows[name] for name in shared] for path, rows in by_path.items()}
 
 
-def summarise_groups(groups: Sequence[Group], rows: dict[str, list[PromptRow]], reference: Group | None) -> list[Line]:
-    """A line per group, the largest accept length first. rows: of ``shared_rows``."""
+def summarize_groups(
+    groups: Sequence[Group], rows: dict[str, list[PromptRow]], reference: Group | None
+) -> list[dict[str, Any]]:
+    """A line per group, the largest accept length first. rows: of ``shared_rows``.
+
+    None is unknown. seeds: of the runs, in the order of accept_length's by_run; categories: the accept length by
+    category; ratio: to the reference, None for the reference itself and if no run has a partner; parameters, train_s,
+    draft_ms: means over the runs; warnings: what makes this line less comparable.
+    """
     first = rows[groups[0].runs["path"].iloc[0]]  # names the category of each prompt
     places = pd.Series([row.category for row in first]).groupby([row.category for row in first], sort=False).indices
     lines = [_line(group, reference, reference or groups[0], rows, places) for group in groups]
-    return sorted(lines, key=lambda line: -(line.accept_length.value or 0))
+    return sorted(lines, key=lambda line: -(line["accept_length"]["value"] or 0))
 
 
-def _line(group: Group, reference: Group | None, norm: Group, rows: dict[str, list[PromptRow]], places: dict) -> Line:
+def _line(
+    group: Group, reference: Group | None, norm: Group, rows: dict[str, list[PromptRow]], places: dict
+) -> dict[str, Any]:
     """norm: whose training is the usual one. places: of each category in the order of the rows."""
     runs = [rows[path] for path in group.runs["path"]]
     warnings = training_warnings(group, norm)
@@ -142,23 +128,26 @@ def _line(group: Group, reference: Group | None, norm: Group, rows: dict[str, li
     if reference is not None and group is not reference:
         pairs = partners(group, reference)
         if len(pairs):
-            mine, theirs = ([rows[path] for path in pairs[side]] for side in ("path", "path_reference"))
-            ratio = over_seeds(mine, "accept_length", theirs)
+            ratio = _estimate(*([rows[path] for path in pairs[side]] for side in ("path", "path_reference")))
         if group.trained and len(pairs) < len(runs):
             warnings.append(f"{len(pairs)} of {len(runs)} seeds are also {reference.label}'s")
     means = group.runs[["parameters", "train_s", "draft_ms"]].astype(float).mean(skipna=False)
-    return Line(
-        label=group.label,
-        seeds=[None if pd.isna(seed) else int(seed) for seed in group.runs["seed"]],
-        accept_length=over_seeds(runs, "accept_length"),
-        categories={
-            name: over_seeds([[run[place] for place in chosen] for run in runs], "accept_length")
-            for name, chosen in places.items()
+    return {
+        "label": group.label,
+        "seeds": [None if pd.isna(seed) else int(seed) for seed in group.runs["seed"]],
+        "accept_length": _estimate(runs),
+        "categories": {
+            name: _estimate([[run[place] for place in chosen] for run in runs]) for name, chosen in places.items()
         },
-        ratio=ratio,
+        "ratio": ratio,
         **{name: None if pd.isna(value) else value for name, value in means.items()},
-        warnings=warnings,
-    )
+        "warnings": warnings,
+    }
+
+
+def _estimate(runs: Sequence[list[PromptRow]], others: Sequence[list[PromptRow]] | None = None) -> dict[str, Any]:
+    """The accept length over the runs, or its ratio to that of the others, as JSON holds it."""
+    return dataclasses.asdict(over_seeds(runs, "accept_length", others))
 
 
 def partners(group: Group, reference: Group) -> pd.DataFrame:

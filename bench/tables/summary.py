@@ -8,6 +8,35 @@ from bench.tables.numbers import format_millions, format_number, format_percent
 from decoding.options import GREEDY
 
 PARITY_FAILED = "parity failed"
+WORDS = ("head", "backbone", "device", "dtype", "data", "file")  # columns of words
+# The header of each column, in English and in Chinese.
+HEADERS = {
+    "head": ("head", "草稿头"),
+    "backbone": ("backbone", "骨干模型"),
+    "device": ("device", "设备"),
+    "dtype": ("dtype", "精度"),
+    "data": ("data", "数据"),
+    "prompts": ("prompts", "提示数"),
+    "nodes": ("nodes", "树节点数"),
+    "seeds": ("seeds", "种子数"),
+    "accept_length": ("accept length [95%]", "接受长度 [95%]"),
+    "tokens_per_s": ("tokens/s", "tokens/s"),
+    "speedup": ("speedup [95%]", "加速比 [95%]"),
+    "overhead": ("overhead", "开销"),
+    "draft_share": ("draft share", "草稿时间占比"),
+    "ratio": ("ratio to {}", "与 {} 之比"),
+    "parameters": ("parameters [M]", "参数量 [M]"),
+    "train_s": ("train s", "训练秒数"),
+    "draft_ms": ("draft ms", "草稿毫秒"),
+    "parity": ("parity", "一致性"),
+    "warning": ("warning", "警告"),
+    "file": ("file", "文件"),
+}
+
+
+def header(language: str) -> dict[str, str]:
+    """Column -> its header in ``en`` or ``zh``."""
+    return {name: both[language == "zh"] for name, both in HEADERS.items()}
 
 
 def summary_cells(frame: pd.DataFrame) -> pd.DataFrame:

@@ -49,33 +49,34 @@ def join(frame: pd.DataFrame, records: Sequence[tuple[str, TrainRecord]]) -> tup
     steps, train_s: of the complete training; expected: the promised accept length with a tree of ``nodes`` nodes;
     ratio: the measured one over it; source: who promised it; path: of the train record.
     """
+    columns = ["steps", "train_s", "expected", "nodes", "source", "path"]
     trained = pd.DataFrame(
         [
             (record.best.weights_sha256, record.steps, record.train_s, record.best.expected_accept_length,
              record.best.tree_nodes, "training", path)
             for path, record in records
         ],
-        columns=["weights", "steps", "train_s", "expected", "nodes", "source", "path"],
+        columns=["weights", *columns],
     ).drop_duplicates("weights")  # fmt: skip
-    columns = ["steps", "train_s", "expected", "nodes", "source"]
-    own = frame[["train_steps", "train_s", "checkpoint_accept_length", "checkpoint_nodes"]].assign(source="checkpoint")
-    own = own.set_axis(columns, axis=1).where(
-        (frame["nodes"] == frame["checkpoint_nodes"]).fillna(False) & (frame["checkpoint_accept_length"] > 0)
-    )
-    predicted = frame[["train_steps", "train_s", "predicted_accept_length", "nodes"]].assign(source="calibration")
-    predicted = predicted.set_axis(columns, axis=1).where(frame["predicted_accept_length"].notna())
     by_record = frame[["checkpoint_sha256"]].merge(
         trained, how="left", left_on="checkpoint_sha256", right_on="weights"
     ).set_axis(frame.index)  # fmt: skip
-    promises = pd.DataFrame(index=frame.index, columns=[*columns, "path"], dtype=object)
-    for source in (predicted, own, by_record):  # the last one counts
-        known = source["source"].notna()
-        promises.loc[known, columns] = source.loc[known, columns].astype(object)
-    promises["path"] = by_record["path"].astype(object)
+    own = frame[["train_steps", "train_s", "checkpoint_accept_length", "checkpoint_nodes"]]
+    fits = (frame["nodes"] == frame["checkpoint_nodes"]).fillna(False) & (frame["checkpoint_accept_length"] > 0)
+    predicted = frame[["train_steps", "train_s", "predicted_accept_length", "nodes"]]
+    sources = [  # the first one that knows counts
+        by_record.loc[by_record["source"].notna(), columns],
+        own.assign(source="checkpoint", path=None).set_axis(columns, axis=1)[fits],
+        predicted.assign(source="calibration", path=None).set_axis(columns, axis=1)[
+            frame["predicted_accept_length"].notna()
+        ],
+    ]
+    promises = pd.concat([source.astype(object) for source in sources])
+    promises = promises[~promises.index.duplicated()].sort_index()
     promises = promises.astype({"steps": "Int64", "nodes": "Int64", "train_s": float, "expected": float})
-    promises["ratio"] = frame["accept_length"] / promises["expected"].replace(0, np.nan)
-    promises = promises[["steps", "train_s", "expected", "nodes", "ratio", "source", "path"]].set_axis(frame["path"])
-    promises = promises[promises["source"].notna()]
+    ratio = frame["accept_length"] / promises["expected"].replace(0, np.nan)
+    promises.insert(4, "ratio", ratio.loc[promises.index])
+    promises = promises.set_axis(frame.loc[promises.index, "path"])
 
     misses = promises[is_off(promises["ratio"])].join(
         frame.set_index("path")[["label", "accept_length", "nodes"]].rename(columns={"nodes": "decoded"})

@@ -1,6 +1,5 @@
 """weight_convert.py as a user types it: formats recognized, notes, exit statuses, and mistakes in one line."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from backbone.tokenizer import EMBEDDED, load_tokenizer
 from backbone.weights import fingerprint, read_backbone
 from runtime.atomic import HOST
 from tests.backbone.models import raw_config, write_model
+from weight_convert import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,15 +26,6 @@ def run(*words, status=0):
     )  # fmt: skip
     assert done.returncode == status, (words, done.returncode, done.stderr[-3000:])
     return done
-
-
-@pytest.fixture(scope="module")
-def main():
-    """The entry's main, for what needs no process of its own."""
-    spec = importlib.util.spec_from_file_location("weight_convert", ROOT / "weight_convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def test_the_embedded_backbone_goes_round_through_every_format(tmp_path):
@@ -81,14 +72,17 @@ MISTAKES = [
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--from", "meta"), "params.json does not exist"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--shard-size", "2 elephants"), "'2 elephants' is not a size"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--tolerance", "1"), "--tolerance belongs to --verify"),
-    (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--verify", "--tolerance", "nan"), "--tolerance is nan"),
+    (
+        ("{hf}", "--to", "meta", "--out", "{tmp}/x", "--verify", "--tolerance", "nan"),
+        "--tolerance must be a number, got nan",
+    ),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--merge"), "--backbone and --merge are for heads"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--overwite"), "Did you mean '--overwrite'?"),
 ]
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)
-def test_mistakes_are_answered_before_anything_is_written(main, tmp_path, words, message):
+def test_mistakes_are_answered_before_anything_is_written(tmp_path, words, message):
     hf = write_model(tmp_path / "hf", raw_config())
     words = [word.format(hf=hf, tmp=tmp_path) for word in words]
     with pytest.raises(ValueError) as caught:
@@ -111,7 +105,7 @@ def test_a_damaged_source_is_refused_by_name(main, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_what_is_no_backbone_goes_to_the_heads_with_all_its_options(main, tmp_path, monkeypatch):
+def test_what_is_no_backbone_goes_to_the_heads_with_all_its_options(tmp_path, monkeypatch):
     calls = []
 
     class Heads:
@@ -152,7 +146,7 @@ def test_a_conversion_takes_less_memory_than_the_model_in_every_step(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_conversion_left_behind_is_removed_by_the_next(main, tmp_path):
+def test_what_a_killed_conversion_left_behind_is_removed_by_the_next(tmp_path):
     hf = write_model(tmp_path / "hf", raw_config())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -35,44 +35,23 @@ def draw(results: Sequence[Result], plot: str | Path | None, frontier: str | Pat
     Raises ValueError for an ending that is no plot's and a frontier without a head, OSError if a file cannot be
     written.
     """
-    for target in (plot, frontier):
-        if target is not None:
-            check_plot_path(target)
-    placed = check_frontier(results) if frontier is not None else []
-    if plot is not None:
-        draw_comparison(results, plot)
-    if frontier is not None:
-        draw_frontier(placed, frontier)
-
-
-def draw_comparison(results: Sequence[Result], path: str | Path) -> None:
-    """Both panels of the comparison."""
-    heads = _heads(results)
-    categories = list(dict.fromkeys(row.category for result in results for row in result.record.per_prompt))
-    width = max(5.0, 0.9 + 0.11 * (len(heads) + 2) * (len(categories) + 1))
-    size = width + 6.2, max(4.4, 2.2 + 0.5 * len(results))
-    with drawn_figure(path, 2, size, width_ratios=(width, 6.2)) as (left, right):
-        _draw_accept_length(left, heads, categories)
-        _draw_pass_time(right, results, heads)
-
-
-def check_frontier(results: Sequence[Result]) -> list[Result]:
-    """The heads with a draft time and an accept length. Raises ValueError if there is none."""
-    placed = [result for result in _heads(results) if None not in _place(result.record)]
-    if not placed:
+    for target in filter(None, (plot, frontier)):
+        check_plot_path(target)
+    heads = [result for result in results if result.record.head != AUTOREGRESSIVE]
+    placed = [result for result in heads if None not in _place(result.record)]
+    if frontier and not placed:
         names = ", ".join(result.path for result in results)
         raise ValueError(f"no head with a draft time and an accept length among {names}; measure one with bench/run.py")
-    return placed
-
-
-def draw_frontier(heads: Sequence[Result], path: str | Path) -> None:
-    """Accept length against draft time."""
-    with drawn_figure(path, 1, (7.6, 5.0)) as (axes,):
-        _draw_frontier(axes, heads)
-
-
-def _heads(results: Sequence[Result]) -> list[Result]:
-    return [result for result in results if result.record.head != AUTOREGRESSIVE]
+    if plot:
+        categories = list(dict.fromkeys(row.category for result in results for row in result.record.per_prompt))
+        width = max(5.0, 0.9 + 0.11 * (len(heads) + 2) * (len(categories) + 1))
+        size = width + 6.2, max(4.4, 2.2 + 0.5 * len(results))
+        with drawn_figure(plot, 2, size, width_ratios=(width, 6.2)) as (left, right):
+            _draw_accept_length(left, heads, categories)
+            _draw_pass_time(right, results, heads)
+    if frontier:
+        with drawn_figure(frontier, 1, (7.6, 5.0)) as (axes,):
+            _draw_frontier(axes, placed)
 
 
 def _place(record: Record) -> tuple[float | None, float | None]:

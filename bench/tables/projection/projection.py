@@ -131,7 +131,7 @@ def _project(row, profile: Profile) -> dict:
 
 
 def show_projection(projected: pd.DataFrame, profile: Profile) -> None:
-    """Print one row per result."""
+    """Print one row per result, and what is assumed."""
     title = f"Projection, not measured: {profile.shape}, {profile.dtype}, on {profile.device} ({profile.path})"
     cells = [
         {
@@ -149,6 +149,7 @@ def show_projection(projected: pd.DataFrame, profile: Profile) -> None:
         for row in projected.itertuples()
     ]
     show_table(title, pd.DataFrame(cells), ["head"])
+    print(ASSUMED)
 
 
 def projection_warnings(frame: pd.DataFrame, profile: Profile) -> list[str]:
@@ -201,7 +202,7 @@ def project_published(profile: Profile, results: Sequence[Published] = PUBLISHED
 
 
 def show_published(projected: pd.DataFrame, profile: Profile) -> None:
-    """Print one row per published result; the published speedup is another machine's."""
+    """Print one row per published result, and what is assumed; the published speedup is another machine's."""
     title = f"Projection of published accept lengths, not measured: {profile.shape}, {profile.dtype}, after "
     title += f"{projected['context'].iloc[0]} rows, on {profile.device} ({profile.path})"
     cells = [
@@ -220,3 +221,4 @@ def show_published(projected: pd.DataFrame, profile: Profile) -> None:
         for row in projected.itertuples(index=False)
     ]
     show_table(title, pd.DataFrame(cells), ["system", "backbone", "source"])
+    print(PUBLISHED_ASSUMED)

@@ -17,15 +17,14 @@ LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
 @dataclass(frozen=True)
 class Published:
     """One result. rows: of a verification pass, root included. draft_weights: read by a draft before its first token
-    can be verified, counted as often as they are read; drafting is assumed to be bound by reading them. drafts: how
-    that number is computed. backbone: whose accept length it is."""
+    can be verified, counted as often as they are read; drafting is assumed to be bound by reading them. backbone: whose
+    accept length it is."""
 
     name: str
     accept_length: float
     speedup: float | None
     rows: int
     draft_weights: int
-    drafts: str
     source: str
     backbone: str = "Vicuna 7B"
 
@@ -72,21 +71,19 @@ PUBLISHED = (
         speedup=2.18,
         rows=64,
         draft_weights=medusa(4),
-        drafts="4 heads at once",
         source="accept length computed from the accuracies by rank that github.com/FasterDecoding/Medusa ships, for "
         "its tree of 63 nodes; speedup: arXiv 2401.10774",
     ),
-    Published("Hydra", 3.04, 2.36, 64, hydra(4), "4 heads one after another", HYDRA),
-    Published("Hydra++", 3.70, 2.70, 64, hydra_plus(4), "a decoder layer, then 4 heads one after another", HYDRA),
-    Published("EAGLE", 3.94, 2.90, 26, eagle(5), "5 passes of a decoder layer", EAGLE_2),
-    Published("EAGLE-2", 4.98, 3.62, 61, eagle(6), "6 passes of a decoder layer", EAGLE_2),
+    Published("Hydra", 3.04, 2.36, 64, hydra(4), HYDRA),
+    Published("Hydra++", 3.70, 2.70, 64, hydra_plus(4), HYDRA),
+    Published("EAGLE", 3.94, 2.90, 26, eagle(5), EAGLE_2),
+    Published("EAGLE-2", 4.98, 3.62, 61, eagle(6), EAGLE_2),
     Published(
         name="EAGLE-3",
         accept_length=6.65,
         speedup=5.58,
         rows=61,
         draft_weights=eagle3(8),
-        drafts="8 passes of a decoder layer",
         source="arXiv 2503.01840 (Vicuna 13B, temperature 0); the accept length of a 7B need not be the same",
         backbone="Vicuna 13B",
     ),

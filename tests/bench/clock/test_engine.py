@@ -10,13 +10,12 @@ import pytest
 from backbone.cache import KVCache
 from bench import engine
 from bench.clock import machine, passes, shapes
-from bench.clock.footprint import pass_calls
+from bench.clock.footprint import describe_memory, pass_calls
 from bench.clock.passes import (
     Work,
     bounded,
     cache_rows,
     describe_host,
-    device_memory,
     fill,
     fitting_contexts,
     host_calls,
@@ -83,12 +82,13 @@ def test_the_host_s_share_of_a_pass_is_what_the_device_waits_for(lone, call, que
     assert describe_host({("pass", 4, 9): [lone], "machine": [1.0]}, 9) == []  # on the CPU there is none
 
 
-def test_what_the_device_holds_counts_from_before_the_backbone(monkeypatch):
-    monkeypatch.setattr(passes, "device_bytes", lambda: 5_000_000)
-    found = device_memory(small_config(), "float16", 100, before=1_000_000, host_before=0)
-    held = weight_bytes(small_config(), "float16") + cache_bytes(small_config(), "float16", 100)
+def test_the_memory_of_a_backbone_counts_from_before_it_was_built():
+    config = small_config()
+    found = describe_memory(config, "float16", 100, before=1_000_000, peak=5_000_000, after=4_000_000, where="device")
+    held = weight_bytes(config, "float16") + cache_bytes(config, "float16", 100)
     assert (found.where, found.growth_bytes, found.ratio) == ("device", 4_000_000, 4_000_000 / held)
-    assert found.host_growth_bytes > 0 and found.late_kernels is None
+    unknown = describe_memory(config, "float16", 100, before=1_000_000, peak=None, after=4_000_000)
+    assert (unknown.growth_bytes, unknown.ratio, unknown.where) == (None, None, "host")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -133,12 +133,11 @@ class StandInReadings(machine.Readings):
 
     def __init__(self):
         self.cache_bytes, self._memory, self._small = None, None, None
-        self.read, self.copy, self.cache_read, self.fma, self.mma, self.launches = [], [], [], [], [], []
+        self.rows = []
 
     def sample(self):
-        for readings in (self.read, self.copy, self.fma, self.mma):
-            readings.append(1000.0)
-        self.launches.append((4.0, 2.0))
+        speeds = dict.fromkeys(("read_gb_s", "copy_gb_s", "fma_gflop_s", "mma_tflop_s"), 1000.0)
+        self.rows.append({**speeds, "launch_host_us": 4.0, "launch_device_us": 2.0})
 
 
 def test_the_readings_of_a_device_are_its_own(monkeypatch):

@@ -256,7 +256,7 @@ def engine_file(path, late_kernels=0, loop=None):
 
 
 def test_the_figures_of_an_engine_are_the_worst_of_its_contexts(tmp_path):
-    figures = gpu_steps.engine_figures(engine_file(tmp_path / "engine.json"))(tmp_path)
+    figures = gpu_steps.engine_figures(engine_file(tmp_path / "engine.json"))
     assert figures["floor_times"] == 2.0 and figures["verify_over_one"] == pytest.approx(1.4)
     assert figures["host_share"] == 0.12
     assert gpu_steps.engine_line(figures) == (
@@ -265,12 +265,12 @@ def test_the_figures_of_an_engine_are_the_worst_of_its_contexts(tmp_path):
     )
     assert "goal" not in gpu_steps.engine_line({**figures, "shape": "tiny-vicuna"})  # launches bound such a pass
     loop = {"autoregressive": {"tokens_per_s": 900.0}, "tree": {"outside_ms": 0.1, "step_ms": 2.0}}
-    figures = gpu_steps.engine_figures(engine_file(tmp_path / "loop.json", loop=loop))(tmp_path)
+    figures = gpu_steps.engine_figures(engine_file(tmp_path / "loop.json", loop=loop))
     assert gpu_steps.engine_line(figures).endswith(
         "loop: 900 tokens/s without a head; a tree step's share outside the kernels 5% (goal 10%: met)"
     )
     with pytest.raises(StepFailed, match="2 kernels were compiled on the clock"):
-        gpu_steps.engine_figures(engine_file(tmp_path / "late.json", late_kernels=2))(tmp_path)
+        gpu_steps.engine_figures(engine_file(tmp_path / "late.json", late_kernels=2))
 
 
 def test_a_loss_that_does_not_fall_is_a_failure(tmp_path):
@@ -282,20 +282,20 @@ def test_a_loss_that_does_not_fall_is_a_failure(tmp_path):
         path.write_text(json.dumps(record))
 
     write(5.0, 4.0)
-    figures = gpu_steps.train_figures(path)(tmp_path)
+    figures = gpu_steps.train_figures(path)
     assert gpu_steps.train_line(figures) == "held-out loss 6.000 to 5.000 in 50 steps, 9000 tokens/s"
     write(5.0, 5.0)
     with pytest.raises(StepFailed, match="did not fall"):
-        gpu_steps.train_figures(path)(tmp_path)
+        gpu_steps.train_figures(path)
 
 
 def test_texts_that_differ_from_the_baseline_are_a_failure(tmp_path, make_record):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(make_record()))
-    assert "parity 2/2" in gpu_steps.decoding_line(gpu_steps.decoding_figures(path)(tmp_path))
+    assert "parity 2/2" in gpu_steps.decoding_line(gpu_steps.decoding_figures(path))
     path.write_text(json.dumps(make_record(parity__identical=1)))
     with pytest.raises(StepFailed, match="only 1 of 2 texts"):
-        gpu_steps.decoding_figures(path)(tmp_path)
+        gpu_steps.decoding_figures(path)
 
 
 def test_every_step_that_needs_a_gpu_refuses_to_fall_back_to_the_cpu():
@@ -343,8 +343,3 @@ def test_provenance_is_that_of_the_device_that_was_checked(monkeypatch):
     assert asked == ["cpu", "cuda"]
     monkeypatch.setattr(check, "output_of", lambda *words, **options: None)
     assert check.provenance(False, []) == {}
-
-
-def test_an_outcome_survives_its_json():
-    outcome = Outcome("a", "pass", 1.5, {"ms": 2.0}, None, "runs/a.log")
-    assert Outcome(**json.loads(json.dumps(outcome.plain()))) == outcome

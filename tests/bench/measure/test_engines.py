@@ -9,8 +9,10 @@ import backbone.options
 import bench.run
 from backbone.engines import load_engine
 from bench.hybrid import main
-from bench.measure.engines import Turn, compare_conversations
+from bench.measure.attempts import Attempt, Stretch
+from bench.measure.engines import compare_attempts
 from bench.record.schema import Record
+from decoding.generate import Generation
 from tests.bench.helpers import call, error_of, write_prompts
 from trainer.config import TrainConfig
 from trainer.session import train
@@ -89,21 +91,26 @@ def test_an_engine_that_computes_something_else_is_detected(folder, monkeypatch)
     assert set(first["logit_gap"]) == {"jittor", "torch"}
 
 
-def turn(baseline, head, passes):
-    return Turn([1], baseline, head, passes)
+def attempt(*turns):
+    """The attempt at a prompt of these turns: (tokens without the head, with it, passes with it)."""
+    found = Attempt(Stretch(), Stretch(), Stretch())
+    for baseline, head, passes in turns:
+        found.baseline.generations.append(Generation(baseline, None, "length", 1))
+        found.head.generations.append(Generation(head, None, "length", 1, num_passes=passes))
+    return found
 
 
 def test_prompts_count_as_the_same_when_all_their_turns_are():
-    ours = [[turn([5, 6], [5, 6], 1), turn([7], [7], 0)], [turn([5], [5], 2)], [turn([5], [5, 6, 7], 2)]]
-    theirs = [[turn([5, 6], [5, 6], 1), turn([7], [7], 0)], [turn([5], [5], 3)], [turn([5], [5, 6], 2)]]
-    found = compare_conversations(["a", "b", "c"], ours, theirs)
-    assert (found.prompts, found.autoregressive, found.head, found.passes) == (3, 3, 2, 2)
-    assert found.difference == {"prompt_id": "c", "turn": 0, "way": "head", "position": 2, "tokens": [7, None]}
-    ours[0][1].baseline.append(8)
-    found = compare_conversations(["a", "b"], ours[:2], theirs[:2])
-    assert (found.autoregressive, found.head, found.passes) == (1, 2, 1)
-    expected = {"turn": 1, "way": "autoregressive", "position": 1, "tokens": [8, None]}
-    assert found.difference == {"prompt_id": "a", **expected}
+    first = ([5, 6], [5, 6], 1)
+    ours = [attempt(first, ([7], [7], 0)), attempt(([5], [5], 2)), attempt(([5], [5, 6, 7], 2))]
+    theirs = [attempt(first, ([7], [7], 0)), attempt(([5], [5], 3)), attempt(([5], [5, 6], 2))]
+    difference = {"prompt_id": "c", "turn": 0, "way": "head", "position": 2, "tokens": [7, None]}
+    expected = {"prompts": 3, "autoregressive": 3, "head": 2, "passes": 2, "difference": difference}
+    assert compare_attempts(["a", "b", "c"], ours, theirs) == expected
+    ours[0] = attempt(first, ([7, 8], [7], 0))
+    difference = {"prompt_id": "a", "turn": 1, "way": "autoregressive", "position": 1, "tokens": [8, None]}
+    expected = {"prompts": 2, "autoregressive": 1, "head": 2, "passes": 1, "difference": difference}
+    assert compare_attempts(["a", "b"], ours[:2], theirs[:2]) == expected
 
 
 def test_a_run_says_which_engine_it_measured(folder):

@@ -1,5 +1,6 @@
 """Other engines: which type of transformers counts, that it does our work, what llama-bench is asked and answers."""
 
+import dataclasses
 import json
 import stat
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 
 from bench import engine
-from bench.clock.passes import doubt
 from bench.clock.shapes import SHAPES
 from bench.peers import llama_cpp, torch_llama
 from bench.record.engine import EngineRecord
@@ -52,12 +52,12 @@ def test_the_fastest_way_counts_and_one_that_does_not_run_is_null(monkeypatch, f
 
 
 def test_a_process_of_transformers_answers_again_and_again_and_says_when_it_cannot():
-    task = torch_llama.step_task(small_config(), 5, threads=1)
-    process = torch_llama.start(task, "float32", sleeping=True)
+    task = {"config": dataclasses.asdict(small_config()), "context": 5, "threads": 1}
+    process = torch_llama.Child(task, "float32", sleeping=True)
     assert process.ask() > 0 and process.ask() > 0
     process.close()
     with pytest.raises(RuntimeError, match="ended with status 1"):
-        torch_llama.start(task, "no type", sleeping=False)
+        torch_llama.Child(task, "no type", sleeping=False)
 
 
 def test_a_step_runs_one_row_after_the_context_again_and_again(monkeypatch):
@@ -78,26 +78,27 @@ def test_a_model_that_does_not_fit_is_not_tried():
     assert torch_llama.fits(config, "bfloat16", 4 * 10**9)
 
 
-def test_both_engines_stand_in_the_file(monkeypatch, tmp_path):
+@pytest.mark.parametrize("trial_ms", [2000.0, 200.0])
+def test_both_engines_stand_in_the_file_and_a_busy_machine_is_doubted(monkeypatch, tmp_path, trial_ms):
     monkeypatch.setitem(SHAPES, "small", small_config())
     monkeypatch.setattr(FakeProcess, "open", [])
     choose = torch_llama.choose
-    monkeypatch.setattr(torch_llama, "choose", lambda task, dtypes: choose(task, dtypes, FakeProcess))
+
+    def fake(task, dtypes):
+        return dataclasses.replace(choose(task, dtypes, FakeProcess), best_ms=trial_ms)
+
+    monkeypatch.setattr(torch_llama, "choose", fake)
     path = tmp_path / "engine.json"
     words = ["--shape", "small", "--rows", "2", "--contexts", "5", "--repeats", "1", "--no-loop", "--out", str(path)]
     assert run_entry(engine.main, words) == 0
-    (shape,) = EngineRecord.read(path).shapes
-    peer = shape.transformers
+    record = EngineRecord.read(path)
+    peer = record.shapes[0].transformers
     assert peer.what == "step" and peer.context == 5 and peer.theirs.ms == 2000
     assert peer.speedup == pytest.approx(2000 / peer.ours.ms)
     assert len(peer.trials_ms) == 6 and peer.trials_ms["bfloat16"] == 2000 and peer.trials_ms["float16"] is None
     assert FakeProcess.open == []  # the process is ended when the shape is done
-
-
-def test_a_comparison_on_a_busy_machine_is_doubted():
-    assert doubt("small", trial_ms=10.0, measured_ms=14.9) == []
-    (note,) = doubt("small", trial_ms=10.0, measured_ms=100.0)
-    assert note.startswith("small: transformers took 10.0 times its trial")
+    doubts = [note for note in record.notes if note.startswith("small: transformers took 10.0 times its trial")]
+    assert len(doubts) == (trial_ms < 2000)
 
 
 def test_without_torch_there_is_a_note_and_no_figure(monkeypatch):
@@ -108,11 +109,11 @@ def test_without_torch_there_is_a_note_and_no_figure(monkeypatch):
 
 
 def test_the_text_of_transformers_is_ours():
-    from backbone.model import EMBEDDED, load_backbone
+    from backbone.model import load_backbone
     from decoding.generate import generate_autoregressive
 
     prompt = np.random.default_rng(0).integers(3, 4096, 12)
-    theirs = torch_llama.generator(EMBEDDED, prompt, 20, threads=1)("float32")()
+    theirs = torch_llama.generator(prompt, 20, threads=1)("float32")()
     ours = generate_autoregressive(load_backbone(dtype="float32"), prompt, max_new_tokens=20).token_ids
     assert theirs == ours
 

@@ -25,48 +25,40 @@ def question(number, category="writing", turns=("Hello?",)):
     return {"question_id": number, "category": category, "turns": list(turns)}
 
 
-def test_question_records_keep_id_category_and_both_turns(tmp_path):
-    path = write_lines(tmp_path / "a", [question(81, "writing", ["Write.", "Rewrite."])])
-    assert load_prompts(path).prompts == (Prompt("81", "writing", ("Write.", "Rewrite.")),)
+TALK = [("gpt", "Welcome."), ("human", "One?"), ("gpt", "1."), ("human", "Two?")]
+FROM = {"conversations": [{"from": who, "value": text} for who, text in TALK]}
+NAMES = {"gpt": "assistant", "human": "user"}
+ROLE = {"conversations": [{"role": NAMES[who], "content": text} for who, text in TALK]}
 
 
 @pytest.mark.parametrize(
-    ("speaker", "content", "human", "other"),
-    [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")],
+    ("record", "prompt"),
+    [
+        (question(81, "writing", ["Write.", "Rewrite."]), Prompt("81", "writing", ("Write.", "Rewrite."))),
+        ({"id": "x", **FROM}, Prompt("x", "chat", ("One?", "Two?"))),
+        ({"category": "math", **ROLE}, Prompt("1", "math", ("One?", "Two?"))),
+        ({"question": "1 + 1?", "answer": "#### 2"}, Prompt("1", "math", ("1 + 1?",))),
+        ({"task_id": "He/0", "prompt": "def f():\n", "test": "assert f"}, Prompt("He/0", "coding", ("def f():\n",))),
+    ],
 )
-def test_conversations_give_the_human_turns_alone(tmp_path, speaker, content, human, other):
-    messages = [(other, "Welcome."), (human, "One?"), (other, "1."), (human, "Two?"), (other, "2.")]
-    talk = {"id": "x", "conversations": [{speaker: who, content: text} for who, text in messages]}
-    path = write_lines(tmp_path / "a.txt", [talk, {**talk, "id": "y", "category": "math"}])
-    assert load_prompts(path).prompts == (
-        Prompt("x", "chat", ("One?", "Two?")),
-        Prompt("y", "math", ("One?", "Two?")),
-    )
-
-
-def test_gsm8k_and_humaneval_records_become_one_turn(tmp_path):
-    gsm8k = write_lines(tmp_path / "g", [{"question": "1 + 1?", "answer": "#### 2"}])
-    code = write_lines(tmp_path / "h", [{"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "assert f"}])
-    assert load_prompts(gsm8k).prompts == (Prompt("1", "math", ("1 + 1?",)),)
-    assert load_prompts(code).prompts == (Prompt("HumanEval/0", "coding", ("def f():\n",)),)
+def test_each_shape_gives_id_category_and_the_turns_of_the_user(tmp_path, record, prompt):
+    path = write_lines(tmp_path / "a.txt", [record])
+    loaded = load_prompts(path)
+    assert loaded.prompts == (prompt,)
+    assert (loaded.source, loaded.sha256) == (str(path), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def test_a_json_list_json_lines_and_gzip_read_the_same_whatever_the_name(tmp_path):
     records = [question(1), question(2, "math")]
-    lines = write_lines(tmp_path / "lines.gz", records)
-    one_list = tmp_path / "list.jsonl"
+    lines, one_list, zipped = (tmp_path / name for name in ("lines.gz", "list.jsonl", "zipped.txt"))
+    write_lines(lines, records)
     one_list.write_text(json.dumps(records, indent=2), encoding="utf-8")
-    zipped = tmp_path / "zipped.txt"
     zipped.write_bytes(gzip.compress(lines.read_bytes()))
-    expected = load_prompts(lines)
-    assert [prompt.prompt_id for prompt in expected.prompts] == ["1", "2"]
-    assert load_prompts(one_list).prompts == load_prompts(zipped).prompts == expected.prompts
-
-
-def test_one_json_object_over_several_lines_is_one_record(tmp_path):
-    path = tmp_path / "a"
-    path.write_text(json.dumps(question(5), indent=2), encoding="utf-8")
-    assert [prompt.prompt_id for prompt in load_prompts(path).prompts] == ["5"]
+    expected = load_prompts(lines).prompts
+    assert [prompt.prompt_id for prompt in expected] == ["1", "2"]
+    assert load_prompts(one_list).prompts == load_prompts(zipped).prompts == expected
+    one_list.write_text(json.dumps(records[0], indent=2), encoding="utf-8")  # one object over several lines
+    assert load_prompts(one_list).prompts == expected[:1]
 
 
 def test_plain_text_is_one_prompt_a_paragraph(tmp_path):
@@ -84,13 +76,6 @@ def test_text_that_only_looks_like_json_stays_text(tmp_path, text):
     assert load_prompts(path).prompts == (Prompt("1", "text", (text,)),)
 
 
-def test_the_hash_is_of_the_file_as_it_lies_on_disk(tmp_path):
-    path = write_lines(tmp_path / "a", [question(1)])
-    loaded = load_prompts(path)
-    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert loaded.source == str(path)
-
-
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -98,16 +83,12 @@ def test_the_hash_is_of_the_file_as_it_lies_on_disk(tmp_path):
         ('[\n{"question_id": 1, "turns": ["a"]},\n{"question_id" 2}]', ":3: malformed JSON"),
         ('{\n"question_id": 1,\n"turns": ["a"]\n', ":4: malformed JSON"),
         ('{"question_id": 1, "turns": ["a"]}\n{"text": "b", "label": 1}\n', ":2: unknown shape: .* label, text;"),
-        ('{"text": "b"}', "GSM8K: question, answer"),
         ('["a", "b"]', "record 1: unknown shape: a str"),
-        ('{"question_id": 1, "turns": "a"}', ":1: the turns must be a list of strings"),
         ('{"question_id": 1, "turns": ["a", 2]}', ":1: the turns must be a list of strings"),
         ('{"question_id": 1, "turns": ["a"], "category": 3}', ":1: category must be a string"),
         ('{"conversations": [{"speaker": "human", "text": "a"}]}', ":1: a message must have from/value"),
         ('{"conversations": [{"from": "human", "value": null}]}', ":1: a message's value must be a string"),
-        ('{"question": null, "answer": "2"}', ":1: the turns must be"),
         (" \n\n", "the file is empty"),
-        ("", "the file is empty"),
         ("[]", "no prompt is left"),
         ('{"question_id": 1, "turns": [" "]}', "no prompt is left"),
     ],
@@ -160,20 +141,16 @@ def prompts_of(categories):
     return [Prompt(str(number), category, ("x",)) for number, category in enumerate(categories)]
 
 
-def test_a_sample_goes_round_the_categories_in_order_of_appearance():
+def test_a_sample_goes_round_the_categories_and_a_seed_shuffles_within_them(tmp_path):
     prompts = prompts_of("aaabcb")
-    for seed in (0, None):
-        assert [prompt.prompt_id for prompt in spread(prompts, 5, seed)] == ["0", "3", "4", "1", "5"]
     assert [prompt.prompt_id for prompt in spread(prompts, 99)] == ["0", "3", "4", "1", "5", "2"]
-
-
-def test_a_seed_shuffles_within_categories_and_repeats_itself():
-    prompts = prompts_of("ab" * 50)
-    chosen = spread(prompts, 20, seed=1)
-    assert chosen == spread(prompts, 20, seed=1)
-    assert chosen != spread(prompts, 20, seed=2)
-    assert chosen != spread(prompts, 20, seed=0)
+    many = prompts_of("ab" * 50)
+    chosen = spread(many, 20, seed=1)
+    assert chosen == spread(many, 20, seed=1) and chosen not in (spread(many, 20, seed=2), spread(many, 20))
     assert [prompt.category for prompt in chosen] == ["a", "b"] * 10
+    path = write_lines(tmp_path / "a", [question(1, "x"), question(2, "x"), question(3, "y")])
+    assert [prompt.prompt_id for prompt in load_prompts(path, 2).prompts] == ["1", "3"]
+    assert [prompt.prompt_id for prompt in load_prompts(path, seed=7).prompts] == ["1", "2", "3"]  # all, in order
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=30), st.integers(1, 30), st.integers(0, 3))
@@ -185,12 +162,6 @@ def test_a_sample_is_even_and_the_beginning_of_a_larger_one(categories, num_prom
     available, taken = Counter(categories), Counter(prompt.category for prompt in chosen)
     most = max(taken.values())
     assert all(taken[category] >= min(available[category], most - 1) for category in available)
-
-
-def test_num_prompts_samples_a_file(tmp_path):
-    path = write_lines(tmp_path / "a", [question(1, "x"), question(2, "x"), question(3, "y")])
-    assert [prompt.prompt_id for prompt in load_prompts(path, 2).prompts] == ["1", "3"]
-    assert [prompt.prompt_id for prompt in load_prompts(path, seed=7).prompts] == ["1", "2", "3"]
 
 
 @needs_data

@@ -20,23 +20,24 @@ def test_a_record_read_back_equals_the_one_written(tmp_path, make_record):
     record = Record.parse(make_record())
     record.write(path)
     assert Record.read(path) == record
-    assert json.loads(path.read_text()) == make_record()
+    assert json.loads(path.read_text()) == make_record() == json.loads(record.to_json())
+    assert "\n" not in record.to_json()  # the last line of stdout
     assert os.listdir(path.parent) == ["a.json"]
 
 
 def test_a_file_from_before_a_field_was_added_is_read_with_its_default(tmp_path, make_record):
     data = make_record()
     del data["checkpoint"]["seed"], data["checkpoint"]["tree_nodes"], data["head_stats"], data["adaptation"]
+    for name in ("accept", "temperature", "top_p", "top_k", "draft", "epsilon", "alpha"):  # greedy decoding alone
+        del data["config"]["decoding"][name]
     for row in data["per_prompt"]:
         del row["adapted"]
     path = tmp_path / "old.json"
     path.write_text(json.dumps(data))
-    record = Record.read(path)
-    assert (record.checkpoint.seed, record.head_stats, record.adaptation) == (None, {}, None)
-    assert record.per_prompt[0].adapted is None
+    assert Record.read(path) == Record.parse(make_record(checkpoint__seed=None, head_stats={}))
 
 
-OTHER_KINDS = {"losses", "conversion", "train-peers", "hybrid", "gpu-check"}  # written and read by one entry each
+OTHER_KINDS = {"losses", "conversion", "hybrid", "gpu-check"}  # written and read by one entry each
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.name)
@@ -49,12 +50,6 @@ def test_the_results_of_the_repository_are_read(path):
         assert all(shape.passes for shape in EngineRecord.read(path).shapes)
     else:
         assert Record.read(path).per_prompt
-
-
-def test_json_is_one_line_for_the_last_line_of_stdout(make_record):
-    text = Record.parse(make_record()).to_json()
-    assert "\n" not in text
-    assert json.loads(text) == make_record()
 
 
 def test_numpy_numbers_tuples_paths_and_rows_are_taken_as_they_are(make_record, make_row):
@@ -71,12 +66,6 @@ def test_numpy_numbers_tuples_paths_and_rows_are_taken_as_they_are(make_record, 
     assert record.per_prompt == [make_row("p0")]
 
 
-@pytest.mark.parametrize("field", ["checkpoint", "baseline", "parity", "metrics__speedup", "metrics__speedup_ci",
-                                   "timing__draft_s", "baseline__pass_s", "config__decoding__tree"])  # fmt: skip
-def test_unknown_values_are_null(make_record, field):
-    assert Record.parse(make_record(**{field: None})).status == "complete"
-
-
 def test_a_number_that_json_does_not_know_becomes_null_in_free_form_parts(make_record):
     data = make_record()
     data["provenance"]["load"] = float("nan")  # must not cost a finished run
@@ -88,22 +77,16 @@ def test_a_number_that_json_does_not_know_becomes_null_in_free_form_parts(make_r
     [
         ({"metrics__speedup": "fast"}, r"metrics\.speedup: .*got 'fast'"),
         ({"metrics__speedup": float("nan")}, r"metrics\.speedup: .*finite"),
-        ({"metrics__tokens": -1}, r"metrics\.tokens"),
         ({"metrics__tokens": "7"}, r"metrics\.tokens: .*got '7'"),
-        ({"metrics__tokens": 7.0}, r"metrics\.tokens: .*got 7\.0"),
         ({"metrics__accept_rate": [1.5]}, r"metrics\.accept_rate\.0"),
-        ({"metrics__speedup_ci": [1.0]}, r"metrics\.speedup_ci"),
         ({"metrics__speed_up": 2.0}, r"metrics\.speed_up: Extra inputs"),
         ({"config__backbone__engine": "numpy"}, r"config\.backbone\.engine"),
         ({"config__repeats": 0}, r"config\.repeats"),
-        ({"status": "done"}, r"status"),
-        ({"head": None}, r"head"),
         ({"provenance__threads": object}, r"a type cannot be written"),
         ({"parity__identical": 3}, r"identical \(3\) exceeds prompts \(2\)"),
-        ({"head_stats": [1]}, r"head_stats"),
-        ({"checkpoint__seed": -1}, r"checkpoint\.seed"),
-        ({"adaptation": {"stats": {}, "greedy_agreement": 1.5, "token_agreement": 0.5}}, r"adaptation\.greedy"),
         ({"adaptation": {"stats": {}}}, r"adaptation\.greedy_agreement: Field required"),
+        ({"config__decoding__accept": "lossless"}, "greedy is True, accept 'lossless'"),
+        ({"config__decoding__greedy": False, "config__decoding__accept": "typical"}, "there is no temperature"),
     ],
 )
 def test_a_record_that_does_not_fit_is_refused_by_field(make_record, changes, complaint):
@@ -153,55 +136,18 @@ def test_an_identical_row_of_an_adapted_backbone_has_the_tokens_of_that_backbone
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"kind": "generation",\n "schema_version": }', r"a\.json:2: malformed JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        ('{"kind": "generation", "schema_version": 2}', "schema_version is 2; .* reads 1"),
-        ("{}", "its kind is 'missing', not 'generation'"),
-        ('{"kind": "generation", "schema_version": 1}', r"Field required.*and \d+ more"),
+        (b'{"kind": "generation",\n "schema_version": }', r"a\.json:2: malformed JSON"),
+        (b'{"head": "\xff"}', r"a\.json: not UTF-8"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b'{"kind": "generation", "schema_version": 2}', "schema_version is 2; .* reads 1"),
+        (b"{}", "its kind is 'missing', not 'generation'"),
+        (b'{"kind": "engine", "schema_version": 7}', "its kind is 'engine'"),  # the kind before the version
+        (b'{"kind": "generation", "schema_version": 1}', r"Field required.*and \d+ more"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, text, complaint):
     path = tmp_path / "a.json"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(ValueError, match=complaint) as caught:
         Record.read(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_kind_is_checked_before_the_version(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"kind": "engine", "schema_version": 7}')
-    with pytest.raises(OtherKindError, match="'engine'") as caught:
-        Record.read(path)
-    assert caught.value.kind == "engine"
-
-
-def test_bytes_that_are_not_utf8_are_refused_by_name(tmp_path):
-    (tmp_path / "a.json").write_bytes(b'{"head": "\xff"}')
-    with pytest.raises(ValueError, match=r"a\.json: not UTF-8"):
-        Record.read(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize(
-    ("changes", "answer"),
-    [
-        ({"greedy": True, "accept": "lossless"}, "greedy is True, accept 'lossless'"),
-        ({"greedy": False}, "greedy is False, accept 'greedy'"),
-        ({"greedy": False, "accept": "typical"}, "accept is 'typical', but there is no temperature"),
-        ({"accept": "nucleus"}, "accept"),
-        ({"draft": "beam"}, "draft"),
-    ],
-)
-def test_a_record_that_contradicts_itself_is_refused(make_record, changes, answer):
-    record = make_record()
-    record["config"]["decoding"].update(changes)
-    with pytest.raises(ValueError, match=answer):
-        Record.parse(record)
-
-
-def test_a_record_from_before_there_were_rules_is_greedy(make_record):
-    record = make_record()
-    for name in ("accept", "temperature", "top_p", "top_k", "draft", "epsilon", "alpha"):
-        del record["config"]["decoding"][name]
-    assert Record.parse(record) == Record.parse(make_record())
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)

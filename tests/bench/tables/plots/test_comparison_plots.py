@@ -11,16 +11,20 @@ main = status_of(bench.compare.main)
 
 
 @pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_plot_names_every_head_category_and_phase(write_result, faster, make_row, tmp_path, ending, magic):
-    rows = [make_row("p0", category="math"), make_row("p1", tokens=14, baseline_tokens=14, category="chat")]
-    paths = [write_result("a.json", rows), write_result("b.json", faster, head="mlp")]
-    plot = tmp_path / "plots" / f"plot.{ending}"
-    assert main([*paths, "--plot", str(plot)]) == 0
-    assert plot.read_bytes().startswith(magic)
-    assert os.listdir(plot.parent) == [plot.name]
+def test_the_plots_name_every_head_category_and_phase(write_result, faster, make_row, tmp_path, ending, magic):
+    failing = [make_row("p0", category="math"), make_row("p1", tokens=11, identical=False, category="chat")]
+    paths = [write_result("a.json"), write_result("b.json", faster, head="mlp"), write_result("c.json", head="moe")]
+    paths += [write_result("d.json", failing, head="bad"), write_result("e.json", head="autoregressive")]
+    plot, frontier = (tmp_path / "plots" / f"{name}.{ending}" for name in ("plot", "frontier"))
+    assert main([*paths, "--plot", str(plot), "--frontier", str(frontier)]) == 0
+    assert plot.read_bytes().startswith(magic) and frontier.read_bytes().startswith(magic)
+    assert sorted(os.listdir(plot.parent)) == sorted([plot.name, frontier.name])
     if ending == "svg":
         text = plot.read_text()
         for word in ("gated_rnn", "mlp", "math", "chat", "writing", "draft", "verify", "cache", "autoregressive"):
+            assert f"<!-- {word} -->" in text, word
+        text = frontier.read_text()
+        for word in ("gated_rnn", "mlp", "moe", "bad (parity failed)", "Pareto frontier", "autoregressive"):
             assert f"<!-- {word} -->" in text, word
 
 
@@ -32,21 +36,6 @@ def test_the_plot_takes_results_with_unknown_times_and_without_rows(write_result
     for number, paths in enumerate(([odd], [empty], [baseline], [odd, empty, baseline])):
         assert main([*paths, "--plot", str(tmp_path / f"{number}.png")]) == 0
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_frontier_names_every_head(write_result, faster, make_row, tmp_path, ending, magic):
-    failing = [make_row("p0"), make_row("p1", **{"tokens": 11, "identical": False})]
-    paths = [write_result("a.json"), write_result("b.json", faster, head="mlp"), write_result("c.json", head="moe")]
-    paths += [write_result("d.json", failing, head="bad"), write_result("e.json", head="autoregressive")]
-    plot = tmp_path / "plots" / f"plot.{ending}"
-    assert main([*paths, "--frontier", str(plot)]) == 0
-    assert plot.read_bytes().startswith(magic)
-    assert os.listdir(plot.parent) == [plot.name]
-    if ending == "svg":
-        text = plot.read_text()
-        for word in ("gated_rnn", "mlp", "moe", "bad (parity failed)", "Pareto frontier", "autoregressive"):
-            assert f"<!-- {word} -->" in text, word
 
 
 def test_the_frontier_leaves_out_what_has_no_draft_time_and_refuses_when_nothing_has(write_result, tmp_path, capsys):
