@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
 
 
-def test_a_damaged_source_is_refused_by_name(main, tmp_path):
+def test_a_damaged_source_is_refused_by_name(tmp_path):
     hf = write_model(tmp_path / "hf", raw_config())
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
