@@ -5,8 +5,9 @@ import pytest
 
 import runtime
 from ops.kernel import emulated_cuda, launch
-from ops.linear import LANES, PackedLinear, pack, pack_gated
+from ops.linear import PackedLinear
 from ops.optimizer import move_average
+from ops.packing.lanes import LANES, pack, pack_gated
 from ops.packing.quantize import QUANTIZERS, dequantize
 from ops.packing.tiles import input_bytes, num_slices
 from runtime import jt
