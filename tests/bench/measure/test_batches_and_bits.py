@@ -110,13 +110,11 @@ def test_texts_agree_up_to_their_first_difference():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--load-in-8bit", "--load-in-4bit"], "exclude each other; choose one"),
         (["--tree", "dynamic", "--accept", "lossless", "--draft", "sampled"], "needs a tree that is fixed"),
         (["--tree", "dynamic", "--nodes", "1"], "a dynamic tree needs at least 2 nodes"),
         (["--tree", "dynamic", "--nodes", "500"], "asked for 500"),
         (["--tree", "dynamik"], "--tree takes auto, dynamic, chain:K or a JSON file"),
-        (["--tree", "chain:2", "--nodes", "3"], "--tree already says how many nodes there are"),
     ],
 )
 def test_options_that_make_no_run_are_refused(prompts, tmp_path, options, message):

@@ -98,13 +98,8 @@ def test_the_replay_notices_a_head_that_read_other_tokens(small, texts):
     result = generate(small, head, text.prompt_ids, TREES[3], max_new_tokens=len(text.token_ids))
     right, other = (replay(rank_texts(head, small, [each]), TREES[3]).accepted_per_pass for each in (text, wrong))
     assert right == [result.accepted_per_pass] != other
-
-
-def test_texts_are_ranked_alike_alone_and_together(small, texts):
-    head = noisy("hydra", small, 0.3)
-    together = rank_texts(head, small, texts)
-    for text, ranks in zip(texts, together, strict=True):
-        assert (rank_texts(head, small, [text])[0].ranks == ranks.ranks).all()
+    alone, together = rank_texts(head, small, [text]), rank_texts(head, small, texts)
+    assert (alone[0].ranks == together[3].ranks).all()
 
 
 def test_a_reply_counts_once():
@@ -241,11 +236,7 @@ def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(folde
     assert found.latency.draft_dtype == "float16"
     assert min(found.latency.verify_s) > 0 and np.min(found.latency.draft_s) > 0
     assert len(found.candidates) == 3 and found.candidates[0].tree == [] and found.candidates[0].accept_length == 1
-    assert (
-        found.acceptance.positions
-        == found.texts.tokens
-        == sum(found.acceptance.accepted[0]) + (found.acceptance.reached[0] - sum(found.acceptance.accepted[0]))
-    )
+    assert found.acceptance.positions == found.texts.tokens
     assert all(more >= less for more, less in pairwise(found.acceptance.path_counts))
     for each in found.candidates:
         assert each.predicted_tokens_per_s == pytest.approx(each.accept_length / each.predicted_s_per_pass)
@@ -253,7 +244,7 @@ def test_a_calibration_lies_in_the_checkpoint_and_holds_all_that_was_found(folde
     assert "no draft" in out and "(chosen)" in out and "autoregressive" in out and "written to" in err
 
 
-def test_the_accept_length_of_every_candidate_is_what_a_run_measures(folder, tmp_path):
+def test_the_accept_length_of_every_candidate_is_what_a_run_measures_and_auto_takes_the_chosen_one(folder, tmp_path):
     """On the calibration's own prompts the replay is exact, whatever the machine does."""
     root, directory, _, _ = folder
     for number, each in enumerate(Calibration.read(directory / "calibration.json").candidates):
@@ -266,14 +257,9 @@ def test_the_accept_length_of_every_candidate_is_what_a_run_measures(folder, tmp
         assert record.prediction.accept_length == each.accept_length and record.prediction.same_machine
         assert "prediction gated_rnn: accept length" in err and "measured / predicted 1.00" in err
         assert "made on these very prompts" in err
-
-
-def test_auto_decodes_with_the_chosen_tree(folder, tmp_path):
-    root, directory, _, _ = folder
     status, _, err = measure(root, "--head", "gated_rnn", "--tree", "auto", "--out", tmp_path / "out.json")
     assert status == 0, err
-    chosen = Calibration.read(directory / "calibration.json").best
-    record = Record.read(tmp_path / "out.json")
+    chosen, record = Calibration.read(directory / "calibration.json").best, Record.read(tmp_path / "out.json")
     assert record.config.decoding.tree == chosen.tree and record.parity.identical == 3
     assert record.prediction.tokens_per_s == chosen.measured_tokens_per_s
 
@@ -290,34 +276,17 @@ def test_a_head_without_a_checkpoint_is_calibrated_under_the_runs(folder, tmp_pa
     assert status == 0 and Record.read(tmp_path / "out.json").prediction is not None, err
 
 
-def test_a_calibration_is_a_tree_file(folder, tmp_path):
-    root, directory, _, _ = folder
-    file, out = directory / "calibration.json", tmp_path / "out.json"
-    status, _, err = measure(root, "--head", "prompt_lookup", "--tree", file, "--out", out)
-    assert status == 0, err
-    assert Record.read(out).config.decoding.tree == Calibration.read(file).best.tree
-
-
-def test_a_tree_too_deep_for_the_head_is_refused(folder, tmp_path):
-    root, *_ = folder
-    status, out, err = measure(root, "--head", "gated_rnn", "--tree", "chain:3", "--out", tmp_path / "out.json")
-    assert status == 2 and out == "" and "the tree has depth 3, the head drafts 2 tokens" in err
-
-
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
         ([], "either --head NAME or --checkpoint DIR"),
-        (["--head", "mlp", "--checkpoint", "x"], "either --head NAME or --checkpoint DIR"),
         (["--head", "mpl"], "Did you mean 'mlp'?"),
         (["--head", "mlp"], "run python train.py --head mlp"),
         (["--checkpoint", "nowhere"], "no checkpoint in nowhere"),
-        (["--head", "prompt_lookup", "--max-nodes", "0"], "--max-nodes must be at least 1, got 0"),
         (["--head", "prompt_lookup", "--max-nodes", "512"], "leaves no room"),
         (["--head", "prompt_lookup", "--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
         (["--head", "prompt_lookup", "--cache-length", "513"], "exceeds the 512 positions"),
         (["--head", "prompt_lookup", "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--head", "prompt_lookup", "--node", "3"], "Unknown option '--node'"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(tmp_path, arguments, answer):

@@ -63,12 +63,10 @@ def test_auto_without_a_calibration_names_the_command(choose):
 @pytest.mark.parametrize(
     ("place", "value", "reason", "predicts"),
     [
-        (("provenance", "device"), "cuda", "on device cuda, this is cpu", True),
         (("provenance", "device_name"), "another", "on another, this is", True),
         (("provenance", "threads"), 999, "with threads: 999", True),
         (("subject", "dtype"), "float32", "in float32, this run is in float16", True),
         (("subject", "weights_sha256"), "beef", "for other weights or options", False),
-        (("subject", "head_config"), {"num_depths": 1}, "for other weights or options", False),
         (("subject", "backbone_fingerprint"), "beef", "on backbone beef, this is f00d", False),
     ],
 )
