@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 import runtime
+from backbone.model import Backbone
+from heads.base import Head
 from heads.checkpoint import weights_sha256
 from heads.registry import build
 from runtime.ranks import barrier, share_from_main, text_from_main
@@ -36,9 +38,9 @@ class Setting:
     """All that a run needs. base: its description in checkpoints."""
 
     config: TrainConfig
-    backbone: object
+    backbone: Backbone
     splits: Splits
-    head: object
+    head: Head
     base: dict
 
     @property

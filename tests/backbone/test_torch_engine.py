@@ -328,7 +328,7 @@ def test_what_cannot_be_served_is_refused_in_words(directory, ours, theirs, tmp_
         build("lora", {}, theirs)
     with pytest.raises(ValueError, match="a cache of its own, got a KVCache"):
         theirs.forward(text(3), cache=ours.new_cache(8))
-    lanes = RowPlan.behind([RowPlan.chain(2), RowPlan.chain(2)], [0, 8], [0, 0])
+    lanes = RowPlan.after([RowPlan.chain(2), RowPlan.chain(2)], [0, 8], [0, 0])
     with pytest.raises(ValueError, match=r"several texts in one cache \(--batch-size\) need --backbone-engine jittor"):
         theirs.forward(text(4), cache=theirs.new_cache(16), attend=lanes)
     with pytest.raises(ValueError, match="has layers 0 to 2, got"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backbone.config import read_config
-from backbone.formats import FORMATS, recognise
+from backbone.formats import FORMATS, recognize
 from backbone.tokenizer import EMBEDDED, load_tokenizer
 from backbone.weights import fingerprint, read_backbone
 from runtime.atomic import HOST
@@ -34,7 +34,7 @@ def test_the_embedded_backbone_goes_round_through_every_format(tmp_path):
         out = tmp_path / ("one.pkl" if to == "jittor-pkl" else to)
         done = run(chain[-1], "--to", to, "--out", out, "--shard-size", "5MB")
         record = json.loads(done.stdout.splitlines()[-1])
-        assert record["out_format"] == to == recognise(out) and record["source_format"] == recognise(chain[-1])
+        assert record["out_format"] == to == recognize(out) and record["source_format"] == recognize(chain[-1])
         assert record["tensors"] == 57 and record["rounding"] == 0 and record["verified"] is None
         assert "writing" in done.stderr
         chain.append(out)

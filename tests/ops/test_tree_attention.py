@@ -113,7 +113,7 @@ def test_a_lane_has_the_same_bits_as_its_sequence_alone(dtype):
     case, lengths, starts = Case(dtype), [70, 0, 131, 5], np.array([0, 100, 150, 300])
     tree = RowPlan(np.array([-1, 0, 0, 2, 1]))
     x = case.states(20)
-    together, _ = case.run(x, RowPlan.behind([tree] * 4, starts, lengths), 0)
+    together, _ = case.run(x, RowPlan.after([tree] * 4, starts, lengths), 0)
     for lane, length in enumerate(lengths):
         data = np.roll(case.data, -starts[lane], 3)
         alone, _ = case.run(x[lane * 5 : lane * 5 + 5], tree, length, data)

@@ -184,10 +184,10 @@ def test_shards_are_assembled_bit_for_bit_whichever_way_the_embedding_is_split(t
 def test_rows_of_one_head_by_hand():
     # Pairs (0 1) and (2 3) become coordinates (0 2) and (1 3): rows 0 1 2 3 are read in the order 0 2 1 3.
     rows = in_memory(np.arange(8, dtype=np.float32).reshape(8, 1))
-    assert to_half_split(rows, 4).whole().ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert to_half_split(rows, 4).read().ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     rows = in_memory(np.arange(6, dtype=np.float32).reshape(6, 1))
-    assert to_half_split(rows, 6).whole().ravel().tolist() == [0, 2, 4, 1, 3, 5]
-    assert to_interleaved(to_half_split(rows, 6), 6).whole().ravel().tolist() == list(range(6))
+    assert to_half_split(rows, 6).read().ravel().tolist() == [0, 2, 4, 1, 3, 5]
+    assert to_interleaved(to_half_split(rows, 6), 6).read().ravel().tolist() == list(range(6))
 
 
 def test_a_llama_1_says_little_and_the_tensors_the_rest(tmp_path):
@@ -334,7 +334,7 @@ def test_shards_that_disagree_are_refused_by_name(sharded, tmp_path):
     shutil.copytree(sharded, tmp_path / "one")
     rewrite(tmp_path / "one", 1, lambda state: state["norm.weight"].add_(1))
     with pytest.raises(ValueError, match=r"one: norm\.weight: it differs between the shards"):
-        open_source(tmp_path / "one").tensors["model.norm.weight"].whole()
+        open_source(tmp_path / "one").tensors["model.norm.weight"].read()
     shutil.copytree(sharded, tmp_path / "two")
     rewrite(tmp_path / "two", 1, lambda state: state.update({"output.weight": torch.zeros(32, 31)}))
     with pytest.raises(ValueError, match=r"output\.weight: its shards do not fit together"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from backbone.config import read_config
 from backbone.files import lazy
-from backbone.formats import ConvertOptions, containers, convert, open_source, recognise, verify
+from backbone.formats import ConvertOptions, containers, convert, open_source, recognize, verify
 from backbone.weights import EMBEDDING, LM_HEAD, expected_shapes, fingerprint, read_backbone
 from tests.backbone.models import LLAMA_3_ROPE, TOKENIZER, bits, raw_config, write_model
 
@@ -64,7 +64,7 @@ def test_every_ordered_pair_of_formats_gives_back_every_bit(first, second, model
         convert(origin, first, middle, options)
         convert(middle, second, end, options)
         before, after = open_source(origin), open_source(end)
-        assert recognise(middle) == first and recognise(end) == after.layout == second
+        assert recognize(middle) == first and recognize(end) == after.layout == second
         assert bits(after.tensors) == bits(before.tensors)
         assert after.raw.config == raw and after.raw.generation == {"eos_token_id": [2, 3]}
         files = {name: data if isinstance(data, bytes) else data.read_bytes() for name, data in after.files.items()}
@@ -94,7 +94,7 @@ def test_rounding_is_reported_and_verified_against_the_narrower_type(tmp_path, c
     origin = write_model(tmp_path / "origin", raw_config(), torch.float32)
     done = convert(origin, "safetensors", tmp_path / "half", ConvertOptions(dtype="float16"))
     exact, rounded = open_source(origin).tensors, open_source(tmp_path / "half").tensors
-    errors = {n: float(np.abs(t.whole() - rounded[n].whole().astype(np.float32)).max()) for n, t in exact.items()}
+    errors = {n: float(np.abs(t.read() - rounded[n].read().astype(np.float32)).max()) for n, t in exact.items()}
     assert done.rounding == max(errors.values()) > 0 and errors[done.rounding_in] == done.rounding
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "float16"
     assert done.dtypes == {"float16": len(exact)}
@@ -189,7 +189,7 @@ def test_a_target_that_exists_is_replaced_on_request_only_and_only_if_it_is_a_ba
         convert(origin, "safetensors", tmp_path / "out", KEEP)
     replace = ConvertOptions(dtype="keep", overwrite=True)
     convert(origin, "safetensors", tmp_path / "out", replace)
-    assert recognise(tmp_path / "out") == "safetensors" and not (tmp_path / "out" / "params.json").exists()
+    assert recognize(tmp_path / "out") == "safetensors" and not (tmp_path / "out" / "params.json").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
     (tmp_path / "letter.pkl").write_bytes(b"dear")
@@ -246,15 +246,15 @@ def test_backbones_and_heads_are_distinguished_by_their_tensors(tmp_path):
     torch.save({"0.0.linear.weight": torch.ones(2, 2)}, tmp_path / "medusa_lm_head.pt")
     np.savez(tmp_path / "head.npz", weight=np.ones(2))
     for path in (head, tmp_path / "medusa_lm_head.pt", tmp_path / "head.npz"):
-        assert recognise(path) is None
+        assert recognize(path) is None
         with pytest.raises(ValueError, match="has no backbone"):
             open_source(path)
     with pytest.raises(ValueError, match="pass its folder"):
-        recognise(origin / "model.safetensors")
+        recognize(origin / "model.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
-        recognise(tmp_path / "nowhere")
+        recognize(tmp_path / "nowhere")
     (origin / "model.safetensors").rename(origin / "weights-of-mine.safetensors")
-    assert recognise(origin) == "safetensors"
+    assert recognize(origin) == "safetensors"
     with pytest.raises(ValueError, match=r"Unknown format 'hf-bim'\. Did you mean 'hf-bin'"):
         convert(origin, "hf-bim", tmp_path / "out")
 
@@ -266,8 +266,8 @@ def test_the_source_format_can_be_chosen_where_there_are_several(tmp_path):
         both / "pytorch_model.bin",
     )
     zeros = open_source(both, "hf-bin").tensors
-    assert not any(tensor.whole().any() for tensor in zeros.values())
-    assert recognise(both) == "safetensors" and open_source(both).tensors[EMBEDDING].whole().any()
+    assert not any(tensor.read().any() for tensor in zeros.values())
+    assert recognize(both) == "safetensors" and open_source(both).tensors[EMBEDDING].read().any()
     done = convert(both, "safetensors", tmp_path / "out", ConvertOptions(source_format="hf-bin"))
-    assert done.source_format == "hf-bin" and not open_source(tmp_path / "out").tensors[EMBEDDING].whole().any()
+    assert done.source_format == "hf-bin" and not open_source(tmp_path / "out").tensors[EMBEDDING].read().any()
     assert verify(both, "hf-bin", tmp_path / "out", "safetensors")
