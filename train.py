@@ -45,11 +45,10 @@ def main(arguments) -> int:
     setting = prepare(config, splits)
     if config.dry_run:
         return dry_run(setting)
-    outcome = train(config, setting=setting)
-    result = outcome.result
+    result, out = train(config, setting=setting)
     summary_line = {
         "status": "interrupted; best checkpoint saved, --resume continues" if result.interrupted else "done",
-        "checkpoint": str(outcome.out / CHECKPOINT),
+        "checkpoint": str(out / CHECKPOINT),
         "expected_accept_length": round(result.best.expected_accept_length, 4),
         "tree_nodes": config.tree_nodes,
         "best_step": result.best_step,

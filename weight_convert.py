@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbone.formats import FORMATS, ConvertOptions, convert, recognise, verify
+from backbone.formats import FORMATS, ConvertOptions, convert, recognize, verify
 from backbone.formats.cast import FLOATS, KEEP
 from backbone.formats.shards import parse_size
 from runtime.entry import run_entry, suggest
@@ -96,7 +96,7 @@ def is_backbone(source: str, source_format: str | None) -> bool:
             raise suggest("format", source_format, {**FORMATS, **head_formats()})
         if not all(kinds):
             return kinds[0]
-    return recognise(source) is not None
+    return recognize(source) is not None
 
 
 def convert_backbone(options: Options, settings: ConvertOptions) -> int:

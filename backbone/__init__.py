@@ -1,1 +1,1 @@
-"""The frozen backbone: config, model, key-value cache, strict loading, tokenizer and chat template."""
+"""The frozen backbone: config, model, cache, strict loading, tokenizer and chat template. Door: `model.py`."""

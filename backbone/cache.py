@@ -118,7 +118,7 @@ class BatchCache:
                 )
         self.pending = [(lane, each.num_rows) for lane, each in zip(lanes, plans, strict=True)]
         lanes = np.asarray(lanes)
-        return RowPlan.behind(plans, lanes * self.max_length, self.lengths[lanes])
+        return RowPlan.after(plans, lanes * self.max_length, self.lengths[lanes])
 
     def commit(self, paths: Sequence[np.ndarray]) -> None:
         """Keep, of each lane of the last pass, the rows named by its path (ascending indices into the lane's rows).

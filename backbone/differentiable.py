@@ -9,9 +9,11 @@ import numpy as np
 from backbone.model import Backbone
 from ops.attention import attention, rotary
 from ops.layer_weights import FrozenMatrix
-from runtime import jt
+from runtime import einops, jt
+from runtime.types import Var
 
-Linear = Callable[[int, str, object, FrozenMatrix], object]
+Linear = Callable[[int, str, Var, FrozenMatrix], Var]
+SPLIT_HEADS = "rows (heads d) -> rows heads d"
 
 
 def frozen_linear(layer: int, name: str, x, weight: FrozenMatrix):
@@ -45,7 +47,6 @@ class DifferentiableBackbone:
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         positions = np.arange(len(starts)) - starts
         first, count = starts.astype(np.int32), (positions + 1).astype(np.int32)
-        rows = len(positions)
         cosine, sine = b.rotary_tables(int(positions.max()) + 1)
         index = jt.array(positions.astype(np.int32))
         tables = cosine[index], sine[index]
@@ -56,10 +57,9 @@ class DifferentiableBackbone:
                 return linear(layer, name, x, weights[name])
 
             u = _rms_norm(x, block.norm1, c.rms_norm_eps)
-            q = rotary(project("q", u).reshape(rows, c.num_heads, c.head_dim), *tables)
-            k = rotary(project("k", u).reshape(rows, c.num_kv_heads, c.head_dim), *tables)
-            v = project("v", u).reshape(rows, c.num_kv_heads, c.head_dim)
-            x = x + project("o", attention(q, k, v, first, count).reshape(rows, -1))
+            q, k, v = (einops.rearrange(project(name, u), SPLIT_HEADS, d=c.head_dim) for name in "qkv")
+            y = attention(rotary(q, *tables), rotary(k, *tables), v, first, count)
+            x = x + project("o", einops.rearrange(y, "rows heads d -> rows (heads d)"))
             u = _rms_norm(x, block.norm2, c.rms_norm_eps)
             gate = project("gate", u)
             x = x + project("down", gate * gate.sigmoid() * project("up", u))

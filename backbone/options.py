@@ -24,7 +24,7 @@ class BackboneOptions:
     template: str | None = option(None, "chat template by name; without: the tokenizer's own", metavar="NAME")
 
     def check_storage(self) -> None:
-        """Raises ValueError when both 8 and 4 bits are asked for."""
+        """Raises ValueError when both 8-bit and 4-bit weights are selected."""
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("--load-in-8bit and --load-in-4bit exclude each other; choose one")
 

@@ -327,9 +327,7 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a SentencePiece model; expected one, or a tokenizer.json ({error})"
-        ) from error
+        raise ValueError(f"{path} is not a SentencePiece model; expected one, or a tokenizer.json ({error})") from error
     names = [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]
     vocab = {name: index for index, name in enumerate(names)}
     special = [name for i, name in enumerate(names) if pieces.is_control(i) or pieces.is_unknown(i)]

@@ -229,7 +229,7 @@ def read_tensors(path: str | Path, names: Iterable[str] | None = None) -> Iterat
     for name, tensor in open_tensors(path):
         seen.add(name)
         if wanted is None or name in wanted:
-            yield name, tensor.whole()
+            yield name, tensor.read()
     absent = sorted((wanted or set()) - seen)
     if absent:
         raise ValueError(f"{path} is missing {_listed(absent)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from corpus.dialogue import Dialogue
 from corpus.options import MAX_LOOPS, Options
@@ -79,11 +78,3 @@ class Selection:
             )
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common()) or "none"
         return "\n".join([*lines, f"dropped {self.dropped.total():,} of {self.generated:,}: {reasons}"])
-
-
-def record_of(dialogue: Dialogue) -> dict[str, Any]:
-    """The conversation as a ShareGPT record, with its kind."""
-    names = {"user": "human", "assistant": "gpt"}
-    turns = [{"from": names[m["role"]], "value": m["content"]} for m in dialogue.messages]
-    name = f"{dialogue.category or 'talk'}-{dialogue.index}"
-    return {"id": name, "category": dialogue.category, "conversations": turns}

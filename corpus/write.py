@@ -28,11 +28,12 @@ from corpus.journal import Journal, check_begun
 from corpus.lanes import Batch
 from corpus.options import Options
 from corpus.prompts import Prompt, read_prompts
-from corpus.selection import Selection, record_of
+from corpus.selection import Selection
 from runtime.atomic import check_writable
 from runtime.entry import Parser
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from runtime.options import add_options, option_fields, read_options
+from trainer.data.conversations import share_gpt
 
 # Jittor and the tokenizers are loaded where they are used: a mistyped option is reported at once.
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def write_corpus(
             rest = f"the same command resumes from {journal.folder}" if journal.count else f"{out} was not written"
             print(f"interrupted at {progress}; {rest}", file=sys.stderr)
             raise
-        journal.finish(out, map(record_of, itertools.compress(journal.dialogues(prompts), accepted)))
+        kept = itertools.compress(journal.dialogues(prompts), accepted)
+        journal.finish(out, (share_gpt(d.messages, f"{d.category or 'talk'}-{d.index}", d.category) for d in kept))
         if top_k is not None:
             top_k.publish()
         journal.discard()
@@ -133,7 +135,8 @@ class _Progress:
             print(self, file=sys.stderr, flush=True)
 
 
-def _parser() -> Parser:
+def main(arguments: list[str]) -> int:
+    """The command line; see the module's docstring."""
     parser = Parser(prog="python -m corpus", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out",
@@ -156,12 +159,7 @@ def _parser() -> Parser:
         metavar="P",
         help="probability of a further turn; without: as probable as the backbone finds one",
     )
-    return parser
-
-
-def main(arguments: list[str]) -> int:
-    """The command line; see the module's docstring."""
-    given = _parser().parse_args(arguments)
+    given = parser.parse_args(arguments)
     if not given.prompts and given.num_tokens is None and given.num_conversations is None:
         raise ValueError("nothing says when to stop; pass --num-tokens, --num-conversations or --prompts")
     models, out = read_options(BackboneOptions, given), Path(given.out)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ops.kernel import cpu_header, on_cpu
-from ops.linear import LANES, PackedLinear
+from ops.linear import PackedLinear
+from ops.packing.lanes import LANES
 from runtime import jt
 from runtime.types import Var
 

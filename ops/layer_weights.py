@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ops.kernel import launch, on_cpu
-from ops.linear import pack, pack_gated, random_matrices
+from ops.packing.lanes import pack, pack_gated
 from ops.packing.quantize import QUANTIZERS
+from ops.packing.random import random_matrices
 from ops.packing.tiles import pack_matrices
 from runtime import jt
 

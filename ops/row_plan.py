@@ -97,7 +97,7 @@ class RowPlan:
     def lanes(cls, lengths, capacity: int) -> RowPlan:
         """One new row for each of several sequences, each in its own range of ``capacity`` cache slots."""
         starts = np.arange(len(lengths)) * capacity
-        return cls.behind([cls.single()] * len(starts), starts, lengths)
+        return cls.after([cls.single()] * len(starts), starts, lengths)
 
     @staticmethod
     @functools.cache
@@ -106,7 +106,7 @@ class RowPlan:
         return RowPlan.chain(1)
 
     @classmethod
-    def behind(cls, plans: Sequence[RowPlan], starts, lengths) -> RowPlan:
+    def after(cls, plans: Sequence[RowPlan], starts, lengths) -> RowPlan:
         """Several plans in one pass, each after a sequence of its own: that of plan i starts at slot ``starts[i]`` and
         has ``lengths[i]`` rows. For a pass over a cache whose own length is 0.
 

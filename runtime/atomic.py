@@ -55,11 +55,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 def write_file(path: str | Path, content: str | bytes) -> None:
     """Write a file atomically. Raises OSError naming it; what was there before is then untouched."""
-    try:
-        with atomic_file(path) as partial:
-            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    with _naming(path), atomic_file(path) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def check_writable(path: str | Path) -> None:
@@ -68,15 +65,24 @@ def check_writable(path: str | Path) -> None:
     Raises OSError saying what is in the way.
     """
     path = Path(path)
-    try:
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         trial = partial_path(path)
         trial.touch()
         trial.unlink()
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turns an OSError of the body into one whose message names the file, with the same errno."""
+    try:
+        yield
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        named = OSError(f"cannot write {path}: {error.strerror or error}")
+        named.errno = error.errno
+        raise named from error
 
 
 @contextlib.contextmanager

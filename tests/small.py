@@ -1,14 +1,17 @@
 """A backbone small enough for a test: random weights, 2 layers, 32 wide, 64 tokens, grouped queries."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+import runtime
 from backbone.config import BackboneConfig
 from backbone.model import Backbone
 from backbone.weights import expected_shapes
+from ops.kernel import emulated_cuda
 
 SMALL = {
     "vocab_size": 64,
@@ -51,6 +54,11 @@ def small_backbone(dtype: str = "float32", seed: int = 0) -> Backbone:
     return Backbone(config, draw_weights(config, seed), dtype)
 
 
+def random_tree(random, rows: int, back: int, lowest: int = 0) -> np.ndarray:
+    """Parents of a tree whose nodes hang on one of the ``back`` nodes before them; a forest where ``lowest`` is -1."""
+    return np.array([-1, *(int(random.integers(max(lowest, row - back), row)) for row in range(1, rows))])
+
+
 def path_to(parents, node: int) -> list[int]:
     """The nodes from the root to ``node``."""
     path = [int(node)]
@@ -85,3 +93,8 @@ def save_hugging_face(directory: Path, config: BackboneConfig, tensors: dict[str
     (directory / "config.json").write_text(json.dumps(raw))
     save_file(tensors, directory / "model.safetensors")
     return directory
+
+
+def bodies(which: str):
+    """Within, the operations run these bodies: "cpu", or "cuda", emulated where there is no GPU."""
+    return emulated_cuda() if which == "cuda" and runtime.device == "cpu" else contextlib.nullcontext()

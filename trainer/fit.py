@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from runtime.interrupt import acknowledge_interrupt, check_interrupt, deferred_i
 from runtime.records import finite
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData, batches
-from trainer.guard import Guard
+from trainer.guard import save_bad_step
 from trainer.loss import Objective
 from trainer.optim.average import Average
 from trainer.optim.optimizer import OPTIMIZERS, NonFinite, Optimizer
 from trainer.optim.schedule import rate
 from trainer.scoring import Score, own_tokens, score_head
-from trainer.state import State, save_state
+from trainer.state import AVERAGE, OPTIMIZER, State, save_state
 from trainer.step import gradients
 
 LOG, CHECKPOINT = "log.jsonl", "checkpoint"
@@ -38,15 +38,14 @@ LOG_EVERY = 10  # steps between lines of the log
 COUNTERS = ("step", "tokens", "skipped", "skipped_in_row", "best_step", "history", "sessions")
 
 
-class Pruned(Exception):
-    """Raised by ``on_score`` to end an unpromising run."""
+class _Pruned(Exception):
+    """``on_score`` ended an unpromising run."""
 
 
 @dataclass
 class FitResult:
-    """The result of a run. ``interrupted``: Ctrl-C or a pruner ended it; the best checkpoint until then was saved.
-    skipped: skipped updates; history: {"step", "expected_accept_length", "loss"} of every score; sessions:
-    {"first_step", "last_step", "provenance"} of every start and resumption."""
+    """The result of a run. interrupted: Ctrl-C or a pruner ended it; skipped: updates; history, sessions: see
+    ``trainer.report.record``."""
 
     best: Score
     best_step: int
@@ -64,7 +63,7 @@ class Run:
 
     base_config: what a checkpoint stores besides the trainer's options and metrics; identity: what a state must have
     in common with the run that resumes it, see ``trainer.state.check_identity``; on_score(step, score) is called after
-    every score and may raise ``Pruned``.
+    every score and returns whether the run should end there.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Run:
         base_config: dict,
         out: Path,
         identity: dict | None = None,
-        on_score: Callable[[int, Score], None] = lambda step, score: None,
+        on_score: Callable[[int, Score], bool] = lambda step, score: False,
     ):
         self.config, self.head, self.base_config, self.out = config, head, base_config, Path(out)
         self.identity = {} if identity is None else identity
@@ -100,7 +99,7 @@ class Run:
 
     def resume(self, state: State) -> None:
         """Restore a state, and remove later steps from the log."""
-        counters = state.progress
+        counters = state.meta["progress"]
         state.restore_head(self.head)
         self.best = Score(**counters["best"]) if counters["best"] else None
         session = {**self.sessions[0], "first_step": counters["step"], "last_step": counters["step"]}
@@ -109,14 +108,16 @@ class Run:
         self.sessions.append(session)
         self.earlier_s, self.started = counters["train_s"], time.perf_counter()
         if self.average:
-            self.average.load_state(state.average())
+            self.average.load_state(state.arrays(AVERAGE))
         if runtime.is_main():
-            self._drop_log_after(self.step)
+            self._drop_log_after_this_step()
 
-    def _drop_log_after(self, step: int) -> None:
-        path = self.out / LOG
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        earlier = [line for line in lines if (record := _parsed(line)) and record.get("step", step + 1) <= step]
+    def _drop_log_after_this_step(self) -> None:
+        path, earlier = self.out / LOG, []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # an incomplete line, which a kill leaves
+                if json.loads(line).get("step", self.step + 1) <= self.step:
+                    earlier.append(line)
         write_file(path, "".join(f"{line}\n" for line in earlier))
 
     def log(self, record: dict) -> None:
@@ -131,17 +132,16 @@ class Run:
             if self.own is None:
                 self.own = own_tokens(self.head.borrowed, data, source)
             score = score_head(self.head, data, source, self.config.tree_nodes, self.own)
-            self._save_if_best(score)
+            metrics = {**dataclasses.asdict(score), "tree_nodes": self.config.tree_nodes}
+            self.log({"step": self.step, "held_out": {k: v for k, v in metrics.items() if k != "tree"}})
+            if not self.best or score.expected_accept_length > self.best.expected_accept_length:
+                self.best, self.best_step = score, self.step
+                self._save_checkpoint(metrics)
         short = {"expected_accept_length": score.expected_accept_length, "loss": score.loss}
         self.history.append({"step": self.step, **short})
         return score
 
-    def _save_if_best(self, score: Score) -> None:
-        metrics = {**dataclasses.asdict(score), "tree_nodes": self.config.tree_nodes}
-        self.log({"step": self.step, "held_out": {k: v for k, v in metrics.items() if k != "tree"}})
-        if self.best and score.expected_accept_length <= self.best.expected_accept_length:
-            return
-        self.best, self.best_step = score, self.step
+    def _save_checkpoint(self, metrics: dict) -> None:
         if not runtime.is_main():
             return
         config = {
@@ -167,14 +167,6 @@ class Run:
         self.log({"finished": not interrupted, **totals})
         flags = {"interrupted": interrupted, "skipped": self.skipped}
         return FitResult(self.best, self.best_step, **totals, **flags, history=self.history, sessions=self.sessions)
-
-
-def _parsed(line: str) -> dict | None:
-    """A line of the log; None for an incomplete one, which a kill leaves."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def count_steps(config: TrainConfig, data: TokenizedData, head) -> int:
@@ -237,7 +229,7 @@ def fit(
     called after every step. objective: what the depths learn, by default the text's tokens. state: to resume from. The
     head's stages follow one another, each with its own optimizer and rate schedule. Ctrl-C takes effect after the
     current step: the head is scored, saved if best, a state is written, and the call returns. Raises
-    FloatingPointError when several updates in a row are not finite, see ``trainer.guard``; the best checkpoint stays.
+    FloatingPointError when more than ``skip_limit`` updates in a row are not finite; the best checkpoint stays.
     """
     with deferred_interrupts():
         return _Loop(run, data, held_out, source, held_out_source, progress, objective or Objective()).go(state)
@@ -249,7 +241,6 @@ class _Loop:
         self.held_out = held_out, held_out_source
         self.config = run.config
         self.num_steps = count_steps(self.config, data, run.head)
-        self.guard = Guard(run.out, self.config.skip_limit)
         self.clock = time.perf_counter(), 0
         self.process = psutil.Process()
 
@@ -258,8 +249,8 @@ class _Loop:
         run.head.train()
         if state:
             run.resume(state)
-            self.guard.in_row = run.skipped_in_row
-        order = itertools.islice(_batch_order(self.data, config), run.step, None)
+        epochs = (batches(self.data, config.tokens_per_step, seed=config.seed, epoch=n) for n in itertools.count())
+        order = itertools.islice(itertools.chain.from_iterable(epochs), run.step, None)
         optimizer, interrupted = None, False
         try:
             for stretch in stretches(run.head.stages(), self.num_steps):
@@ -267,29 +258,23 @@ class _Loop:
                     continue
                 optimizer = stage_optimizer(config, run.head, stretch.stage)
                 if state and run.step > stretch.first:
-                    optimizer.load_state(state.optimizer())
+                    optimizer.load_state(state.arrays(OPTIMIZER))
                     state = None
                 while run.step < stretch.last:
                     self.step(optimizer, stretch, next(order))
-                    self.between(optimizer)
-        except (KeyboardInterrupt, Pruned):
+                    if run.step == self.num_steps:
+                        break  # scored and saved below
+                    if run.step % config.score_every == 0 and run.on_score(run.step, run.score(*self.held_out)):
+                        raise _Pruned
+                    if config.save_every and run.step % config.save_every == 0:
+                        run.save_state(optimizer)
+        except (KeyboardInterrupt, _Pruned):
             interrupted = True
         if not (run.history and run.history[-1]["step"] == run.step):
-            with contextlib.suppress(Pruned):  # the run ends here anyway
-                run.on_score(run.step, run.score(*self.held_out))
+            run.on_score(run.step, run.score(*self.held_out))
         if optimizer is not None:
             run.save_state(optimizer)
         return run.finish(interrupted)
-
-    def between(self, optimizer: Optimizer) -> None:
-        """Score the head and save a state where they are due after a step."""
-        run, config = self.run, self.config
-        if run.step == self.num_steps:
-            return  # ``go`` does both at the end
-        if run.step % config.score_every == 0:
-            run.on_score(run.step, run.score(*self.held_out))
-        if config.save_every and run.step % config.save_every == 0:
-            run.save_state(optimizer)
 
     def step(self, optimizer: Optimizer, stretch: Stretch, indices: list[int]) -> None:
         run, config, length = self.run, self.config, stretch.last - stretch.first
@@ -297,8 +282,7 @@ class _Loop:
         # A head's random draws depend on the seed and the step only, so that a resumed run draws the same.
         runtime.set_seed(int(np.random.SeedSequence([config.seed, run.step]).generate_state(1)[0]))
         run.head.enter(stretch.stage.name, done / length)
-        shape = (config.learning_rate, config.warmup, config.final_rate, config.decay_share)
-        planned = rate(config.schedule, done, length, *shape)
+        planned = rate(config, done, length)
         record = {"step": run.step + 1, "stage": stretch.stage.name, "rate": planned}
         parameters = list(optimizer.parameters.values())
         grads, metrics, batches = gradients(
@@ -307,16 +291,19 @@ class _Loop:
         if grads is not None:
             try:
                 record["grad_norm"] = optimizer.update(grads, planned)
-                self.guard.passed()
+                run.skipped_in_row = 0
             except NonFinite as error:
                 run.skipped += 1
-                self.guard.skipped(error, run.step + 1, batches, self.data, indices)
+                run.skipped_in_row += 1
+                if run.skipped_in_row > config.skip_limit:
+                    found = save_bad_step(run.out, run.step + 1, batches, self.data, indices)
+                    which = f"step {run.step + 1}, the {run.skipped_in_row}th update in a row"
+                    raise FloatingPointError(f"{error}, {which}; {found}") from error
             else:
                 if run.average:
                     run.average.update()
             record["loss"] = [round(x, 4) for x in metrics.losses]
             record |= {"top1": metrics.top1, "top5": metrics.top5, "aux": metrics.aux}
-        run.skipped_in_row = self.guard.in_row
         run.step += 1
         run.tokens += int(self.data.lengths[indices].sum())
         self.report(record)
@@ -336,9 +323,3 @@ class _Loop:
             record["memory_bytes"] = self.process.memory_info().rss
             run.log(record)
         self.progress(run.step, self.num_steps, record)
-
-
-def _batch_order(data: TokenizedData, config: TrainConfig) -> Iterator[list[int]]:
-    """The conversations of every step, epoch after epoch, without end."""
-    for epoch in itertools.count():
-        yield from batches(data, config.tokens_per_step, seed=config.seed, epoch=epoch)

@@ -1,5 +1,4 @@
-"""Updates that are not finite are skipped and counted; too many in a row end the run, and the last step's data are
-saved."""
+"""The end of a run whose updates are no longer finite: its last step is saved, and the likely reason named."""
 
 from __future__ import annotations
 
@@ -13,40 +12,17 @@ from trainer.data.tokens import TokenizedData
 from trainer.loss import Batch
 
 
-class Guard:
-    """Counts consecutive skipped updates. limit: the most that are tolerated."""
-
-    def __init__(self, out: Path, limit: int):
-        self.out, self.limit, self.in_row = Path(out), limit, 0
-
-    def passed(self) -> None:
-        """Note an update that was made."""
-        self.in_row = 0
-
-    def skipped(
-        self, error: FloatingPointError, step: int, batches: list[Batch], data: TokenizedData, indices: Sequence[int]
-    ) -> None:
-        """Count a skipped update. Raises FloatingPointError when there are too many, naming the file with the step's
-        text and features and, if that is the reason, the features that are not finite."""
-        self.in_row += 1
-        if self.in_row <= self.limit:
-            return
-        path = self.save(step, batches, data, indices)
-        reason = bad_features(batches) or "the features are finite: lower --learning-rate"
-        raise FloatingPointError(f"{error}, step {step}, the {self.in_row}th update in a row; {reason}; see {path}")
-
-    def save(self, step: int, batches: list[Batch], data: TokenizedData, indices: Sequence[int]) -> Path:
-        """Write the step's sequences and this rank's features, for ``numpy.load``; returns the path."""
-        rank = f"-rank{runtime.rank()}" if runtime.world_size() > 1 else ""
-        path = self.out / f"bad-step-{step}{rank}.npz"
-        part = data.select(indices)
-        arrays = {"sequences": np.asarray(indices), "token_ids": part.token_ids, "mask": part.mask}
-        arrays["offsets"] = part.offsets
-        for number, batch in enumerate(batches):
-            arrays[f"hidden{number}"], arrays[f"labels{number}"] = batch.features.hidden.numpy()[0], batch.labels
-            arrays[f"positions{number}"] = batch.positions
-        np.savez(path, **arrays)
-        return path
+def save_bad_step(out: Path, step: int, batches: list[Batch], data: TokenizedData, indices: Sequence[int]) -> str:
+    """Save a step's sequences and this rank's features for ``numpy.load``. Returns what is wrong: the features that are
+    not finite, or that all are, and the path."""
+    rank = f"-rank{runtime.rank()}" if runtime.world_size() > 1 else ""
+    path, part = out / f"bad-step-{step}{rank}.npz", data.select(indices)
+    arrays = {"sequences": indices, "token_ids": part.token_ids, "mask": part.mask, "offsets": part.offsets}
+    for number, batch in enumerate(batches):
+        arrays[f"hidden{number}"], arrays[f"labels{number}"] = batch.features.hidden.numpy()[0], batch.labels
+        arrays[f"positions{number}"] = batch.positions
+    np.savez(path, **arrays)
+    return f"{bad_features(batches) or 'the features are finite: lower --learning-rate'}; see {path}"
 
 
 def bad_features(batches: list[Batch]) -> str:

@@ -101,7 +101,11 @@ def head_loss(head, batch: Batch, depth_weight: float, objective: Objective = CR
     The sums run over the depths that the head gave logits for. A label outside the head's draft vocabulary has no loss.
     Raises ValueError for a label outside the vocabulary.
     """
-    _check_labels(batch.labels, head.vocab_size)
+    if (highest := int(batch.labels.max(initial=IGNORE))) >= head.vocab_size:
+        raise ValueError(
+            f"label {highest} is outside the vocabulary of {head.vocab_size} tokens; "
+            "was the text tokenized for another backbone?"
+        )
     output = head(batch.features, batch.token_ids, batch.positions)
     assert len(output.logits) == head.num_depths, (len(output.logits), head.num_depths)
     given = [depth for depth, logits in enumerate(output.logits) if logits is not None]
@@ -130,15 +134,6 @@ def head_loss(head, batch: Batch, depth_weight: float, objective: Objective = CR
     for term in output.aux.values():
         total = total + (term if batch.share == 1 else term * batch.share)
     return LossParts(total, [losses[d] for d in given], [ranks[d] for d in given], output.aux, output.stats)
-
-
-def _check_labels(labels: np.ndarray, vocab_size: int) -> None:
-    highest = int(labels.max(initial=IGNORE))
-    if highest >= vocab_size:
-        raise ValueError(
-            f"label {highest} is outside the vocabulary of {vocab_size} tokens; "
-            "was the text tokenized for another backbone?"
-        )
 
 
 def _groups(logits: list, given: list[int]) -> list[list[int]]:
@@ -175,16 +170,12 @@ class _SoftTargets:
         assert offsets[-1] == len(tokens), (offsets[-1], len(tokens))
         with jt.no_grad():
             self.ids, self.probabilities = objective.teacher(batch.features, tokens, offsets)
-            if columns is not None:
-                self._to_columns(jt.array(columns))
+            if columns is not None:  # tokens become columns of the logits; without one they drop out of the total of 1
+                self.ids = jt.where(self.ids < 0, -1, jt.array(columns)[jt.maximum(self.ids, 0)])
+                draftable = self.probabilities * (self.ids >= 0).float32()
+                sums = draftable.sum(1, keepdims=True)
+                self.probabilities = draftable / jt.where(sums > 0, sums, jt.ones_like(sums))
         self.positions, self.last = batch.positions, len(tokens) - 1
-
-    def _to_columns(self, columns: Var) -> None:
-        """Replace tokens by columns of the logits; drop those without one and renormalize the rest to 1."""
-        columns = jt.where(self.ids < 0, -1, columns[jt.maximum(self.ids, 0)])
-        draftable = self.probabilities * (columns >= 0).float32()
-        sums = draftable.sum(1, keepdims=True)
-        self.ids, self.probabilities = columns, draftable / jt.where(sums > 0, sums, jt.ones_like(sums))
 
     def at(self, depths: list[int]) -> tuple:
         """ids and probabilities, (depths * num, k) each. Depth k at position t scores token t + 2 + k, whose

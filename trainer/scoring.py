@@ -193,14 +193,13 @@ def _score_batches(head, data: TokenizedData, source, own: np.ndarray) -> _Total
     return found
 
 
-def score_head(head, data: TokenizedData, source, num_nodes: int, own: np.ndarray | None = None) -> Score:
+def score_head(head, data: TokenizedData, source, num_nodes: int, own: np.ndarray) -> Score:
     """The score on all held-out conversations. Leaves the head in training mode.
 
-    source(indices) -> Features; own: what ``own_tokens`` gave, if it is known. Losses and accuracies are those of all
+    source(indices) -> Features; own: what ``own_tokens`` gave. Losses and accuracies are those of all
     the text; accept length and tree those of the replies that the backbone would have generated itself. Raises
     ValueError when the text is too short to score on.
     """
-    own = own_tokens(head.borrowed, data, source) if own is None else own
     totals = _score_batches(head, data, source, own)
     head.train()
     found = [totals.ranks[number] for number in sorted(totals.ranks)]

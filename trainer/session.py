@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 import runtime
+from backbone.model import Backbone
+from heads.base import Head
 from heads.checkpoint import weights_sha256
 from heads.registry import build
 from runtime.ranks import barrier, share_from_main, text_from_main
@@ -36,9 +38,9 @@ class Setting:
     """All that a run needs. base: its description in checkpoints."""
 
     config: TrainConfig
-    backbone: object
+    backbone: Backbone
     splits: Splits
-    head: object
+    head: Head
     base: dict
 
     @property
@@ -137,10 +139,10 @@ def open_sources(setting: Setting, watch: Watch) -> list:
     parts = (setting.splits.training, setting.splits.held_out)
     if config.features == "online" or not setting.head.trained:
         return [OnlineFeatures(setting.backbone, part, layers) for part in parts]
-    ranks = {"rank": runtime.rank(), "world_size": runtime.world_size(), "barrier": barrier}
-    fingerprint, root = setting.splits.tokenizer.fingerprint, Path(config.cache_dir)
+    where = setting.splits.tokenizer.fingerprint, Path(config.cache_dir)
+    ranks = runtime.rank(), runtime.world_size(), barrier
     return [
-        open_cache(setting.backbone, fingerprint, part, layers, root, *watch.cache(part, name), **ranks)
+        open_cache(setting.backbone, where[0], part, layers, where[1], *watch.cache(part, name), *ranks)
         for part, name in zip(parts, ("features", "held out"), strict=True)
     ]
 
@@ -155,20 +157,14 @@ def make_objective(setting: Setting) -> Objective:
     return Objective(config.loss, share, open_teacher(setting.backbone, k, config.teacher))
 
 
-@dataclass
-class Outcome:
-    """The result of a training and the directory of its files."""
-
-    result: FitResult
-    out: Path
-
-
 def train(
-    config: TrainConfig, on_score: Callable[[int, Score], None] | None = None, setting: Setting | None = None
-) -> Outcome:
-    """Train one head in this process, all ranks together.
+    config: TrainConfig,
+    on_score: Callable[[int, Score], bool] = lambda step, score: False,
+    setting: Setting | None = None,
+) -> tuple[FitResult, Path]:
+    """Train one head in this process, all ranks together; returns the result and the directory of its files.
 
-    on_score(step, score) is called after every score and may raise ``trainer.fit.Pruned``; setting: what
+    on_score(step, score) is called after every score and returns whether the run should end there; setting: what
     ``prepare(config)`` gave, if it was called already. Raises ValueError for options that make no run.
     """
     setting = setting or prepare(config)
@@ -187,12 +183,11 @@ def train(
             watch.say(f"resumed   from step {first} of {num_steps}")
         sources = open_sources(setting, watch)
 
-        def scored(step: int, score: Score) -> None:
+        def scored(step: int, score: Score) -> bool:
             watch.score(step, score, best=run.best_step == step)
             if events:
                 events.score(step, score)
-            if on_score:
-                on_score(step, score)
+            return on_score(step, score)
 
         def stepped(step: int, total: int, record: dict) -> None:
             watch.step(step, total, record)
@@ -203,19 +198,15 @@ def train(
         objective = make_objective(setting)
         result = fit(run, setting.splits.training, setting.splits.held_out, *sources, stepped, objective, state)
     if main:
-        _write_record(setting, result, out)
-    return Outcome(result, out)
-
-
-def _write_record(setting: Setting, result: FitResult, out: Path) -> None:
-    config = setting.config
-    record = make_record(
-        config,
-        result,
-        data={**setting.base["data"], "report": setting.splits.report.as_dict()},
-        provenance=runtime.provenance(config.seed),
-        parameters=setting.head.num_parameters,
-        checkpoint=out / CHECKPOINT,
-        weights_sha256=weights_sha256(out / CHECKPOINT),
-    )
-    record.write(out / FILE)
+        checkpoint = out / CHECKPOINT
+        record = make_record(
+            config,
+            result,
+            data={**setting.base["data"], "report": setting.splits.report.as_dict()},
+            provenance=runtime.provenance(config.seed),
+            parameters=setting.head.num_parameters,
+            checkpoint=checkpoint,
+            weights_sha256=weights_sha256(checkpoint),
+        )
+        record.write(out / FILE)
+    return result, out

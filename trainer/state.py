@@ -28,7 +28,7 @@ HEAD, OPTIMIZER, AVERAGE = "head.safetensors", "optimizer.safetensors", "average
 
 @dataclass
 class State:
-    """A state on disk. meta: the content of state.json; progress: its counters."""
+    """A state on disk. meta: the content of state.json; ``progress`` in it: see ``trainer.fit.Run.counters``."""
 
     directory: Path
     meta: dict
@@ -38,22 +38,13 @@ class State:
         """Optimizer steps done."""
         return int(self.meta["progress"]["step"])
 
-    @property
-    def progress(self) -> dict:
-        """The counters of the run, see ``trainer.fit.Run.counters``."""
-        return self.meta["progress"]
-
     def restore_head(self, head) -> None:
         """Load the head's weights."""
         load_parameters(head, self.directory / HEAD)
 
-    def optimizer(self) -> dict[str, np.ndarray]:
-        """What ``Optimizer.state`` gave."""
-        return load_file(self.directory / OPTIMIZER)
-
-    def average(self) -> dict[str, np.ndarray]:
-        """What ``Average.state`` gave."""
-        return load_file(self.directory / AVERAGE)
+    def arrays(self, file: str) -> dict[str, np.ndarray]:
+        """What ``Optimizer.state`` or ``Average.state`` gave; file: ``OPTIMIZER`` or ``AVERAGE``."""
+        return load_file(self.directory / file)
 
 
 def save_state(
@@ -98,26 +89,18 @@ def newest_state(out: Path) -> State | None:
     found = list_states(out)
     if not found:
         return None
-    directory = found[-1]
-    earlier = f"resume from step {_step_of(found[-2])}" if len(found) > 1 else "start over"
-    try:
-        return State(directory, _read_meta(directory))
-    except ValueError as error:
-        raise ValueError(f"{error}; delete {directory} to {earlier}") from error
-
-
-def _read_meta(directory: Path) -> dict:
-    path = directory / META
+    directory, path = found[-1], found[-1] / META
     try:
         meta = read_json(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(meta, dict) or meta.get("digest") != config_digest(meta):
-        raise ValueError(f"{path} is damaged: its digest does not fit")
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{path} has format {meta['format']}, this version reads {FORMAT}")
-    check_files(directory, meta["files"])
-    return meta
+        if not isinstance(meta, dict) or meta.get("digest") != config_digest(meta):
+            raise ValueError(f"{path} is damaged: its digest does not fit")
+        if meta["format"] != FORMAT:
+            raise ValueError(f"{path} has format {meta['format']}, this version reads {FORMAT}")
+        check_files(directory, meta["files"])
+    except (OSError, ValueError) as error:
+        earlier = f"resume from step {_step_of(found[-2])}" if len(found) > 1 else "start over"
+        raise ValueError(f"{error}; delete {directory} to {earlier}") from error
+    return State(directory, meta)
 
 
 def check_identity(state: State, identity: dict) -> None:

@@ -50,7 +50,7 @@ class LazyTensor:
         """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def whole(self) -> np.ndarray:
+    def read(self) -> np.ndarray:
         """All rows."""
         return self.read_rows(0, self.num_rows)
 

@@ -176,4 +176,3 @@ def open_torch_file(path: str | Path) -> dict[str, LazyTensor]:
         return {name: _numbers(path, records[view.storage.key], view) for name, view in views.items()}
     except ARCHIVE_ERRORS as error:
         raise damaged(path, error) from error
-

@@ -2,7 +2,7 @@
 
 from backbone.files.layout import BIN, META, PICKLE, SAFETENSORS
 from backbone.formats.convert import ConvertOptions, convert
-from backbone.formats.source import open_source, recognise
+from backbone.formats.source import open_source, recognize
 from backbone.formats.verify import verify
 
 FORMATS = {
@@ -12,4 +12,4 @@ FORMATS = {
     PICKLE: "one .pkl that jittor.load reads: a dict of NumPy arrays by Hugging Face name, and config; float16",
 }
 
-__all__ = ["FORMATS", "ConvertOptions", "convert", "open_source", "recognise", "verify"]
+__all__ = ["FORMATS", "ConvertOptions", "convert", "open_source", "recognize", "verify"]

@@ -16,7 +16,7 @@ import numpy as np
 from backbone.files.layout import PICKLE
 from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import FLOATS, KEEP, Rounding, cast
-from backbone.formats.source import Source, open_source, recognise
+from backbone.formats.source import Source, open_source, recognize
 from backbone.formats.targets import FOLDERS, Job, write_pickle_file
 from runtime.atomic import atomic_directory, atomic_file
 from runtime.entry import suggest
@@ -27,7 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert. ``source_format``: how to read the source, None to recognise it. ``dtype``: float16, bfloat16,
+    """How to convert. ``source_format``: how to read the source, None to recognize it. ``dtype``: float16, bfloat16,
     float32 or keep; None: the format's own default. ``tolerance``: as in ``formats.verify``. ``shard_size``: bytes. For
     heads only: ``backbone`` is the one the head belongs to, None the embedded one; ``merge`` writes a full
     language-model head per depth for a head that has a shared or low-rank one."""
@@ -74,7 +74,7 @@ def _check_target(source: Path, out: Path, to: str, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{out} exists; choose another place or pass --overwrite")
     empty = out.is_dir() and not any(out.iterdir())
-    if out.is_dir() == (out.suffix == ".pkl") or not (empty or recognise(out)):
+    if out.is_dir() == (out.suffix == ".pkl") or not (empty or recognize(out)):
         raise ValueError(f"{out} is not what --overwrite would replace, a backbone; remove it or choose another place")
 
 

@@ -68,7 +68,7 @@ def _is_loose_shard(path: Path) -> bool:
     return EMBEDDING in names or META_EMBEDDING in names
 
 
-def recognise(path: str | Path) -> str | None:
+def recognize(path: str | Path) -> str | None:
     """The format of the backbone at a path, from the tensors in its files; None when it holds no backbone.
 
     Raises ValueError when there is nothing at the path, and for files of a folder that are damaged or hostile.
@@ -126,7 +126,7 @@ def open_source(path: str | Path, layout: str | None = None) -> Source:
     Raises ValueError naming the file, field or tensor when it holds none, or not what its config calls for.
     """
     path = Path(path)
-    layout = layout or recognise(path)
+    layout = layout or recognize(path)
     if layout is None:
         raise ValueError(f"{path} has no backbone; expected one of the formats that --list prints")
     raw = read_raw_config(path, meta=layout == META)

@@ -134,9 +134,7 @@ def write_meta_folder(job: Job, folder: Path) -> None:
         for key, value in meta.SCALED_ROPE.items()
         if key != "rope_type"
     ):
-        job.note(
-            f"{META_PARAMS} has no field for rope scaling {json.dumps(config.rope_scaling)}; {CONFIG} has it"
-        )
+        job.note(f"{META_PARAMS} has no field for rope scaling {json.dumps(config.rope_scaling)}; {CONFIG} has it")
     tensors, shared = _meta_tensors(job), {}
     if config.tie_embeddings:
         tensors[meta.OUTPUT], shared = tensors[meta.EMBEDDING], {meta.OUTPUT: meta.EMBEDDING}

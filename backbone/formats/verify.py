@@ -11,7 +11,7 @@ import numpy as np
 
 from backbone.files.lazy import LazyTensor
 from backbone.formats.cast import widened
-from backbone.formats.source import Source, open_source, recognise
+from backbone.formats.source import Source, open_source, recognize
 
 SEED, ROWS = 0, 32  # of the token ids whose logits are compared
 LOGITS = "logits"
@@ -80,10 +80,10 @@ def _logits(source: Source, dtype: str) -> np.ndarray:
     """(rows, vocab) float32 of token ids drawn with a fixed seed."""
     from backbone.model import Backbone, load_backbone  # late: it loads Jittor, which comparing numbers does not need
 
-    if recognise(source.path) == source.layout:
+    if recognize(source.path) == source.layout:
         backbone = load_backbone(source.path, dtype)
     else:  # read in a format that was named, not recognized
-        backbone = Backbone(source.config, {name: tensor.whole() for name, tensor in source.tensors.items()}, dtype)
+        backbone = Backbone(source.config, {name: tensor.read() for name, tensor in source.tensors.items()}, dtype)
     rows = min(ROWS, source.config.max_positions)
     token_ids = np.random.default_rng(SEED).integers(0, source.config.vocab_size, (1, rows)).astype(np.int32)
     return backbone.forward(token_ids).logits.numpy()[0]

@@ -6,7 +6,7 @@ from backbone.config import BackboneConfig
 from backbone.model import Backbone
 from ops.layer_weights import LayerShape, LayerWeights
 from ops.linear import PackedLinear
-from ops.packing.tiles import random_values
+from ops.packing.random import random_values
 from runtime import jt
 
 

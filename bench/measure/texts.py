@@ -43,7 +43,9 @@ def held_out_prompts(tokenizer, max_positions: int, num_prompts: int | None) -> 
     config = TrainConfig(data=[str(EMBEDDED_CORPUS)])
     splits = split_text(config, tokenizer, max_positions)
     prompts = [
-        Prompt(talk.id, talk.category, tuple(said["content"] for said in talk.messages if said["role"] == "user"))
+        Prompt(
+            talk.id, talk.category, tuple(message["content"] for message in talk.messages if message["role"] == "user")
+        )
         for talk in held_out_conversations(config, splits)
     ]
     if num_prompts is not None:
@@ -98,11 +100,11 @@ def rank_texts(head, backbone, texts: Sequence[GreedyText], on_texts=lambda coun
     backbone: the original one, whose features ``head.execute`` is given, also by a head that changes it. on_texts:
     called with the number of texts that were added.
     """
-    longest, laid = backbone.config.max_positions, []
+    longest, sequences = backbone.config.max_positions, []
     for text in texts:
-        whole = np.array([*text.prompt_ids, *text.token_ids, *text.after][:longest], np.int32)
-        laid.append((whole, np.arange(len(whole)) >= len(text.prompt_ids)))
-    data = TokenizedData.of(laid)
+        ids = np.array([*text.prompt_ids, *text.token_ids, *text.after][:longest], np.int32)
+        sequences.append((ids, np.arange(len(ids)) >= len(text.prompt_ids)))
+    data = TokenizedData.of(sequences)
     source, found = OnlineFeatures(backbone, data, tuple(head.layers)), {}
     for batch in teacher_forced_ranks(head, data, source):
         start = 0
@@ -115,8 +117,8 @@ def rank_texts(head, backbone, texts: Sequence[GreedyText], on_texts=lambda coun
 
 
 def _table(ranks: np.ndarray, positions: np.ndarray, text: GreedyText) -> RankedText:
-    """A text's part of a batch's ranks, (depths, num). positions: (num,), counted from the text's first token; what
-    stands before its reply or behind belongs to others. Column i comes from the position before its token i."""
+    """A text's part of a batch's ranks, (depths, num). positions: (num,), counted from the text's first token;
+    those outside its reply are left out. Column i comes from the position before its token i."""
     columns = positions - (len(text.prompt_ids) - 1)
     inside = (columns >= 0) & (columns < len(text.token_ids) - 1)
     table = np.full((len(ranks), len(text.token_ids) - 1), -1, np.int32)

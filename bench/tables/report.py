@@ -19,13 +19,16 @@ BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 COLUMNS = ("head", "backbone", "device", "dtype", "data", "prompts", "nodes", "accept_length", "tokens_per_s",
            "speedup", "overhead", "draft_share", "draft_ms", "parameters", "parity", "file")  # fmt: skip
+# In a page among other text: these, the head linked to its file, and those of SETTINGS in which the results differ.
+SHORT = ("head", "accept_length", "tokens_per_s", "speedup", "parity")
+SETTINGS = ("device", "backbone", "dtype", "data")
 # Words in cells, in Chinese.
 CHINESE = {
     "parity failed": "一致性检查未通过",
     "not checked": "未检查",
     "not applicable": "不适用",
     "interrupted": "已中断",
-    "adapted backbone": "改动骨干",
+    "adapted backbone": "改动主干",
 }
 PAGES = {
     "en": (
@@ -47,7 +50,7 @@ PAGES = {
         "草稿时间占比：起草在解码时间中所占的比例。草稿毫秒：每次前向的起草毫秒数。"
         "参数量 [M]：草稿头自身的参数，以百万计。"
         "一致性：贪心解码结果与自回归逐 token 相同的提示数。"
-        "改动骨干：该头用自己改动过的骨干解码，文本可能与原骨干不同；一致性与改动后骨干的自回归解码相比，加速比与原骨干相比。"
+        "改动主干：该头用自己改动过的主干解码，文本可能与原主干不同；一致性与改动后主干的自回归解码相比，加速比与原主干相比。"
         "[95%]：对提示做自助法重采样得到的区间。"
     ),
 }
@@ -59,7 +62,7 @@ class ReportOptions:
 
     results: list[str] = option([], "result files written by bench/run.py", name="results", metavar="RESULT")
     out: str | None = option(None, "write a Markdown page with the table only", metavar="FILE")
-    update: list[str] = option([], f"replace the text between {BEGIN} and {END}", metavar="FILE")
+    update: list[str] = option([], f"write a table of the main columns between {BEGIN} and {END}", metavar="FILE")
 
 
 def report(options: ReportOptions) -> None:
@@ -76,7 +79,7 @@ def report(options: ReportOptions) -> None:
         pages[out] = f"{PAGES[language_of(out)]}\n\n{results_table(frame, out)}\n"
     for path in options.update:
         text = pages[path] if path in pages else Path(path).read_bytes().decode("utf-8")
-        pages[path] = replace_block(text, results_table(frame, path), path, BEGIN, END)
+        pages[path] = replace_block(text, results_table(frame, path, short=True), path, BEGIN, END)
     for path in pages:
         check_writable(path)
     for path, text in pages.items():
@@ -91,11 +94,11 @@ def report(options: ReportOptions) -> None:
 
 def arrange(frame: pd.DataFrame) -> pd.DataFrame:
     """Comparable results together (device, backbone, dtype, data), the largest speedup first among them."""
-    return sort_results(frame, "speedup").sort_values(["device", "backbone", "dtype", "data"], kind="stable")
+    return sort_results(frame, "speedup").sort_values(list(SETTINGS), kind="stable")
 
 
-def results_table(frame: pd.DataFrame, page: str | Path) -> str:
-    """The table for ``page``: its language, and links to the JSON files relative to its folder."""
+def results_table(frame: pd.DataFrame, page: str | Path, short: bool = False) -> str:
+    """The table for ``page``: its language, and links to the JSON files relative to its folder. short: see SHORT."""
     folder, words = Path(page).resolve().parent, CHINESE if language_of(page) == "zh" else {}
     cells = summary_cells(frame).replace({"parity": words, "speedup": words})
     cells["head"] = [
@@ -108,6 +111,8 @@ def results_table(frame: pd.DataFrame, page: str | Path) -> str:
         for row in frame.itertuples()
     ]
     links = [Path(os.path.relpath(Path(path).resolve(), folder)).as_posix() for path in frame["path"]]
-    cells["file"] = [f"[{Path(link).name}]({link.replace(' ', '%20')})" for link in links]
-    titles = header(language_of(page))
-    return markdown_table(cells[list(COLUMNS)].rename(columns=titles), [titles[name] for name in WORDS])
+    titles, linked = header(language_of(page)), "head" if short else "file"
+    texts = cells["head"] if short else [Path(link).name for link in links]
+    cells[linked] = [f"[{text}]({link.replace(' ', '%20')})" for text, link in zip(texts, links, strict=True)]
+    columns = COLUMNS if not short else SHORT + tuple(name for name in SETTINGS if frame[name].nunique() > 1)
+    return markdown_table(cells[list(columns)].rename(columns=titles), [titles[name] for name in WORDS])

@@ -12,7 +12,7 @@ WORDS = ("head", "backbone", "device", "dtype", "data", "file")  # columns of wo
 # The header of each column, in English and in Chinese.
 HEADERS = {
     "head": ("head", "草稿头"),
-    "backbone": ("backbone", "骨干模型"),
+    "backbone": ("backbone", "主干模型"),
     "device": ("device", "设备"),
     "dtype": ("dtype", "精度"),
     "data": ("data", "数据"),

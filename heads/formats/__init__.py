@@ -1,5 +1,5 @@
 """Heads in other systems' formats and in single files, read and written; the door is conversion.py."""
 
-from heads.formats.conversion import FORMATS, convert, recognise
+from heads.formats.conversion import FORMATS, convert, recognize
 
-__all__ = ["FORMATS", "convert", "recognise"]
+__all__ = ["FORMATS", "convert", "recognize"]

@@ -22,7 +22,7 @@ class Format(abc.ABC):
     dtype: ClassVar[np.dtype] = FLOAT32
 
     @abc.abstractmethod
-    def recognise(self, found: Found) -> bool:
+    def recognize(self, found: Found) -> bool:
         """Whether an opened file has this format."""
 
     def own_part(self, found: Found) -> tuple[dict[str, LazyTensor], list[str]]:

@@ -222,7 +222,7 @@ def _sum(base: LazyTensor, up: LazyTensor | None, down: LazyTensor | None) -> La
     def read_rows(start: int, stop: int) -> np.ndarray:
         rows = base.read_rows(start, stop).astype(np.float64)
         if up is not None:
-            rows += up.read_rows(start, stop).astype(np.float64) @ down.whole().astype(np.float64)
+            rows += up.read_rows(start, stop).astype(np.float64) @ down.read().astype(np.float64)
         return rows.astype(np.float32)
 
     return LazyTensor(FLOAT32, base.shape, read_rows)

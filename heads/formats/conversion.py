@@ -28,7 +28,7 @@ BY_NAME = {
 FORMATS: dict[str, str] = {name: format.sentence for name, format in BY_NAME.items()}
 
 
-def recognise(path: str | Path) -> str | None:
+def recognize(path: str | Path) -> str | None:
     """The format of the head at a path, from the content of its file; None where there is no head.
 
     Raises ValueError naming the file for a damaged or hostile one.
@@ -38,7 +38,7 @@ def recognise(path: str | Path) -> str | None:
 
 
 def _format_of(found: Found) -> str | None:
-    return next((name for name, format in BY_NAME.items() if format.recognise(found)), None)
+    return next((name for name, format in BY_NAME.items() if format.recognize(found)), None)
 
 
 def _open(path: Path) -> Found:

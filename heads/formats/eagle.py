@@ -40,7 +40,7 @@ class Eagle(PublishedFormat):
     name, sentence = "eagle", "EAGLE-1's own pytorch_model.bin or model.safetensors with a one-layer Llama config"
     head, files = HEAD, (MODEL_BIN, MODEL_SAFETENSORS)
 
-    def recognise(self, found):
+    def recognize(self, found):
         return {"fc.weight", f"{LAYER}self_attn.q_proj.weight"} <= found.tensors.keys()
 
     def table(self, options, sizes):

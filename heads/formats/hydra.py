@@ -39,7 +39,7 @@ class Hydra(PublishedFormat):
     name, sentence = "hydra", "Hydra's own hydra_lm_head.pt with config.json, grounded mlp heads"
     head, files = HEAD, (HYDRA_PT,)
 
-    def recognise(self, found):
+    def recognize(self, found):
         return any(FIRST.match(name) for name in found.tensors)
 
     def table(self, options, sizes):
@@ -79,7 +79,7 @@ class Hydra(PublishedFormat):
         biases = self.biases(num_depths, target)
         expect(found.file, tensors, {piece.theirs: piece.shape for piece in pieces} | biases)
         for name in biases:
-            if np.any(tensors[name].whole()):
+            if np.any(tensors[name].read()):
                 raise ValueError(f"{found.file}: {name} is not zero; our language-model heads have no bias")
         imported = imported_from(self.name, found, notes)
         return HeadWeights(HEAD, options, gather(pieces, tensors), imported, notes=notes)

@@ -58,7 +58,7 @@ class MedusaFormat(PublishedFormat):
         pattern = re.escape(self.block).replace(r"\{depth\}", r"(\d+)").replace(r"\{layer\}", r"(\d+)")
         return re.fullmatch(rf"{pattern}\.weight", name)
 
-    def recognise(self, found: Found) -> bool:
+    def recognize(self, found: Found) -> bool:
         return any(self.match_block(name) for name in self.own_part(found)[0])
 
     def table(self, options, sizes):

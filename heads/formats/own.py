@@ -38,7 +38,7 @@ class Checkpoint(OwnFormat):
 
     name, sentence = "gorgon", "a checkpoint of this project: head.safetensors and config.json"
 
-    def recognise(self, found: Found) -> bool:
+    def recognize(self, found: Found) -> bool:
         return found.file.name == WEIGHTS and found.config.keys() >= KEYS
 
     def read(self, found: Found, target: Target) -> HeadWeights:
@@ -71,7 +71,7 @@ class Checkpoint(OwnFormat):
 class Container(OwnFormat):
     """One file with the parameters as arrays and the checkpoint's JSON files as text entries."""
 
-    def recognise(self, found: Found) -> bool:
+    def recognize(self, found: Found) -> bool:
         return self.holds(found.file) and CONFIG in found.texts
 
     @abc.abstractmethod
@@ -129,7 +129,7 @@ class Npz(Container):
     def write(self, weights: HeadWeights, out: Path, casting: Casting, target: Target) -> None:
         if casting.dtype == FLOATS["bfloat16"]:
             raise ValueError("NumPy has no bfloat16; choose --dtype float32, which holds the same numbers")
-        arrays = {name: tensor.whole() for name, tensor in casting.apply(weights.tensors).items()}
+        arrays = {name: tensor.read() for name, tensor in casting.apply(weights.tensors).items()}
         arrays |= {name: np.array(text) for name, text in self.entries(weights, target).items()}
         with atomic_file(out) as path, open(path, "wb") as file:
             np.savez(file, **arrays)
@@ -193,7 +193,7 @@ def filled_head(weights: HeadWeights, backbone):
     expect(f"the head {weights.head}", weights.tensors, {name: tuple(p.shape) for name, p in own.items()}, integers)
     for name, parameter in own.items():
         tensor = weights.tensors[name]
-        parameter.update((tensor if name in integers else widen(name, tensor)).whole())
+        parameter.update((tensor if name in integers else widen(name, tensor)).read())
     head.eval()
     return head
 

@@ -106,7 +106,7 @@ def tied_blocks_differ(weights: HeadWeights, first: int) -> str | None:
         for layer in range(first + 1, weights.options["num_layers"]):
             for part in ("weight", "bias"):
                 name, tied = (f"blocks.{depth}.{j}.linear.{part}" for j in (layer, first))
-                if not np.array_equal(weights.tensors[name].whole(), weights.tensors[tied].whole()):
+                if not np.array_equal(weights.tensors[name].read(), weights.tensors[tied].read()):
                     return name
     return None
 
@@ -118,7 +118,7 @@ class Float64(Mapping):
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name].whole().astype(np.float64)
+        return self._tensors[name].read().astype(np.float64)
 
     def __iter__(self):
         return iter(self._tensors)
@@ -132,4 +132,4 @@ class Float64(Mapping):
 
 def exact(tensor: LazyTensor) -> np.ndarray:
     """A tensor of the backbone as float64."""
-    return tensor.whole().astype(np.float64)
+    return tensor.read().astype(np.float64)

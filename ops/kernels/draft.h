@@ -33,8 +33,8 @@ template <class E> struct DraftChain {
     const float* hidden;      // (dim,)
     const E* embedding;       // (vocab, dim)
     const DraftMatrix* matrices;
-    const float* vectors;     // norms and biases behind each other
-    const int32_t* meant;     // the token of each logit; nullptr: its number
+    const float* vectors;     // norms and biases, concatenated
+    const int32_t* tokens;    // the token of each logit; nullptr: its number
 };
 
 // The place of the largest of n floats, the first of equals.
@@ -154,7 +154,7 @@ static inline void draft_chain(const DraftChain<E>& chain, int32_t root, int32_t
                     break;
                 case CHOOSE: {
                     int64_t best = largest(a, s.n);
-                    drafted[known++] = chain.meant ? chain.meant[best] : (int32_t)best;
+                    drafted[known++] = chain.tokens ? chain.tokens[best] : (int32_t)best;
                     break;
                 }
             }

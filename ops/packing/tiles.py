@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ops.kernel import launch, on_cpu
+from ops.kernel import launch
 from ops.packing.quantize import GROUP, QUANTIZERS
 from runtime import jt
 
@@ -145,24 +145,3 @@ def pack_matrices(matrices: list[list[np.ndarray]], storage: str | None):
         for rows in row_blocks(parts):
             room.append(*(QUANTIZERS[storage](rows) if storage in QUANTIZERS else (rows,)))
     return room.variables()
-
-
-def random_values(count: int, dtype: str, seed: int, bound: float = 0.0):
-    """(count,) Var, on a GPU never in the host's memory: weights for measurements. Floats are uniform in +-bound, int8
-    in -127 .. 127, uint8 in 0 .. 255. The seed determines the values."""
-    if on_cpu():
-        random = np.random.default_rng(seed)
-        if dtype in ("int8", "uint8"):
-            values = random.integers(-127 if dtype == "int8" else 0, 128 if dtype == "int8" else 256, count, dtype)
-        else:
-            values = random.uniform(-bound, bound, count)
-        return jt.array(values.astype(dtype)).stop_grad()
-    return launch(
-        (count,),
-        dtype,
-        [],
-        cpu="",
-        cuda='gorgon::fill_random(gorgon::raw(out0_p), out0->num, (uint64_t)data["seed"], (float)data["bound"]);',
-        cuda_files=["random.h"],
-        data={"seed": seed, "bound": bound},
-    ).stop_grad()

@@ -73,4 +73,3 @@ def find_driver(library_name: str = LIBRARY) -> Driver:
         return Driver(version, tuple(_device(library, index) for index in range(count.value)))
     except OSError as error:
         return Driver(version, trouble=str(error))
-

@@ -1,7 +1,5 @@
 """A small random backbone, text for it, and tensors of every type that a checkpoint may hold."""
 
-import contextlib
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,8 +7,7 @@ import torch
 
 import runtime
 from backbone.model import Backbone
-from ops.kernel import emulated_cuda
-from tests.small import draw_weights, small_config
+from tests.small import bodies, draw_weights, small_config
 
 CONFIG = small_config(head_dim=12)  # a width that is no multiple of a vector's 16 lanes
 MADE = [(dtype, body) for body in ("cpu", "cuda") for dtype in ("float32", "float16")]
@@ -30,11 +27,6 @@ def config():
 def random_tensors():
     """random_tensors(): name -> float32 weights of the small backbone, the same at each call."""
     return draw_tensors
-
-
-def bodies(which):
-    """Within, the operations run these bodies: the CPU's, or CUDA's, emulated where there is no GPU."""
-    return emulated_cuda() if which == "cuda" and runtime.device == "cpu" else contextlib.nullcontext()
 
 
 @pytest.fixture(scope="module", params=MADE, ids="-".join)

@@ -58,4 +58,4 @@ def write_model(folder, raw, dtype=torch.float16, seed=0):
 
 def bits(tensors):
     """Everything that must survive a conversion: type, shape and bytes by name. tensors: lazy ones."""
-    return {name: (t.dtype, t.shape, t.whole().tobytes()) for name, t in tensors.items()}
+    return {name: (t.dtype, t.shape, t.read().tobytes()) for name, t in tensors.items()}

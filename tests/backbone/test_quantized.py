@@ -102,14 +102,6 @@ def test_training_through_it_equals_training_through_its_rounded_weights(quantiz
     np.testing.assert_allclose(hidden, passed, atol=1e-4)
 
 
-def test_training_through_it_holds_no_matrix_of_its_own(quantized):
-    training = DifferentiableBackbone(quantized)
-    for block, matrices in zip(quantized.blocks, training.matrices, strict=True):
-        for matrix in matrices.values():
-            assert matrix.layer is block
-            assert not [value for value in vars(matrix).values() if isinstance(value, jt.Var)]
-
-
 @pytest.mark.skipif(runtime.device == "cuda", reason="on a GPU the fixture's is the one with CUDA's bodies")
 def test_with_cuda_bodies_it_is_the_backbone_of_its_rounded_weights(quantized):
     expected = logits(of_rounded_weights(quantized.storage))
@@ -136,13 +128,3 @@ def test_8_bits_take_half_the_bytes_4_bits_a_quarter_and_real_text_hardly_change
     for rounded, error, agreeing in ((logits(eight, ids), 0.1, 0.9), (logits(four, ids), 0.5, 0.7)):
         assert 0 < np.abs(rounded - exact).max() < error * np.abs(exact).max()
         assert (rounded.argmax(1) == exact.argmax(1)).mean() > agreeing
-
-
-def test_8_and_4_bits_at_once_are_refused():
-    with pytest.raises(ValueError, match="load_in_8bit and load_in_4bit are both set; choose one"):
-        load_backbone(load_in_8bit=True, load_in_4bit=True)
-
-
-def test_an_unknown_storage_is_refused():
-    with pytest.raises(ValueError, match="storage must be one of float32, int8, nf4, got 'fp4'"):
-        Backbone(CONFIG, draw_weights(CONFIG), "float32", storage="fp4")

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import socket
+from itertools import compress
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ CHAT = [
     {"role": "assistant", "content": "me too"},
 ]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
-# What each template puts before and behind a reply.
+# What each template puts before and after a reply.
 FRAME = {
     "vicuna": (" ", "</s>"),
     "llama-2": (" ", " </s>"),
@@ -35,12 +36,12 @@ OWN = "own"
 
 
 def replies(messages, name):
-    before, behind = FRAME["vicuna" if name == OWN else name]
-    return "".join(before + turn["content"] + behind for turn in messages if turn["role"] == "assistant")
+    before, after = FRAME["vicuna" if name == OWN else name]
+    return "".join(before + turn["content"] + after for turn in messages if turn["role"] == "assistant")
 
 
 def masked_text(tokenizer, ids, mask):
-    return tokenizer.decode([token for token, said in zip(ids, mask, strict=True) if said], skip_special_tokens=False)
+    return tokenizer.decode(list(compress(ids, mask)), skip_special_tokens=False)
 
 
 def embedded_with(directory, **added):
@@ -78,14 +79,6 @@ def sentencepiece_directory(tmp_path_factory):
 
 
 # Templates
-
-
-def test_vicuna_by_name_is_the_embedded_template():
-    own, named = load_tokenizer(), load_tokenizer(template="vicuna")
-    for messages in (CHAT, SYSTEM + CHAT, CHAT[:1], CHAT[:3]):
-        for prompt in (True, False):
-            assert own.render(messages, prompt) == named.render(messages, prompt)
-    assert own.fingerprint != named.fingerprint and own.vocab_size == named.vocab_size == 4096
 
 
 def test_named_templates_render_as_published():
@@ -154,6 +147,11 @@ def test_templates_of_older_directories_are_found(tmp_path):
 
 def test_templates_run_in_a_sandbox_and_their_mistakes_are_errors(tmp_path):
     folder = embedded_with(tmp_path / "t")
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A"
+        "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    assert load_tokenizer(folder).render(CHAT[2:], False) == "26 Jul 2024UASSISTANT: me tooAme too</s>"
     for text, complaint in [
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{% for %}", "does not parse, line 1"),
@@ -164,21 +162,10 @@ def test_templates_run_in_a_sandbox_and_their_mistakes_are_errors(tmp_path):
             load_tokenizer(folder)
 
 
-def test_generation_tags_and_dates_in_templates_render(tmp_path):
-    folder = embedded_with(tmp_path / "t")
-    (folder / "chat_template.jinja").write_text(
-        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A"
-        "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
-    )
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.render(CHAT[2:], False) == "26 Jul 2024UASSISTANT: me tooAme too</s>"
-
-
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
         ([], "does not open with a user message"),
-        (SYSTEM, "does not open with a user message"),
         (CHAT[1:], "does not open with a user message"),
         (CHAT + SYSTEM, "message 4 is a system message"),
         ([{"role": "human", "content": "hi"}], "role 'human', expected one of system, user, assistant"),
@@ -223,13 +210,10 @@ def test_special_end_tokens_are_masked_and_end_a_reply(tmp_path):
     assert tokenizer.end_of_turn == "<|im_end|>" and tokenizer.eos_ids == (2, 4097)
     ids, mask = tokenizer.encode_with_mask(CHAT)
     assert masked_text(tokenizer, ids, mask) == replies(CHAT, "chatml")
-    assert [said for token, said in zip(ids, mask, strict=True) if token == 4097] == [False, True, False, True]
+    assert [masked for token, masked in zip(ids, mask, strict=True) if token == 4097] == [False, True, False, True]
     assert not mask[-1]  # the line break behind the last <|im_end|>
-
-
-def test_end_of_turn_text_tells_where_there_is_no_such_token():
     assert load_tokenizer().end_of_turn == "</s>" and load_tokenizer().eos_ids == (2,)
-    llama_3 = load_tokenizer(template="llama-3")
+    llama_3 = load_tokenizer(template="llama-3")  # its end is several tokens of this vocabulary
     assert llama_3.end_of_turn == "<|eot_id|>" and llama_3.eos_ids == (2,)
 
 

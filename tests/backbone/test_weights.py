@@ -22,7 +22,6 @@ from backbone.weights import (
     read_backbone,
     read_tensors,
     tensor_shapes,
-    weight_files,
 )
 
 
@@ -44,16 +43,12 @@ SINGLES = ["model.safetensors", "pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("single", SINGLES)
-def test_a_single_file_gives_back_what_was_saved(tmp_path, state, single, assert_same):
-    (save_file if single.endswith("safetensors") else torch.save)(state, tmp_path / single)
-    assert_same(read_tensors(tmp_path), state)
-    assert tensor_shapes(tmp_path) == {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-@pytest.mark.parametrize("with_index", [True, False])
-@pytest.mark.parametrize("single", SINGLES)
-def test_shards_with_and_without_index_give_back_what_was_saved(tmp_path, state, single, with_index, assert_same):
-    save_sharded(tmp_path, state, single, with_index)
+@pytest.mark.parametrize("shape", ["one file", "shards", "shards without index"])
+def test_files_and_shards_give_back_what_was_saved(tmp_path, state, single, shape, assert_same):
+    if shape == "one file":
+        (save_file if single.endswith("safetensors") else torch.save)(state, tmp_path / single)
+    else:
+        save_sharded(tmp_path, state, single, with_index=shape == "shards")
     assert_same(read_tensors(tmp_path), state)
     assert tensor_shapes(tmp_path) == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -63,12 +58,6 @@ def test_names_select_tensors_and_unknown_names_are_refused(tmp_path, state, ass
     assert_same(read_tensors(tmp_path, ["b.weight", "a.weight"]), {k: state[k] for k in ("a.weight", "b.weight")})
     with pytest.raises(ValueError, match=r"is missing nobody\.weight"):
         list(read_tensors(tmp_path, ["a.weight", "nobody.weight"]))
-
-
-def test_a_module_state_dict_with_metadata_is_read(tmp_path, assert_same):
-    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
-    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
-    assert_same(read_tensors(tmp_path), module.state_dict())
 
 
 def test_reading_is_lazy_one_tensor_at_a_time(tmp_path, state):
@@ -93,16 +82,6 @@ def test_truncated_and_corrupted_files_are_refused_by_name(tmp_path, state, sing
         for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
             with pytest.raises(ValueError, match=single):
                 read()
-
-
-@pytest.mark.parametrize("with_index", [True, False])
-@pytest.mark.parametrize("single", SINGLES)
-def test_a_missing_shard_is_named(tmp_path, state, single, with_index):
-    save_sharded(tmp_path, state, single, with_index)
-    stem, suffix = single.rsplit(".", 1)
-    (tmp_path / f"{stem}-00002-of-00002.{suffix}").unlink()
-    with pytest.raises(ValueError, match=rf"{stem}-00002-of-00002\.{suffix}"):
-        list(read_tensors(tmp_path))
 
 
 def test_a_tensor_that_the_index_promises_must_be_in_its_shard(tmp_path, state):
@@ -158,13 +137,6 @@ def test_an_index_cannot_reach_outside_through_a_link_but_a_download_cache_may_l
     assert dict(read_tensors(snapshot))["a"].tolist() == [1.0, 1.0]
 
 
-def test_a_linked_file_without_an_index_is_the_users_own_affair(tmp_path):
-    save_file({"a": torch.ones(2)}, tmp_path / "blob")
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blob")
-    assert dict(read_tensors(tmp_path / "snapshot"))["a"].tolist() == [1.0, 1.0]
-
-
 def test_directories_without_weights_are_refused(tmp_path):
     (tmp_path / "training_args.bin").write_bytes(b"not weights")
     (tmp_path / "consolidated.safetensors").write_bytes(b"the Meta layout, read elsewhere")
@@ -177,23 +149,17 @@ def test_directories_without_weights_are_refused(tmp_path):
         list(read_tensors(tmp_path))
 
 
-def test_safetensors_win_over_bin(tmp_path):
-    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
-    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
-
-
 @pytest.mark.parametrize("with_index", [True, False])
-def test_every_missing_shard_is_named(tmp_path, with_index):
-    for number in range(1, 5):
-        save_file({f"t{number}": torch.ones(2)}, tmp_path / f"model-{number:05d}-of-00004.safetensors")
-    if with_index:
-        weight_map = {f"t{number}": f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    for number in (2, 4):
-        (tmp_path / f"model-{number:05d}-of-00004.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-00004\.safetensors, model-00004-of-00004\.safetensors"):
-        tensor_shapes(tmp_path)
+@pytest.mark.parametrize("single", SINGLES)
+def test_every_missing_shard_is_named(tmp_path, state, single, with_index):
+    save_sharded(tmp_path, state, single, with_index)
+    stem, suffix = single.rsplit(".", 1)
+    gone = [tmp_path / f"{stem}-{number:05d}-of-00002.{suffix}" for number in ((1, 2) if with_index else (2,))]
+    for path in gone:
+        path.unlink()
+    for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
+        with pytest.raises(ValueError, match=", ".join(path.name for path in gone)):
+            read()
 
 
 def test_a_safetensors_file_that_names_a_tensor_twice_is_refused(tmp_path):
@@ -267,11 +233,8 @@ def test_every_wrong_name_and_shape_is_in_one_error(small_config):
     message = str(caught.value)
     assert "1 missing: model.norm.weight" in message and "1 extra: lora.weight" in message
     assert "model.embed_tokens.weight is (8, 8), expected (7, 8)" in message and "inv_freq" not in message
-
-
-def test_long_lists_of_names_end_in_a_count(small_config):
     with pytest.raises(ValueError, match=r"21 missing: .* and 11 more"):
-        check_names({}, expected_shapes(small_config))
+        check_names({}, expected)
 
 
 def test_a_tied_checkpoint_may_carry_an_equal_head_only(tmp_path, small_config):

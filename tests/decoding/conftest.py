@@ -6,7 +6,7 @@ import pytest
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
 from decoding.generate import generate_autoregressive
-from tests.decoding.fakes import NUM_KNOWN, RANKS, TREES, MixingHead, ParallelHead, SequentialHead
+from tests.fake_heads import NUM_KNOWN, RANKS, TREES, MixingHead, ParallelHead, SequentialHead
 
 
 @pytest.fixture(scope="session")

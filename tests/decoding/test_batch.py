@@ -97,16 +97,16 @@ def test_a_cache_can_be_reused_for_another_batch(small):
 
 def test_the_comparison_notices_the_lane_of_a_neighbor(small, monkeypatch):
     """The control: rows that see one slot too far to the left change every text but the first."""
-    true_behind = RowPlan.behind.__func__
+    true_after = RowPlan.after.__func__
 
     def shifted(cls, plans, starts, lengths):
-        plan = true_behind(cls, plans, starts, lengths)
+        plan = true_after(cls, plans, starts, lengths)
         meta = plan.meta_array.copy()
         meta[:, 2] = np.maximum(meta[:, 2] - 1, 0)
         plan._hold(meta, plan.extras_array)
         return plan
 
-    monkeypatch.setattr(RowPlan, "behind", classmethod(shifted))
+    monkeypatch.setattr(RowPlan, "after", classmethod(shifted))
     together = generate_batch(small, None, PROMPTS, TREE, max_new_tokens=NUM_NEW)
     monkeypatch.undo()
     alone = [generate_autoregressive(small, prompt, max_new_tokens=NUM_NEW) for prompt in PROMPTS]

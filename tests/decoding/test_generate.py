@@ -15,7 +15,7 @@ from decoding.text import Text
 from decoding.tree import Tree, default_tree
 from ops.row_plan import RowPlan
 from runtime import jt
-from tests.decoding.fakes import FAKES, TREES
+from tests.fake_heads import FAKES, TREES
 
 NUM_NEW = 48
 CHAIN = Tree.chain(4)
@@ -116,12 +116,6 @@ def test_one_new_token_needs_no_pass(backbone, case):
     ):
         assert (result.token_ids, result.num_passes, result.accept_length) == (continuation[:1], 0, None)
         assert result.finish_reason == "length"
-
-
-def test_a_one_token_prompt(backbone, case):
-    head, prompt, continuation = case("sequential-all", 0)
-    assert len(prompt) == 1
-    assert generate(backbone, head, prompt, CHAIN, max_new_tokens=11).token_ids == continuation[:11]
 
 
 def test_a_stop_token_inside_an_accepted_path_ends_the_text(backbone, case):

@@ -98,7 +98,7 @@ def test_a_chain_takes_a_number(text):
     [
         ("[[0, 0]]", r"path \[0, 0\] has no parent; add \[0\]"),
         ("[[0], [1, 0, 2], [1]]", r"path \[1, 0, 2\] has no parent; add \[1, 0\]"),
-        ("[[0], [1], [0]]", r"path \[0\] is there twice"),
+        ("[[0], [1], [0]]", r"path \[0\] is given twice"),
         ("[[0], [-1]]", "must hold ranks"),
         ("[[0], [0.5]]", "must hold ranks"),
         ("[[0], [true]]", "must hold ranks"),

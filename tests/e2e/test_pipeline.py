@@ -53,15 +53,6 @@ def test_trained_heads_are_measured_and_compared(trained, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_the_same_seed_trains_the_same_head(tmp_path):
-    for name in ("a", "b"):
-        train(tmp_path / name, "--head", "gated_rnn", "--seed", 3, "--head.inner_size", 64)
-    weights = [(tmp_path / name / "checkpoint" / "head.safetensors").read_bytes() for name in ("a", "b")]
-    assert weights[0] == weights[1]
-    train(tmp_path / "c", "--head", "gated_rnn", "--seed", 4, "--head.inner_size", 64)
-    assert (tmp_path / "c" / "checkpoint" / "head.safetensors").read_bytes() != weights[0]
-
-
 def test_a_checkpoint_of_another_backbone_is_refused_in_one_line(trained, tmp_path):
     config = trained / "mlp" / "first" / "checkpoint" / "config.json"
     copy = tmp_path / "checkpoint"

@@ -1,17 +1,15 @@
-"""weight_convert.py as a user types it: formats recognised, notes, exit statuses, and mistakes in one line."""
+"""weight_convert.py as a user types it: formats recognized, notes, exit statuses, and mistakes in one line."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from backbone.config import read_config
-from backbone.formats import FORMATS, recognise
+from backbone.formats import FORMATS, recognize
 from backbone.tokenizer import EMBEDDED, load_tokenizer
 from backbone.weights import fingerprint, read_backbone
 from runtime.atomic import HOST
@@ -36,7 +34,7 @@ def test_the_embedded_backbone_goes_round_through_every_format(tmp_path):
         out = tmp_path / ("one.pkl" if to == "jittor-pkl" else to)
         done = run(chain[-1], "--to", to, "--out", out, "--shard-size", "5MB")
         record = json.loads(done.stdout.splitlines()[-1])
-        assert record["out_format"] == to == recognise(out) and record["source_format"] == recognise(chain[-1])
+        assert record["out_format"] == to == recognize(out) and record["source_format"] == recognize(chain[-1])
         assert record["tensors"] == 57 and record["rounding"] == 0 and record["verified"] is None
         assert "writing" in done.stderr
         chain.append(out)
@@ -71,9 +69,7 @@ MISTAKES = [
     (("nowhere", "--to", "meta", "--out", "{tmp}/x"), "nowhere does not exist"),
     (("{hf}", "--to", "hf-bim", "--out", "{tmp}/x"), "Unknown format 'hf-bim'. Did you mean 'hf-bin'?"),
     (("{hf}", "--to", "medusa", "--out", "{tmp}/x"), "is a backbone and medusa a format of heads"),
-    (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--from", "mata"), "Unknown format 'mata'. Did you mean 'meta'?"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--from", "meta"), "params.json does not exist"),
-    (("{hf}", "--to", "meta", "--out", "{hf}"), "would replace the source"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--shard-size", "2 elephants"), "'2 elephants' is not a size"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--tolerance", "1"), "--tolerance belongs to --verify"),
     (
@@ -82,7 +78,6 @@ MISTAKES = [
     ),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--merge"), "--backbone and --merge are for heads"),
     (("{hf}", "--to", "meta", "--out", "{tmp}/x", "--overwite"), "Did you mean '--overwrite'?"),
-    (("{hf}/model.safetensors", "--to", "meta", "--out", "{tmp}/x"), "pass its folder"),
 ]
 
 
@@ -101,25 +96,12 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
 
 
-BROKEN = {
-    "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-10]), "model.safetensors cannot be read"),
-    "missing": (lambda file: save_file(dict(list(load_file(file).items())[1:]), file), "1 missing: lm_head.weight"),
-    "unknown": (lambda file: save_file(load_file(file) | {"extra.bias": torch.ones(1)}, file), "1 extra: extra.bias"),
-    "misshapen": (
-        lambda file: save_file(load_file(file) | {"model.norm.weight": torch.ones(3)}, file),
-        "model.norm.weight is (3,), expected (16,)",
-    ),
-}
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_sources_that_are_not_whole_are_refused_by_name(tmp_path, how):
+def test_a_damaged_source_is_refused_by_name(tmp_path):
     hf = write_model(tmp_path / "hf", raw_config())
-    change, message = BROKEN[how]
-    change(hf / "model.safetensors")
-    with pytest.raises(ValueError) as caught:
+    file = hf / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=f"{file} cannot be read"):
         main([str(hf), "--to", "hf-bin", "--out", str(tmp_path / "x")])
-    assert message in str(caught.value) and str(hf) in str(caught.value)
     assert not (tmp_path / "x").exists()
 
 
@@ -137,18 +119,8 @@ def test_what_is_no_backbone_goes_to_the_heads_with_all_its_options(tmp_path, mo
     monkeypatch.setitem(sys.modules, "heads.formats", Heads)
     head = tmp_path / "medusa_lm_head.pt"
     torch.save({"0.0.linear.weight": torch.ones(2, 2)}, head)
-    words = [
-        str(head),
-        "--to",
-        "gorgon",
-        "--out",
-        str(tmp_path / "x"),
-        "--backbone",
-        "b",
-        "--merge",
-        "--dtype",
-        "float16",
-    ]
+    words = [str(head), "--to", "gorgon", "--out", str(tmp_path / "x")]
+    words += ["--backbone", "b", "--merge", "--dtype", "float16"]
     assert main(words) == 7
     assert main([*words, "--from", "medusa", "--overwrite"]) == 7
     assert main([*words, "--from", "jittor-pkl"]) == 7  # a name of both kinds: the files say which
@@ -157,20 +129,6 @@ def test_what_is_no_backbone_goes_to_the_heads_with_all_its_options(tmp_path, mo
     assert (options.backbone, options.merge, options.dtype, options.source_format) == ("b", True, "float16", None)
     assert (second.source_format, second.overwrite, options.overwrite) == ("medusa", True, False)
     assert third.source_format == "jittor-pkl"
-
-
-def test_a_conversion_replaces_an_earlier_one_on_request(tmp_path):
-    hf, out = write_model(tmp_path / "hf", raw_config()), tmp_path / "out"
-    words = [str(hf), "--to", "meta", "--out", str(out)]
-    assert main(words) == 0
-    shutil.rmtree(hf)
-    write_model(hf, raw_config(), seed=1)
-    with pytest.raises(ValueError, match="exists; choose another place or pass --overwrite"):
-        main(words)
-    before = (out / "consolidated.00.pth").read_bytes()
-    assert main([*words, "--overwrite"]) == 0
-    assert (out / "consolidated.00.pth").read_bytes() != before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
 def test_a_conversion_takes_less_memory_than_the_model_in_every_step(tmp_path):

@@ -6,7 +6,6 @@ emulation, so that none of them meets its first GPU untried.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,13 +17,12 @@ from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
 from bench.measure.options import DEFAULT_PROMPTS
 from bench.record.prompts import load_prompts
-from ops.kernel import emulated_cuda
-from tests.small import small_backbone
+from tests.small import bodies, small_backbone
 
 
 @dataclass(frozen=True)
 class Place:
-    """name: emulated or gpu. location: where Jittor says that a Var lies which kernels use. load: dtype ->
+    """name: emulated or gpu. location: what Jittor calls the place of a Var that kernels use. load: dtype ->
     backbone. prompts: token ids each. new_tokens: decoded behind each. steps: passes that the memory is watched for."""
 
     name: str
@@ -57,7 +55,7 @@ def place(request):
         pytest.skip(f"this process runs on the CPU: {runtime.device_reason}")
     if request.param != "gpu" and on_gpu:
         pytest.skip("rehearsed where there is no GPU")
-    with contextlib.nullcontext() if on_gpu else emulated_cuda():
+    with bodies("cuda"):
         yield full_size() if on_gpu else small_size()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import runtime
-from backbone.tokenizer import load_tokenizer
+from backbone.tokenizer import EMBEDDED, load_tokenizer
 from bench.clock.memory import rss
 from bench.measure.attempts import Setup
 from bench.measure.warmup import loaded_kernels, warm_up
@@ -22,7 +22,7 @@ from heads.checkpoint import load_head
 from heads.registry import build
 from runtime import jt, synchronize
 from tests.gpu.cpu_training import train
-from tests.small import small_backbone, small_config
+from tests.small import draw_weights, save_hugging_face, small_backbone, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = default_tree(16, 2)
@@ -36,16 +36,16 @@ TRAINED_HEADS = ("mlp", "gated_rnn")
 
 
 def address(var) -> int:
-    """Where the elements of a Var lie, as kernels see it. ``Var.raw_ptr`` would move them to the host."""
-    told = jt.code(
+    """The address of a Var's elements, as kernels see it. ``Var.raw_ptr`` would move them to the host."""
+    place = jt.code(
         (1,),
         "int64",
         [var],
         cpu_src="*(long long*)out0_p = (long long)in0_p;",
-        cuda_header="__global__ static void gorgon_tell(long long* place, const void* at) { *place = (long long)at; }",
-        cuda_src="gorgon_tell<<<1, 1>>>((long long*)out0_p, (const void*)in0_p);",
+        cuda_header="__global__ static void gorgon_place(long long* place, const void* at) { *place = (long long)at; }",
+        cuda_src="gorgon_place<<<1, 1>>>((long long*)out0_p, (const void*)in0_p);",
     )
-    return int(told.numpy()[0])
+    return int(place.numpy()[0])
 
 
 def held_vars(*objects) -> dict[str, object]:
@@ -79,43 +79,25 @@ def make_head(name, backbone):
 
 def in_both(backbone, head, prompt, new_tokens, cache):
     """(autoregressive text, the tree's text, passes of both together)."""
-    twin = generate_autoregressive(backbone, prompt, max_new_tokens=new_tokens, cache=cache)
+    baseline = generate_autoregressive(backbone, prompt, max_new_tokens=new_tokens, cache=cache)
     tree = Tree.chain(4) if not head.trained else TREE
     ours = generate(backbone, head, prompt, tree, max_new_tokens=new_tokens, cache=cache)
-    return twin.token_ids, ours.token_ids, twin.num_passes + ours.num_passes
+    return baseline.token_ids, ours.token_ids, baseline.num_passes + ours.num_passes
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-def torch_logits(place, tokens, dtype):
+def torch_logits(place, tokens, dtype, directory):
     """What transformers computes in float32 on the CPU, of weights in ``dtype``. tokens: (1, rows) -> (rows, vocab)."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    if place.name == "gpu":
-        from backbone.model import EMBEDDED
-
-        model = transformers.LlamaForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
-    else:
-        from tests.small import draw_weights
-
-        c = small_config()
-        config = transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_theta=c.rope_theta,
-            max_position_embeddings=c.max_positions,
-            tie_word_embeddings=False,
-        )
-        model = transformers.LlamaForCausalLM(config)
-        rounded = {name: torch.from_numpy(w.astype(dtype)).float() for name, w in draw_weights(c).items()}
-        model.load_state_dict(rounded)
+    if place.name != "gpu":
+        config = small_config()
+        rounded = {name: w.astype(dtype).astype(np.float32) for name, w in draw_weights(config).items()}
+        save_hugging_face(directory, config, rounded)
+    path = EMBEDDED if place.name == "gpu" else directory
+    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.inference_mode():
         return model.eval()(torch.from_numpy(tokens.astype(np.int64))).logits[0].numpy()
 
@@ -126,10 +108,10 @@ def distance(ours, theirs) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_logits_are_those_of_transformers_on_the_cpu(place, tokens, dtype):
+def test_logits_are_those_of_transformers_on_the_cpu(place, tokens, dtype, tmp_path):
     backbone = place.load(dtype)
     ids = tokens(backbone, 40)
-    theirs = torch_logits(place, ids, dtype)
+    theirs = torch_logits(place, ids, dtype, tmp_path / "model")
     assert distance(backbone.forward(ids).logits.numpy()[0], theirs) < TOLERANCE[dtype]
     cache = backbone.new_cache(64)  # the same, a part of it behind a cache
     backbone.forward(ids[:, :33], cache=cache, logits=None)
@@ -156,8 +138,8 @@ def test_a_tree_gives_the_autoregressive_text(place, name):
     backbone = place.load("float16")
     head, cache = make_head(name, backbone), backbone.new_cache(backbone.config.max_positions)
     for number, prompt in enumerate(place.prompts):
-        twin, ours, _ = in_both(backbone, head, prompt, place.new_tokens, cache)
-        where = first_difference(twin, ours)
+        baseline, ours, _ = in_both(backbone, head, prompt, place.new_tokens, cache)
+        where = first_difference(baseline, ours)
         assert where is None, f"prompt {number} differs from token {where} on"
 
 
@@ -180,8 +162,8 @@ def test_training_gives_the_losses_of_the_cpu_and_a_checkpoint_that_decodes(plac
         np.testing.assert_array_equal(ours.numpy(), saved.numpy())
     cache = backbone.new_cache(64)
     prompt = [(3 + i) % 61 + 3 for i in range(9)]
-    twin, ours, _ = in_both(backbone, trained, prompt, 12, cache)
-    assert ours == twin
+    baseline, ours, _ = in_both(backbone, trained, prompt, 12, cache)
+    assert ours == baseline
 
 
 # Where things lie ----------------------------------------------------------------------------------------------------

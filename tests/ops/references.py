@@ -4,7 +4,7 @@ import numpy as np
 
 from ops.decoder_pass import Decoder, PassOutput
 from ops.select import argmax
-from runtime import jt
+from runtime import einops, jt
 
 
 def reference_rms_norm(x, weight, eps: float):
@@ -23,7 +23,7 @@ def reference_rope(x, cosine, sine):
 def reference_decoder_layer(x, w, plan, cosine, sine, cache, layer: int, base: int):
     """Plain Jittor. Takes weights as (out, in); returns (y (rows, dim), the layer's new cache plane)."""
     s = w.shape
-    rows, q_width, kv_width = x.shape[0], s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+    q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     positions = jt.array(plan.positions + base)
     cosine, sine = cosine[positions], sine[positions]
 
@@ -31,14 +31,14 @@ def reference_decoder_layer(x, w, plan, cosine, sine, cache, layer: int, base: i
         return jt.nn.matmul_transpose(x, weight.float32())
 
     qkv = linear(reference_rms_norm(x, w.norm1, s.eps), w.qkv)
-    q = reference_rope(qkv[:, :q_width].reshape(rows, s.num_heads, s.head_dim), cosine, sine)
-    k = reference_rope(qkv[:, q_width : q_width + kv_width].reshape(rows, s.num_kv_heads, s.head_dim), cosine, sine)
-    v = qkv[:, q_width + kv_width :].reshape(rows, s.num_kv_heads, s.head_dim)
+    parts = qkv[:, :q_width], qkv[:, q_width : q_width + kv_width], qkv[:, q_width + kv_width :]
+    q, k, v = (einops.rearrange(part, "rows (heads d) -> rows heads d", d=s.head_dim) for part in parts)
+    q, k = reference_rope(q, cosine, sine), reference_rope(k, cosine, sine)
     slots = jt.array(plan.meta_array[:, 1] + base)
     plane = cache[layer]  # (2, kv_heads, max_length, padded head_dim)
     # Unlike NumPy, Jittor leaves the indexed dimension in its place: (kv_heads, rows, head_dim).
-    plane[0, :, slots, : s.head_dim] = k.transpose(1, 0, 2).cast(plane.dtype)
-    plane[1, :, slots, : s.head_dim] = v.transpose(1, 0, 2).cast(plane.dtype)
+    for half, rows in enumerate((k, v)):
+        plane[half, :, slots, : s.head_dim] = einops.rearrange(rows, "rows heads d -> heads rows d").cast(plane.dtype)
     group = s.num_heads // s.num_kv_heads
     keys, values = plane[0, :, :, : s.head_dim].float32(), plane[1, :, :, : s.head_dim].float32()
     seen = jt.array(plan.mask(base, plane.shape[2]).astype(np.float32))

@@ -7,12 +7,9 @@ import runtime
 from ops.attention import attention, rotary
 from ops.cache_rows import write_rows
 from runtime import jt
+from tests.ops.layers import normal
 
 pytestmark = pytest.mark.usefixtures("body")
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
 def inputs(rows, heads, kv_heads, d, tokens, own, scale=1.0):
@@ -62,6 +59,21 @@ def run(arrays, first, count, upstream):
     return [y.numpy()] + [g.numpy() for g in jt.grad((y * jt.array(upstream)).sum(), xs)]
 
 
+def upstream_of(shape):
+    """A gradient that comes down to every row. shape: see ``SHAPES``."""
+    return normal(shape[0], shape[1], shape[3], seed=5)
+
+
+def assert_exact(arrays, first, count, upstream, atol=1e-5):
+    """Compare with NumPy; returns (what was found, the highest score). Sums of at most 40 x 20 terms below 1, to
+    float32."""
+    y, grads, highest = exact(arrays, first, count, upstream)
+    found = run(arrays, first, count, upstream)
+    for got, want in zip(found, [y, *grads], strict=True):
+        np.testing.assert_allclose(got, want, atol=atol)
+    return found, highest
+
+
 def int32(*values):
     return np.array(values, np.int32)
 
@@ -97,55 +109,41 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_and_its_gradients_equal_numpy(shape):
-    rows, heads, _, d, tokens, own = shape
-    arrays, upstream = inputs(*shape), normal(rows, heads, d, seed=5)
-    first, count = random_ranges(rows, tokens, least=0 if own else 1)
-    y, grads, _ = exact(arrays, first, count, upstream)
-    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)  # sums of at most 40 x 20 terms below 1, to float32
-
-
-def test_packed_causal_conversations_equal_numpy_and_one_key_more_is_noticed():
-    lengths = [70, 1, 33, 150]
-    first, count = causal(lengths)
-    rows = sum(lengths)
-    arrays, upstream = inputs(rows, 4, 4, 64, rows, 0), normal(rows, 4, 64, seed=5)
-    y, grads, _ = exact(arrays, first, count, upstream)
-    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
-    later = np.minimum(count + 1, rows - first).astype(np.int32)
-    for got, want in zip(run(arrays, first, later, upstream), [y, *grads], strict=True):
-        assert np.abs(got - want).max() > 0.1
-    earlier = np.maximum(first - 1, 0).astype(np.int32)
-    assert np.abs(run(arrays, earlier, count, upstream)[0] - y).max() > 0.1
+    first, count = random_ranges(shape[0], shape[4], least=0 if shape[5] else 1)
+    assert_exact(inputs(*shape), first, count, upstream_of(shape))
 
 
 def test_many_batches_of_tiles_add_up():
     # 600 x 600 x 2 weights: three times what the backward pass holds at a time.
-    first, count = np.zeros(600, np.int32), np.full(600, 600, np.int32)
-    arrays, upstream = inputs(600, 2, 2, 16, 600, 0), normal(600, 2, 16, seed=5)
-    y, grads, _ = exact(arrays, first, count, upstream)
-    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+    shape = (600, 2, 2, 16, 600, 0)
+    assert_exact(inputs(*shape), np.zeros(600, np.int32), np.full(600, 600, np.int32), upstream_of(shape))
 
 
 def test_rows_without_shared_keys_see_their_own():
-    arrays, upstream = inputs(9, 4, 2, 16, 5, 3), normal(9, 4, 16, seed=5)
-    first, count = np.zeros(9, np.int32), np.zeros(9, np.int32)
-    y, grads, _ = exact(arrays, first, count, upstream)
-    got = run(arrays, first, count, upstream)
-    for a, b in zip(got, [y, *grads], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    shape, none = (9, 4, 2, 16, 5, 3), np.zeros(9, np.int32)
+    got, _ = assert_exact(inputs(*shape), none, none, upstream_of(shape))
     assert not got[2].any() and not got[3].any() and got[4].all() and got[5].all()
+
+
+def test_packed_causal_conversations_equal_numpy_and_one_key_more_is_noticed():
+    first, count = causal([70, 1, 33, 150])
+    rows = len(first)
+    shape = (rows, 4, 4, 64, rows, 0)
+    arrays, upstream = inputs(*shape), upstream_of(shape)
+    right, _ = assert_exact(arrays, first, count, upstream)
+    later = np.minimum(count + 1, rows - first).astype(np.int32)
+    for got, want in zip(run(arrays, first, later, upstream), right, strict=True):
+        assert np.abs(got - want).max() > 0.1
+    earlier = np.maximum(first - 1, 0).astype(np.int32)
+    assert np.abs(run(arrays, earlier, count, upstream)[0] - right[0]).max() > 0.1
 
 
 def test_what_runs_first_changes_no_bit(order, monkeypatch):
     shape = (45, 4, 2, 64, 130, 2)  # 90 queries, 130 keys: several tiles of each, some of which all rows see
     first, count = np.zeros(45, np.int32), (100 + np.arange(45) % 31).astype(np.int32)
-    arrays, upstream = inputs(*shape), normal(45, 4, 64, seed=5)
-    got = run(arrays, first, count, upstream)
+    got = run(inputs(*shape), first, count, upstream_of(shape))
     monkeypatch.setenv("GORGON_EMULATOR_ORDER", "ascending")
-    for a, b in zip(got, run(arrays, first, count, upstream), strict=True):
+    for a, b in zip(got, run(inputs(*shape), first, count, upstream_of(shape)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -166,30 +164,10 @@ def test_the_gradients_agree_with_finite_differences():
 
 
 def test_scores_whose_exponential_overflows_are_fine():
-    arrays, upstream = inputs(20, 2, 2, 64, 60, 3, scale=60.0), normal(20, 2, 64, seed=5)
-    first, count = random_ranges(20, 60)
-    y, grads, highest = exact(arrays, first, count, upstream)
+    shape = (20, 2, 2, 64, 60, 3)
+    # Scores to 200 are known to 1e-5, q multiplies by 200.
+    _, highest = assert_exact(inputs(*shape, scale=60.0), *random_ranges(20, 60), upstream_of(shape), atol=2e-3)
     assert highest > 100  # float32 ends at exp(88.7)
-    for got, want in zip(run(arrays, first, count, upstream), [y, *grads], strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-3)  # scores to 200 are known to 1e-5, q multiplies by 200
-
-
-def test_a_single_key_is_copied():
-    arrays = inputs(5, 4, 2, 16, 7, 0)
-    first = int32(6, 0, 3, 3, 5)
-    y = attention(*(jt.array(x) for x in arrays), first, np.ones(5, np.int32)).numpy()
-    np.testing.assert_allclose(y, np.repeat(arrays[2][first], 2, axis=1), rtol=1e-6)
-
-
-def test_a_key_that_one_row_alone_sees_gets_what_comes_down_to_that_row():
-    rows = 65
-    first, count = np.arange(rows, dtype=np.int32) * 32, np.ones(rows, np.int32)
-    arrays, upstream = inputs(rows, 1, 1, 16, 32 * rows, 0), normal(rows, 1, 16, seed=5)
-    y, grad_q, grad_k, grad_v = run(arrays, first, count, upstream)
-    np.testing.assert_allclose(y, arrays[2][first], rtol=1e-6)
-    np.testing.assert_allclose(grad_v[first], upstream, rtol=1e-5)
-    assert np.abs(grad_q).max() < 1e-5 and np.abs(grad_k).max() < 1e-5  # one key's weight is 1 whatever its score
-    assert np.count_nonzero(grad_v.any((1, 2))) == rows
 
 
 def test_what_no_row_sees_gets_no_gradient_and_may_be_anything():
@@ -237,29 +215,17 @@ def test_the_number_of_threads_changes_no_bit(body):
     if body != "cpu":
         pytest.skip("the number of OpenMP's threads")
     first, count = causal([200, 60, 120])
-    rows = len(first)
-    arrays, upstream = inputs(rows, 4, 2, 64, rows, 3), normal(rows, 4, 64, seed=5)
+    shape = (len(first), 4, 2, 64, len(first), 3)
     before = set_threads(1)
     try:
-        one = run(arrays, first, count, upstream)
+        one = run(inputs(*shape), first, count, upstream_of(shape))
         assert set_threads(3) == 1
-        three = run(arrays, first, count, upstream)
+        three = run(inputs(*shape), first, count, upstream_of(shape))
         assert set_threads(before) == 3
     finally:
         set_threads(before)
     for a, b in zip(one, three, strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_frozen_keys_and_no_grad_work():
-    q, k, v = (jt.array(x) for x in inputs(3, 2, 2, 16, 9, 0))
-    k, v = k.stop_grad(), v.stop_grad()
-    first, count = int32(0, 0, 0), int32(7, 8, 9)
-    y = attention(q, k, v, first, count)
-    grad = jt.grad(y.sum(), q)
-    assert grad.numpy().any()
-    with jt.no_grad():
-        np.testing.assert_array_equal(attention(q, k, v, jt.array(first), jt.array(count)).numpy(), y.numpy())
 
 
 @pytest.mark.parametrize("first, count", [((0, 5), (1, 5)), ((-1, 0), (2, 1)), ((0, 0), (1, 0)), ((0, 0), (2, -1))])

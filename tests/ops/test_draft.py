@@ -57,8 +57,8 @@ class Network:
         state, memory, chosen = hidden.astype(f), np.zeros(self.dim, f), [root]
         for _ in range(self.depths):
             normed = state / np.sqrt((state**2).mean() + EPS) * self.norm
-            told = root if flaw == "token" else chosen[-1]
-            u = np.concatenate([normed, memory, self.embedding[told].astype(f)])
+            previous = root if flaw == "token" else chosen[-1]
+            u = np.concatenate([normed, memory, self.embedding[previous].astype(f)])
             y = self.wide.astype(f) @ u + (0 if flaw == "bias" else self.bias)
             a, b, c = (y[i * self.inner : (i + 1) * self.inner] for i in range(3))
             proposal = self.back.astype(f) @ (a * sigmoid(a) * np.tanh(b))
@@ -101,14 +101,17 @@ def test_a_chain_is_that_of_its_steps(network, texts, dtype):
     assert differing(network, texts, network.chain(dtype)) == 0
 
 
+def test_weights_and_embeddings_of_both_types_serve_one_chain(network, texts):
+    *others, head = network.packed
+    network.packed = [*others, PackedLinear(network.head.astype(np.float16))]
+    chain = dataclasses.replace(network.chain(), embedding=jt.array(network.embedding.astype(np.float16)))
+    network.packed = [*others, head]
+    assert differing(network, texts, chain) == 0
+
+
 @pytest.mark.parametrize("flaw", ["token", "bias", "mix", "vocabulary"])
 def test_control_a_wrong_step_is_noticed(network, texts, flaw):
     assert differing(network, texts, network.chain(), flaw) > 0
-
-
-def test_an_embedding_in_float16_is_read_as_it_is(texts, network):
-    chain = dataclasses.replace(network.chain(), embedding=jt.array(network.embedding.astype(np.float16)))
-    assert differing(network, texts, chain) == 0
 
 
 def test_of_equal_logits_the_first_is_chosen():
@@ -130,10 +133,7 @@ def test_the_worked_example_of_the_layout():
     assert [KINDS[kind] for kind in steps[:, 0]] == ["PRODUCT", "PRODUCT", "WAIT", "SUM"]
     assert (own, common) == (32, 32)
     assert steps[:2, 1:3].tolist() == [[32, 0], [48, 0]] and steps[3, 1:4].tolist() == [16, 32, 48]
-
-
-def test_threads_wait_once_for_products_that_are_read_together():
-    tape, matrix = Tape(16), PackedLinear(np.eye(16, dtype=np.float32))
+    tape = Tape(16)  # threads wait once for products that are read together
     ys = [tape.linear(tape.hidden, matrix) for _ in range(3)]
     for logits in [tape.linear(tape.silu(y), matrix) for y in ys]:
         tape.choose(logits)
@@ -150,13 +150,6 @@ def test_chains_share_copies_in_16_bits_and_copy_nothing_that_is_stored_in_16_bi
     short = PackedLinear(network.wide.astype(np.float16))
     assert all(copies.of(short, dtype) is short.packed for dtype in DTYPES)
     assert copies.of(network.packed[1], "float16") is not copy
-
-
-def test_matrices_of_both_types_serve_one_chain(network, texts):
-    *others, head = network.packed
-    network.packed = [*others, PackedLinear(network.head.astype(np.float16))]
-    assert differing(network, texts, network.chain("float32")) == 0
-    network.packed = [*others, head]
 
 
 def test_a_tape_reads_only_tokens_that_were_drafted():

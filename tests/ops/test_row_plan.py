@@ -41,7 +41,7 @@ def test_lanes_see_their_own_stretch_up_to_the_new_row():
 
 def test_plans_behind_sequences_of_their_own_are_moved_there():
     tree = RowPlan(np.array([-1, 0, 0, 2]))
-    plan = RowPlan.behind([tree, RowPlan.chain(2), tree], [0, 20, 40], [3, 5, 1])
+    plan = RowPlan.after([tree, RowPlan.chain(2), tree], [0, 20, 40], [3, 5, 1])
     np.testing.assert_array_equal(plan.positions, [3, 4, 4, 5, 5, 6, 1, 2, 2, 3])
     for first, each, start, length in ((0, tree, 0, 3), (4, RowPlan.chain(2), 20, 5), (6, tree, 40, 1)):
         alone = np.zeros((each.num_rows, 60), bool)
@@ -69,7 +69,7 @@ def test_tiles_say_what_their_rows_have_in_common():
     tree = RowPlan(np.array([-1, 0, 0, 2])).tiles(4)
     np.testing.assert_array_equal(tree.table.numpy(), [[[0, 16, 1, 3]]])
     assert (tree.parts, tree.keys) == (1, 3)
-    chains = RowPlan.behind([RowPlan.chain(2)] * 2, [0, 20], [3, 5]).tiles(4)
+    chains = RowPlan.after([RowPlan.chain(2)] * 2, [0, 20], [3, 5]).tiles(4)
     np.testing.assert_array_equal(chains.table.numpy(), [[[0, 8, NO_LIMIT, 5], [8, 8, NO_LIMIT, 7]]])
     assert (chains.parts, chains.keys) == (1, 7)
 

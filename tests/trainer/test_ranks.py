@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from runtime.start.bootstrap import threads_per_rank
-from tests.small import small_backbone
 from tests.trainer.runs import training_data
 from trainer.data.tokens import batches
 from trainer.step import split
@@ -141,7 +140,3 @@ def test_a_dead_rank_ends_the_run_with_a_message(tmp_path, trouble, message):
     done = mpirun(2, tmp_path / "run", trouble, timeout=120, **HEADS["gated_rnn"])
     assert done.returncode != 0 and message in done.stderr + done.stdout
     assert not (tmp_path / "run" / "rank0.json").exists()
-
-
-def test_the_small_backbone_is_the_same_in_every_process():
-    assert small_backbone().fingerprint == small_backbone().fingerprint

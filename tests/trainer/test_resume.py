@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from heads.checkpoint import load_head
 from tests.trainer.runs import NUM_STEPS, OPTIONS, start, training_data
 from trainer import state as states
 from trainer.features.cache import OnlineFeatures
@@ -99,6 +98,7 @@ def test_a_run_stopped_by_a_signal_is_resumed(backbone, tmp_path, number, moment
     start(backbone, tmp_path / "complete")
     result, *_ = start(backbone, tmp_path / "broken", source=source, progress=stop)
     assert result.interrupted and result.steps == 6
+    assert (tmp_path / "broken" / "checkpoint").exists() and comparable(tmp_path / "broken")[-1]["finished"] is False
     state = newest_state(tmp_path / "broken")
     assert state.step == 6
     result, _, _, _ = start(backbone, tmp_path / "broken", state=state)
@@ -139,15 +139,6 @@ def test_a_damaged_state_is_refused_by_name(finished, tmp_path, file, harm):
     with pytest.raises(ValueError, match=rf"{file}.*(is missing|is damaged|malformed).*delete .*start over"):
         newest_state(tmp_path / "run")
     assert newest_state(finished).step == NUM_STEPS  # the control
-
-
-@pytest.mark.parametrize(("file", "harm"), [("head.safetensors", "changed"), ("config.json", "cut")])
-def test_a_damaged_checkpoint_is_refused_by_name(backbone, finished, tmp_path, file, harm):
-    shutil.copytree(finished, tmp_path / "run")
-    damage(tmp_path / "run" / "checkpoint" / file, harm)
-    with pytest.raises(ValueError, match=rf"{file}"):
-        load_head(tmp_path / "run", backbone)
-    load_head(finished, backbone)
 
 
 def damage(path, harm):

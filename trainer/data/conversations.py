@@ -22,14 +22,8 @@ from trainer.data.parquet import is_table, read_rows
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 CHUNK_BYTES = 1 << 20  # read at a time
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+ROLES = dict.fromkeys(("human", "user"), "user") | dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")
+ROLES["system"] = "system"
 
 
 @dataclass(frozen=True)
@@ -183,6 +177,13 @@ def read_messages(record: Any, where: str) -> list[dict[str, str]]:
     return messages
 
 
+def share_gpt(messages: Iterable[dict[str, str]], name: str, category: str) -> dict[str, Any]:
+    """The record of a conversation, as ``read_messages`` reads it."""
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in messages]
+    return {"id": name, "category": category, "conversations": turns}
+
+
 def _complete_turns(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """The messages without replies before the first question and without a last question that has no answer."""
     system = messages[:1] if messages and messages[0]["role"] == "system" else []
@@ -229,11 +230,10 @@ def read_conversations(paths: Iterable[str | Path], report: DataReport) -> Itera
 
 
 def load_conversations(paths: Iterable[str | Path] | str | Path) -> tuple[list[Conversation], DataReport]:
-    """Conversations of ShareGPT-shaped files: a JSON list or JSON lines, gzipped or not, datasets folders, Parquet.
+    """Conversations of ShareGPT-shaped files, and the counts of those that cannot be learned from, which are dropped.
 
-    A record holds its turns under ``conversations`` or ``messages``, each as ``from``/``value`` or
-    ``role``/``content``. Conversations that cannot be learned from are dropped and counted. Raises ValueError with file
-    and line for broken files and records of another shape, and naming the files when nothing is left.
+    Raises ValueError with file and line for broken files and records of another shape, and naming the files when
+    nothing is left.
     """
     report = DataReport()
     return list(read_conversations([paths] if isinstance(paths, (str, Path)) else paths, report)), report

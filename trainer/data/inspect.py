@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from backbone.tokenizer import ChatTokenizer
-from runtime.entry import Parser, run_entry
+from runtime.entry import Parser
 from runtime.options import add_options, option, read_options
 from trainer.config import TextOptions
 from trainer.data.tokens import load_data
@@ -67,12 +67,8 @@ def inspect(options: InspectOptions, file: Any = None) -> None:
             console.print(f"{name:12} {number:>13,}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 for a user's mistake."""
-    return run_entry(_run, arguments)
-
-
-def _run(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """The command line; see the module's docstring."""
     parser = Parser(prog="python -m trainer.data", description=__doc__.splitlines()[0])
     add_options(parser, InspectOptions, only=("inspect", "count", *SHARED))
     options = read_options(InspectOptions, parser.parse_args(arguments))

@@ -117,14 +117,11 @@ def _columns(file: Path, names: Iterable[str]) -> list[str]:
 
 
 def _turn_columns(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with its turns as a list of objects, however they were stored."""
-    return {name: _listed(value) if isinstance(value, dict) else value for name, value in record.items()}
-
-
-def _listed(columns: dict[str, Any]) -> Any:
-    """{"from": [a, b], "value": [c, d]} as [{"from": a, "value": c}, {"from": b, "value": d}]; else as it is."""
-    if not all(isinstance(column, list) for column in columns.values()):
-        return columns
-    if len({len(column) for column in columns.values()}) != 1:
-        return columns
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    """The record with turns stored as columns, {"from": [a, b], "value": [c, d]}, as a list of objects, {"from": a,
+    "value": c} and {"from": b, "value": d}."""
+    found = dict(record)
+    for name, value in record.items():
+        columns = value.values() if isinstance(value, dict) else [None]
+        if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+            found[name] = [dict(zip(value, values, strict=True)) for values in zip(*columns, strict=True)]
+    return found

@@ -1,19 +1,13 @@
 """Plain text as blocks of tokens: files of any size, one window of text at a time.
 
-A text is read in windows that meet at *seams*. The tokens of the windows, laid end to end, are those that the tokenizer
-gives the complete text. A seam is the beginning of a line, or a space between words where a line is very long: no
-pre-tokenizer of the Llama family lets a token cross either. Encoding a paragraph alone would fail in three ways, so a
-window overlaps its neighbors by ``CONTEXT`` characters, whose tokens are then dropped:
+A text is read in windows that meet at *seams*: the beginning of a line, or a space between words where a line is very
+long. The tokens of the windows, laid end to end, are those that the tokenizer gives the complete text. A window
+overlaps its neighbors by ``CONTEXT`` characters, whose tokens are dropped, because
 
-- SentencePiece vocabularies put a space in front of whatever they encode, which is not in the text. Here it falls into
-  the overlap; the first window of a text keeps it, and decoding removes it.
-- The tokens of a line break depend on what follows it: byte-level vocabularies make two tokens of "\\n\\n" before a
-  word, and possibly one at the end of a text. The overlap lets the tokenizer see what follows.
-- In some vocabularies a line break belongs to the line before it, in one token with a full stop.
+- SentencePiece vocabularies put a space in front of whatever they encode; it falls into the overlap.
+- the tokens of a line break depend on what follows it, and in some vocabularies on the line before it.
 
-Should two windows disagree about where a token ends at their seam, because a token crosses it after all, they are
-encoded again as one: no character is lost or repeated. Decoding the blocks of a text, without the token in front of
-each, gives the text back wherever decoding the tokens of the complete text does.
+Where a token crosses a seam after all, so that two windows disagree about its end, they are encoded again as one.
 """
 
 from __future__ import annotations
@@ -153,8 +147,7 @@ def text_tokens(
 
 def _encoded(all_windows: Iterator[Window], tokenizer: ChatTokenizer) -> Iterator[tuple[Window, Any]]:
     while batch := list(islice(all_windows, BATCH)):
-        encodings = tokenizer.encode_many([window.text for window in batch])
-        yield from zip(batch, encodings, strict=True)
+        yield from zip(batch, tokenizer.encode_many([window.text for window in batch]), strict=True)
 
 
 def _tokens_before(encoding: Any, position: int) -> int:

@@ -21,7 +21,7 @@ from backbone.config import read_config
 from backbone.tokenizer import EMBEDDED, ChatTokenizer
 from runtime.entry import Parser, run_entry
 from trainer.config import EMBEDDED_CORPUS, TextOptions, parse
-from trainer.data.conversations import Conversation, DataReport, load_conversations
+from trainer.data.conversations import Conversation, DataReport, load_conversations, share_gpt
 from trainer.data.tokens import TokenizedData, check_vocabulary, load_data
 
 SPLIT_SEED = 0  # of every run, whatever its own seed is, so that runs can be compared
@@ -122,11 +122,9 @@ def main(arguments: Sequence[str]) -> None:
     if config is None:
         raise ValueError("--list-heads is train.py's")
     talks = held_out_conversations(config, load_splits(config))
-    names = {"user": "human", "assistant": "gpt", "system": "system"}
     with open(given.out, "w", encoding="utf-8") as file:
         for talk in talks:
-            turns = [{"from": names[m["role"]], "value": m["content"]} for m in talk.messages]
-            record = {"id": talk.id, "category": talk.category, "conversations": turns}
+            record = share_gpt(talk.messages, talk.id, talk.category)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     print(f"{given.out}: {len(talks)} conversations", file=sys.stderr)
 

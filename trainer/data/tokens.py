@@ -144,18 +144,15 @@ def load_data(
             talks = read_conversations([path], part)
             parts.append(encode_conversations(talks, tokenizer, max_length, part, loss_on=loss_on))
         report.add(part)
-    return _end_to_end(parts, list(weights) or [1.0] * len(files)), report
-
-
-def _end_to_end(parts: Sequence[TokenizedData], weights: Sequence[float]) -> TokenizedData:
-    if len(parts) == 1 and weights[0] == 1:
-        return parts[0]  # no second copy of a large file
-    return TokenizedData(
+    if len(parts) == 1 and (not weights or weights[0] == 1):
+        return parts[0], report  # no second copy of a large file
+    joined = TokenizedData(
         np.concatenate([part.token_ids for part in parts]),
         np.concatenate([part.mask for part in parts]),
         np.cumsum([0, *np.concatenate([part.lengths for part in parts])], dtype=np.int64),
-        np.repeat(np.asarray(weights, dtype=np.float64), [len(part) for part in parts]),
+        np.repeat(np.array(list(weights) or [1.0] * len(files)), [len(part) for part in parts]),
     )
+    return joined, report
 
 
 def check_vocabulary(data: TokenizedData, vocab_size: int) -> None:
@@ -215,7 +212,7 @@ def batches(data: TokenizedData, tokens_per_batch: int, *, seed: int = 0, epoch:
     return result
 
 
-def targets(mask: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray, num_depths: int) -> np.ndarray:
+def targets(data: TokenizedData, num_depths: int) -> np.ndarray:
     """Labels of every position and depth: (num_depths, total) int32.
 
     Logits at depth k and position t score token t + 2 + k. The label is that token where it is in the same
@@ -227,12 +224,10 @@ def targets(mask: np.ndarray, token_ids: np.ndarray, offsets: np.ndarray, num_de
         depth 0     12   13   14 -100 -100
         depth 1     13   14 -100 -100 -100
     """
-    total = len(token_ids)
-    assert mask.shape == (total,) and offsets[0] == 0 and offsets[-1] == total, (mask.shape, total, offsets[[0, -1]])
-    # The first position of the next conversation, for every position.
-    ends = np.repeat(offsets[1:], np.diff(offsets))
+    total = len(data.token_ids)
+    ends = np.repeat(data.offsets[1:], data.lengths)  # for every position the first one of the next conversation
     labels = np.full((num_depths, total), IGNORE, dtype=np.int32)
-    replies = np.where(mask, token_ids, IGNORE)
+    replies = np.where(data.mask, data.token_ids, IGNORE)
     for depth in range(min(num_depths, max(total - 2, 0))):
         ahead = 2 + depth
         inside = np.arange(ahead, total) < ends[: total - ahead]
@@ -246,7 +241,7 @@ def labelled_positions(data: TokenizedData, num_depths: int) -> tuple[np.ndarray
     A position carries loss when the token after it is the assistant's (while decoding, the root always is) and at
     least one depth has a label.
     """
-    labels = targets(data.mask, data.token_ids, data.offsets, num_depths)
+    labels = targets(data, num_depths)
     root_is_reply = np.append(data.mask[1:], False)
     positions = np.flatnonzero((labels != IGNORE).any(axis=0) & root_is_reply).astype(np.int32)
     return positions, np.ascontiguousarray(labels[:, positions])

@@ -143,7 +143,8 @@ def table(found: DryRun) -> str:
     if measured:
         peak = f"{size(measured.peak_after_bytes)} after one step, {size(measured.peak_before_bytes)} before it"
     if found.train_s is not None:
-        time = f"{_duration(found.train_s)}: {found.step_s:.3g} s a step, {_duration(found.scores_s)} of it scoring"
+        complete, scoring = (timedelta(seconds=round(seconds)) for seconds in (found.train_s, found.scores_s))
+        time = f"{complete}: {found.step_s:.3g} s a step, {scoring} of it scoring"
         time += "; writing the features not included" if plan.cache_bytes else ""
     if plan.features == "cache":
         missing = f"{size(plan.cache_bytes)} to write to" if plan.cache_bytes else "complete in"
@@ -170,10 +171,6 @@ def table(found: DryRun) -> str:
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:{width}}{text}".rstrip() for name, text in rows)
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def size(count: float) -> str:

@@ -22,6 +22,9 @@ from trainer.session import Setting
 
 FLOAT = 4  # bytes of a float32: a head, its gradients and its optimizer's moments
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# What a plan takes over from the options of the run.
+OPTIONS = ("head", "optimizer", "accumulate", "max_length", "score_every", "features", "cache_dir")
+OPTIONS += ("save_every", "keep_last")
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,8 @@ def memory_limit() -> int:
 
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _stage_plans(setting: Setting) -> tuple[StagePlan, ...]:
@@ -148,32 +149,24 @@ def plan_run(setting: Setting, out: Path) -> Plan:
     epoch_tokens = sum(int(training.lengths[step].sum()) for step in epoch)  # with --data-weights, not the text's
     out_place, cache_place = _existing(out), _existing(Path(config.cache_dir))
     return Plan(
-        head=config.head,
+        **{name: getattr(config, name) for name in OPTIONS},
         parameters=head.num_parameters,
         head_bytes=FLOAT * sum(int(p.numel()) for _, p in head.named_parameters()),
         stages=_stage_plans(setting),
-        optimizer=config.optimizer,
         ema=bool(config.ema) and head.trained,
-        accumulate=config.accumulate,
         ranks=runtime.world_size(),
         backbone=config.backbone or "embedded tiny-vicuna",
         backbone_bytes=held_bytes(setting.backbone),
-        max_length=config.max_length,
         backbone_max_length=setting.backbone.config.max_positions,
         num_sequences=len(training),
         tokens=int(training.offsets[-1]),
         held_out_tokens=int(setting.splits.held_out.offsets[-1]),
         num_steps=setting.num_steps,
         run_tokens=round(epoch_tokens * setting.num_steps / len(epoch)),
-        score_every=config.score_every,
-        features=config.features,
         cache_bytes=_missing_cache_bytes(setting),
-        cache_dir=config.cache_dir,
         cache_free=shutil.disk_usage(cache_place).free,
         out=str(out),
         out_free=shutil.disk_usage(out_place).free,
         same_disk=out_place.stat().st_dev == cache_place.stat().st_dev,
-        save_every=config.save_every,
-        keep_last=config.keep_last,
         memory_limit=memory_limit(),
     )

@@ -2,6 +2,7 @@
 
 import sys
 
+from runtime.entry import run_entry
 from trainer.features.command import main
 
-sys.exit(main())
+sys.exit(run_entry(main))

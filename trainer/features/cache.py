@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from runtime import jt
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from runtime.types import Var
 from trainer.data.tokens import TokenizedData
-from trainer.features.shards import FORMAT, Shard, ShardStore, ShardWriter
+from trainer.features.shards import FORMAT, Shard, ShardStore, ShardWriter, cut
 
 # Of a pass while the cache is written. Larger ones are no faster: Jittor holds Python's lock through a pass, so the
 # writing thread runs between them (8192 took 1.07 times as long on the embedded backbone, two cores).
@@ -146,8 +147,14 @@ def write_features(
     missing = set(store.all(names)) - store.present(names)
     if not missing:
         return set(), 0
-    on_start(store.directory, store.num_bytes(missing))
-    _check_room(store.directory.parent, store.num_bytes(missing))
+    root, num_bytes = store.directory.parent, store.num_bytes(missing)
+    on_start(store.directory, num_bytes)
+    root.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(root).free) < num_bytes * 1.05:
+        raise ValueError(
+            f"the feature cache takes {num_bytes / 1e9:.2f} GB, {root} has {free / 1e9:.2f} GB free; "
+            "use --features online or another --cache-dir"
+        )
     store.prepare()
     todo = sorted({index for _, index in missing})
     done = sum(map(store.num_rows, set(range(store.num_shards)) - set(todo)))
@@ -157,7 +164,10 @@ def write_features(
             # Checked again: another process may be writing the same cache.
             wanted = [name for name in names if not store.is_complete((name, index))]
             layers_wanted = tuple(i for i, name in zip(layers, names[1:], strict=True) if name in wanted)
-            for chunk in chunks(data, store.sequences(index), CHUNK_TOKENS) if wanted else ():
+            shard = store.sequences(index)
+            edges = cut(data.offsets[shard.start : shard.stop + 1], CHUNK_TOKENS)
+            for first, last in itertools.pairwise(edges) if wanted else ():
+                chunk = shard[first:last]
                 features = backbone_features(backbone, data, chunk, layers_wanted)
                 parts = {"hidden": features.hidden, **{f"layer{i}": each for i, each in features.layers.items()}}
                 arrays = jt.fetch_sync([parts[name] for name in wanted])
@@ -166,23 +176,3 @@ def write_features(
                 done += sum(features.lengths)
                 check_interrupt()
     return writer.written, done
-
-
-def chunks(data: TokenizedData, sequences: range, most: int) -> Iterator[range]:
-    """A shard's sequences in parts of at most ``most`` tokens; a longer sequence is a part of its own."""
-    first = sequences.start
-    for index in range(first + 1, sequences.stop):
-        if data.offsets[index + 1] - data.offsets[first] > most:
-            yield range(first, index)
-            first = index
-    yield range(first, sequences.stop)
-
-
-def _check_room(root: Path, num_bytes: int) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if free < num_bytes * 1.05:
-        raise ValueError(
-            f"the feature cache takes {num_bytes / 1e9:.2f} GB, {root} has {free / 1e9:.2f} GB free; "
-            "use --features online or another --cache-dir"
-        )

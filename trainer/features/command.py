@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from heads.registry import available, build, head_class
-from runtime.entry import Parser, run_entry
+from runtime.entry import Parser
 from runtime.options import add_options, option_fields, read_options
 from trainer.config import TextOptions, TrainConfig
 from trainer.data.splits import load_splits
 from trainer.features.cache import array_names, feature_store, open_cache
-from trainer.features.shards import ShardStore
 from trainer.report.watch import Watch
 
 
@@ -38,24 +37,8 @@ def layers_of(names: Sequence[str] | None, backbone) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def verify_cache(store: ShardStore, names: Sequence[str]) -> None:
-    """Check every shard of these arrays. Raises ValueError when some are damaged or missing."""
-    present = store.present(names)
-    store.verify(present)
-    missing = [store.path(shard) for shard in store.all(names) if shard not in present]
-    if missing:
-        raise ValueError(
-            f"{missing[0]} and {len(missing) - 1} other shards are missing, the {len(present)} others are intact; run "
-            "without --verify to write them"
-        )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 for a user's mistake."""
-    return run_entry(_run, arguments)
-
-
-def _run(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """The command line; see the module's docstring."""
     parser = Parser(prog="python -m trainer.features", description="Write or verify the cache of backbone features.")
     add_options(parser, TrainConfig, only=[*option_fields(TextOptions), "cache_dir"])
     parser.add_argument("--heads", nargs="+", metavar="NAME", help="whose layers to write (default: every head's)")
@@ -74,7 +57,14 @@ def _run(arguments: Sequence[str]) -> None:
             started = time.perf_counter()
             store = feature_store(backbone, fingerprint, data, root)
             if given.verify:
-                verify_cache(store, names)
+                present = store.present(names)
+                store.verify(present)
+                missing = [store.path(shard) for shard in store.all(names) if shard not in present]
+                if missing:
+                    raise ValueError(
+                        f"{missing[0]} and {len(missing) - 1} other shards are missing, the {len(present)} others are "
+                        "intact; run without --verify to write them"
+                    )
             else:
                 open_cache(backbone, fingerprint, data, layers, root, *watch.cache(data))
             parts.append({

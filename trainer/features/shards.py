@@ -42,10 +42,10 @@ Shard = tuple[str, int]  # the name of an array and the number of the shard
 
 
 def cut(offsets: np.ndarray, most: int) -> list[int]:
-    """Where shards begin, as sequence indices, and the number of sequences at the end. offsets: (count + 1,).
+    """Where parts begin, as sequence indices, and the number of sequences at the end. offsets: (count + 1,).
 
-    A shard is closed when the next sequence would take it past ``most`` tokens; a longer one is a shard of its own.
-    Lengths 3, 4, 2, 9 with 8 tokens a shard: [0, 2, 3, 4].
+    A part is closed when the next sequence would take it past ``most`` tokens; a longer one is a part of its own.
+    Lengths 3, 4, 2, 9 with 8 tokens a part: [0, 2, 3, 4].
     """
     boundaries = [0]
     for index in range(1, len(offsets) - 1):

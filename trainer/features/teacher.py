@@ -7,6 +7,8 @@ tokens: their probabilities are renormalized to 1.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,9 +77,8 @@ class StoredTeacher:
             raise ValueError(
                 f"--kl-top is {k}, --teacher {path} holds the {stored} most probable tokens; expected 1 to {stored}"
             )
-        self._complete = self._places(None)
-        # All sequences that a trainer truncates have one length, so the places of one length are cached.
-        self._truncated: tuple[int, dict[str, tuple[Shard, int]]] = (0, {})
+        # All sequences that a trainer truncates have one length: the places of complete ones and of that length.
+        self._places_of = functools.lru_cache(2)(self._places)
 
     def _places(self, length: int | None) -> dict[str, tuple[Shard, int]]:
         """File and first row of every conversation, by the hash of its tokens; with a length, of the longer ones, by
@@ -85,7 +86,7 @@ class StoredTeacher:
         places = {}
         for shard in self.shards:
             tokens, offsets = shard.token_ids[:], shard.offsets
-            for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            for first, last in itertools.pairwise(offsets.tolist()):
                 if length is None:
                     places.setdefault(token_hash(tokens[first:last]), (shard, first))
                 elif last - first > length:
@@ -95,31 +96,25 @@ class StoredTeacher:
     def locate(self, token_ids: np.ndarray, offsets: np.ndarray) -> list[tuple[Shard, int]]:
         """File and first row of each sequence. Raises ValueError naming the first one that the files do not hold."""
         assert offsets[0] == 0 and offsets[-1] == len(token_ids), (offsets[[0, -1]], len(token_ids))
-        return [
-            self._place(token_ids[first:last], number)
-            for number, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-        ]
-
-    def _place(self, token_ids: np.ndarray, number: int) -> tuple[Shard, int]:
-        digest, length = token_hash(token_ids), len(token_ids)
-        place = self._complete.get(digest)
-        if place is None:
-            if self._truncated[0] != length:
-                self._truncated = length, self._places(length)
-            place = self._truncated[1].get(digest)
-        if place is None or not np.array_equal(place[0].token_ids[place[1] : place[1] + length], token_ids):
-            raise ValueError(
-                f"--teacher {self.path} does not hold conversation {number} ({length} tokens, the last of them "
-                f"{', '.join(map(str, token_ids[-4:].tolist()))}); it was written for other text or another tokenizer"
-            )
-        return place
+        places = []
+        for number, (first, last) in enumerate(itertools.pairwise(offsets.tolist())):
+            tokens, length = token_ids[first:last], last - first
+            digest = token_hash(tokens)
+            place = self._places_of(None).get(digest) or self._places_of(length).get(digest)
+            if place is None or not np.array_equal(place[0].token_ids[place[1] : place[1] + length], tokens):
+                raise ValueError(
+                    f"--teacher {self.path} does not hold conversation {number} ({length} tokens, the last of them "
+                    f"{', '.join(map(str, tokens[-4:].tolist()))}); it was written for other text or another tokenizer"
+                )
+            places.append(place)
+        return places
 
     def __call__(self, features: Features, token_ids: np.ndarray, offsets: np.ndarray):
         """See ``Teacher``; the features are not looked at. Raises ValueError as ``locate`` does."""
         ids = np.empty((len(token_ids), self.k), np.int32)
         probabilities = np.empty((len(token_ids), self.k), np.float32)
         places = self.locate(token_ids, offsets)
-        for (shard, row), first, last in zip(places, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        for (shard, row), (first, last) in zip(places, itertools.pairwise(offsets.tolist()), strict=True):
             rows = slice(row, row + last - first)
             ids[first:last] = shard.ids[rows][:, : self.k]
             probabilities[first:last] = shard.probabilities[rows][:, : self.k]

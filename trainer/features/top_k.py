@@ -32,6 +32,7 @@ from runtime import jt
 from runtime.atomic import atomic_directory, write_file
 from runtime.interrupt import check_interrupt
 from runtime.types import Var
+from trainer.features.shards import cut
 
 LOGIT_BYTES, CUDA_LOGIT_BYTES = 32 << 20, 128 << 20  # of the logits that exist at a time; a GPU needs larger products
 PASS_TOKENS = 4096  # of a forced pass
@@ -145,18 +146,13 @@ class TopKWriter:
         """ids and probabilities of every token, (tokens, k) each, in passes over complete conversations."""
         ids = np.empty((len(token_ids), self.k), np.int32)
         probabilities = np.empty((len(token_ids), self.k), np.float16)
-        first, count = 0, len(offsets) - 1
-        while first < count:
-            last = first + 1
-            while last < count and offsets[last + 1] - offsets[first] <= PASS_TOKENS:
-                last += 1
+        for first, last in itertools.pairwise(cut(offsets, PASS_TOKENS)):
             rows = slice(int(offsets[first]), int(offsets[last]))
             plan = RowPlan.sequences(np.diff(offsets[first : last + 1]))
             hidden = self.backbone.forward(token_ids[None, rows], attend=plan, logits=None).hidden
             found = likeliest(self.backbone, hidden.reshape(-1, hidden.shape[-1]), self.k)
             ids[rows], probabilities[rows] = found[0].numpy(), np.exp(found[1].numpy())
             check_interrupt()
-            first = last
         return {"ids": ids, "probabilities": probabilities}
 
 

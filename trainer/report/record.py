@@ -98,11 +98,8 @@ def make_record(
     checkpoint: str | Path,
     weights_sha256: str,
 ) -> TrainRecord:
-    """The record of a finished run. Numbers that are not finite become null.
-
-    config: TrainConfig; result: ``trainer.fit.FitResult``; data, provenance, parameters: as in TrainRecord; checkpoint,
-    weights_sha256: as in Best. Raises ValueError naming what does not fit.
-    """
+    """The record of a finished run, from its TrainConfig, its ``trainer.fit.FitResult`` and fields of TrainRecord and
+    Best. Numbers that are not finite become null. Raises ValueError naming what does not fit."""
     best = {name: getattr(result.best, name) for name in ("expected_accept_length", "top1", "top5", "loss")}
     best |= {"step": result.best_step, "tree_nodes": config.tree_nodes}
     record = {

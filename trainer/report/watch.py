@@ -23,6 +23,12 @@ import runtime
 CONSOLE = Console(stderr=True, highlight=False)
 SMOOTHED = 20  # steps that a training figure is the mean of
 REFRESH_S = 0.25  # seconds between redraws: one takes 3 ms, which is 1% of a core
+STATE = {  # figures of a step's record, as they are shown
+    "tokens_per_s": lambda value: f"{value:,.0f} tokens/s",
+    "rate": lambda value: f"rate {value:.2e}",
+    "memory_bytes": lambda value: f"{value / 1e9:.2f} GB",
+    "skipped": lambda value: f"skipped {value}",
+}
 
 
 def card(config, backbone, head, report, num_steps: int, out) -> None:
@@ -36,8 +42,7 @@ def card(config, backbone, head, report, num_steps: int, out) -> None:
         f"data      {report.summary()}",
         f"run       {num_steps} steps of {config.tokens_per_step} tokens, features {config.features}, into {out}",
     )
-    for line in lines:
-        CONSOLE.print(line, markup=False, soft_wrap=True)
+    CONSOLE.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 class Smoothed:
@@ -88,8 +93,8 @@ class Watch:
         self.training: Task | None = None
         self.figures = {name: Smoothed() for name in ("loss", "top1", "top5")}
         self.record: dict = {}
-        self.last_score: tuple[int, object] | None = None
-        self.best_score: tuple[int, float] | None = None
+        self.last_score = None
+        self.best = ""  # the best score, in words
         self.live: Live | None = None
         self.drawn = -math.inf
 
@@ -142,50 +147,30 @@ class Watch:
         if "stage" in record:
             self.progress.update(self.training.id, description=record["stage"])
         self._update(self.training, step, "")
-        if not self.live and self._is_tenth(step):
+        tenth = step >= num_steps or 10 * step // num_steps > 10 * (step - 1) // num_steps
+        if not self.live and tenth:
             self.say(self._line(step))
 
     def score(self, step: int, score, best: bool) -> None:
         """Show a score on the held-out text (``trainer.scoring.Score``). best: it is the best so far."""
-        self.last_score = step, score
+        self.last_score = score
         if best:
-            self.best_score = step, score.expected_accept_length
+            self.best = f"{score.expected_accept_length:.3f} at step {step}"
         if self.live:
             self._draw()
             return
         words = f"step {step}/{self.num_steps} held out: expected accept length {score.expected_accept_length:.3f}"
-        words += " (best)" if best else f" (best {self._best_words()})" if self.best_score else ""
-        self.say(f"{words} loss {_losses(score.loss)} top-1 {_shares(score.top1)}% top-5 {_shares(score.top5)}%")
-
-    def _is_tenth(self, step: int) -> bool:
-        """Whether a line is due: at each tenth of the run."""
-        return step >= self.num_steps or 10 * step // self.num_steps > 10 * (step - 1) // self.num_steps
+        words += " (best)" if best else f" (best {self.best})" if self.best else ""
+        self.say(f"{words} {_by_depth(score.loss, score.top1)} top-5 {_shares(score.top5)}%")
 
     def _line(self, step: int) -> str:
-        parts = [f"step {step}/{self.num_steps}"]
         loss, top1 = self.figures["loss"].means(), self.figures["top1"].means()
-        parts += [f"loss {_losses(loss)}"] if loss else []
-        parts += [f"top-1 {_shares(top1)}%"] if top1 else []
-        parts += self._state()
-        parts += [_left(self.training)] if step < self.num_steps else []
-        return " ".join(part for part in parts if part)
+        parts = [f"step {step}/{self.num_steps}", _by_depth(loss, top1) if loss else "", *self._state()]
+        return " ".join(filter(None, [*parts, _left(self.training) if step < self.num_steps else ""]))
 
     def _state(self) -> list[str]:
         """The figures of the last record, besides its losses."""
-        record, words = self.record, []
-        if "tokens_per_s" in record:
-            words.append(f"{record['tokens_per_s']:,.0f} tokens/s")
-        if "rate" in record:
-            words.append(f"rate {record['rate']:.2e}")
-        if "memory_bytes" in record:
-            words.append(f"{record['memory_bytes'] / 1e9:.2f} GB")
-        if "skipped" in record:
-            words.append(f"skipped {record['skipped']}")
-        return words
-
-    def _best_words(self) -> str:
-        step, value = self.best_score
-        return f"{value:.3f} at step {step}"
+        return [text(self.record[name]) for name, text in STATE.items() if name in self.record]
 
     # Drawing ----------------------------------------------------------------------------------------------------------
 
@@ -206,21 +191,16 @@ class Watch:
 
     def _view(self) -> Group:
         """The live display: bars, the table, two lines, none wider than the terminal."""
-        parts = [self.progress]
-        figures = [self.figures[name].means() for name in ("loss", "top1", "top5")]
-        held_out: list[Sequence[float]] = [[], [], []]
-        if self.last_score:
-            score = self.last_score[1]
-            held_out = [score.loss, score.top1, score.top5]
+        score, lines = self.last_score, []
+        figures = [figure.means() for figure in self.figures.values()]
+        held_out = [score.loss, score.top1, score.top5] if score else [[], [], []]
+        if score:
+            best = f", best {self.best}" if self.best else ""
+            lines.append(f"expected accept length {score.expected_accept_length:.3f}{best}")
+        lines += ["  ".join(self._state())] if self._state() else []
         depths = max(map(len, figures + held_out))
-        if depths:
-            parts.append(_table(depths, figures, held_out))
-        if self.last_score:
-            words = f"expected accept length {self.last_score[1].expected_accept_length:.3f}"
-            parts.append(_one_line(words + (f", best {self._best_words()}" if self.best_score else "")))
-        if self._state():
-            parts.append(_one_line("  ".join(self._state())))
-        return Group(*parts)
+        tables = [_table(depths, figures, held_out)] if depths else []
+        return Group(self.progress, *tables, *(Text(line, no_wrap=True, overflow="crop") for line in lines))
 
 
 def _table(depths: int, training: list[list[float]], held_out: list[Sequence[float]]) -> Table:
@@ -237,18 +217,14 @@ def _table(depths: int, training: list[list[float]], held_out: list[Sequence[flo
     return table
 
 
-def _one_line(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="crop")
-
-
 def _left(task: Task) -> str:
     """``0:12:00 left``, empty while it is unknown."""
     seconds = task.time_remaining
     return "" if seconds is None or task.finished else f"{timedelta(seconds=int(seconds))} left"
 
 
-def _losses(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
+def _by_depth(losses: Sequence[float], top1: Sequence[float]) -> str:
+    return f"loss {' '.join(f'{value:.2f}' for value in losses)} top-1 {_shares(top1)}%"
 
 
 def _shares(values: Sequence[float]) -> str:

@@ -16,21 +16,16 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from runtime.atomic import write_file
-from runtime.entry import run_entry
 from runtime.start.bootstrap import under_mpi
 from trainer.config import FIELDS
-from trainer.sweep.study import Sweep, open_study, parse_sweep, run_trials, say
+from trainer.sweep.study import Sweep, open_study, parse_sweep, run_trials, say, short
 
 SHOWN = 10  # trials in the table
 RUN_ONLY = ("out", "overwrite", "resume", "dry_run")  # options that do not belong in best.yaml
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 2 for a user's mistake, 130 when Ctrl-C ended it."""
-    return run_entry(_main, arguments)
-
-
-def _main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """The command line; see the module's docstring."""
     if under_mpi():
         raise ValueError("a sweep is one process; start the same command on each machine, without mpirun")
     sweep = parse_sweep(arguments)
@@ -38,10 +33,9 @@ def _main(arguments: Sequence[str]) -> None:
     from trainer.data.splits import load_splits
 
     splits = load_splits(sweep.base)  # the same for all trials; mistakes in the text are reported before the first
-    from trainer.fit import Pruned
     from trainer.session import prepare, train
 
-    run_trials(sweep, study, lambda config, on_score: train(config, on_score, prepare(config, splits)).result, Pruned)
+    run_trials(sweep, study, lambda config, on_score: train(config, on_score, prepare(config, splits))[0])
     print(finish(sweep, study))
 
 
@@ -79,7 +73,7 @@ def best_table(complete: Sequence[FrozenTrial]) -> pd.DataFrame:
             "expected accept length": f"{trial.value:.3f}",
             "best step": trial.user_attrs.get("best_step", "-"),
             "minutes": f"{trial.duration.total_seconds() / 60:.1f}",
-            **{name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in trial.params.items()},
+            **{name: short(value) for name, value in trial.params.items()},
         }
         for trial in complete[:SHOWN]
     )

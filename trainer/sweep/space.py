@@ -37,11 +37,6 @@ class Range:
     log: bool = False
     step: float | None = None
 
-    @property
-    def edges(self) -> tuple:
-        """Values that stand for all: if these are valid, those between are."""
-        return self.low, self.high
-
     def suggest(self, trial, name: str):
         """Draw the value of an Optuna trial."""
         if isinstance(self.low, int):
@@ -54,11 +49,6 @@ class Choices:
     """One of these values."""
 
     values: tuple
-
-    @property
-    def edges(self) -> tuple:
-        """All of them."""
-        return self.values
 
     def suggest(self, trial, name: str):
         """Draw the value of an Optuna trial."""
@@ -112,8 +102,10 @@ def make_space(entries: Mapping[str, Mapping], base: TrainConfig, source: str) -
         option = name.removeprefix(HEAD)
         if name.startswith(HEAD) and option not in head_types:
             raise suggest(f"option of head {base.head!r} in {source}:", option, head_types)
-        space[name] = _spec(entry, head_types[option] if name.startswith(HEAD) else TYPES[name], f"{source}: {name}")
-        for value in space[name].edges:
+        spec = _spec(entry, head_types[option] if name.startswith(HEAD) else TYPES[name], f"{source}: {name}")
+        space[name] = spec
+        # If both ends of a range are valid, so are the numbers between.
+        for value in spec.values if isinstance(spec, Choices) else (spec.low, spec.high):
             try:
                 apply(base, {name: value}).check()
             except ValueError as error:

@@ -60,7 +60,9 @@ class Sweep:
         return dataclasses.replace(apply(self.base, trial.params), out=str(self.folder / str(trial.number)))
 
 
-def _parser() -> Parser:
+def parse_sweep(arguments: Sequence[str]) -> Sweep:
+    """The sweep that a command line asks for. Raises ValueError; mistyped options and keys, except those of the head,
+    are reported before anything is loaded."""
     parser = Parser(
         prog="python -m trainer.sweep",
         description="Search for the options that give a head the longest expected accept length.",
@@ -71,13 +73,6 @@ def _parser() -> Parser:
     parser.add_argument("--trials", type=int, metavar="N", default=20, help="trials in all (default: %(default)s)")
     parser.add_argument("--storage", metavar="URL", help="SQLAlchemy URL (default: sqlite in runs/sweeps/<study>.db)")
     parser.add_argument("--study", metavar="NAME", help="name of the study (default: the head's)")
-    return parser
-
-
-def parse_sweep(arguments: Sequence[str]) -> Sweep:
-    """The sweep that a command line asks for. Raises ValueError; mistyped options and keys, except those of the head,
-    are reported before anything is loaded."""
-    parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     known = [name for action in parser._actions for name in action.option_strings]
     known += ["--config", *map(flag, FIELDS)]
@@ -142,7 +137,10 @@ def open_study(sweep: Sweep) -> optuna.Study:
         known = study.user_attrs.get("sweep")
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
         raise ValueError(f"--storage {sweep.storage} cannot be used: {str(error).splitlines()[0]}") from error
-    described = _describe(sweep)
+    # What all calls that work on one study must have in common, as JSON returns it.
+    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in OUTPUT}
+    space = {f"space of {name}": repr(spec) for name, spec in sweep.space.items()}
+    described = json.loads(json.dumps({"options": base, "space": space}))
     if known is None:
         taken = [path for path in sweep.folder.iterdir() if path.name.isdigit()]
         if taken and not sweep.base.overwrite:
@@ -157,13 +155,6 @@ def open_study(sweep: Sweep) -> optuna.Study:
     return study
 
 
-def _describe(sweep: Sweep) -> dict:
-    """What all calls that work on one study must have in common, as JSON returns it."""
-    base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in OUTPUT}
-    space = {f"space of {name}": repr(spec) for name, spec in sweep.space.items()}
-    return json.loads(json.dumps({"options": base, "space": space}))
-
-
 def count_trials(study: optuna.Study) -> int:
     """Trials that are finished or running. Those ended by Ctrl-C or a dead machine do not count: they are repeated."""
     done = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
@@ -174,14 +165,14 @@ def count_trials(study: optuna.Study) -> int:
 # The trials -----------------------------------------------------------------------------------------------------------
 
 
-def run_trials(sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[Exception]) -> None:
+def run_trials(sweep: Sweep, study: optuna.Study, train: Callable) -> None:
     """Run trials until the study has as many as the sweep asks for.
 
-    train(config, on_score) -> FitResult trains once and reports every score; ``pruned``: raised by on_score to end it
-    early. A trial that fails is recorded and the next one begins; FAILURES of them in a row raise ValueError. Ctrl-C
-    queues the trial that it ended and is raised again.
+    train(config, on_score) -> FitResult trains once and reports every score; on_score returns whether to end it early.
+    A trial that fails is recorded and the next one begins; FAILURES of them in a row raise ValueError. Ctrl-C queues
+    the trial that it ended and is raised again.
     """
-    trials = _Trials(sweep, study, train, pruned)
+    trials = _Trials(sweep, train)
     while True:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -201,8 +192,8 @@ def run_trials(sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[
 class _Trials:
     """The trials that this process runs."""
 
-    def __init__(self, sweep: Sweep, study: optuna.Study, train: Callable, pruned: type[Exception]):
-        self.sweep, self.study, self.train, self.pruned = sweep, study, train, pruned
+    def __init__(self, sweep: Sweep, train: Callable):
+        self.sweep, self.train = sweep, train
         self.current: Trial | None = None
         self.failures = 0
 
@@ -214,12 +205,11 @@ class _Trials:
         config = self.sweep.config(trial)
         ended = False
 
-        def on_score(step: int, score) -> None:
+        def on_score(step: int, score) -> bool:
             nonlocal ended
             trial.report(score.expected_accept_length, step)
-            if trial.should_prune():
-                ended = True
-                raise self.pruned(f"step {step}: {score.expected_accept_length:.3f} is below the median")
+            ended = trial.should_prune()
+            return ended
 
         try:
             config.check()
@@ -229,8 +219,6 @@ class _Trials:
             value = float(result.best.expected_accept_length)
             if not math.isfinite(value):
                 raise FloatingPointError(f"the expected accept length is {value}")
-        except self.pruned as error:
-            raise optuna.TrialPruned(str(error)) from error
         except FAILING as error:
             trial.set_user_attr("error", " ".join(str(error).split()))
             raise
@@ -244,7 +232,7 @@ class _Trials:
         self.current = None
         outcome = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
         score = trial.value if trial.value is not None else max(trial.intermediate_values.values(), default=None)
-        values = " ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
+        values = " ".join(f"{name}={short(value)}" for name, value in trial.params.items())
         say(f"trial {trial.number} {outcome[trial.state]} {'-' if score is None else f'{score:.3f}'} {values}")
         self.failures = self.failures + 1 if trial.state == TrialState.FAIL else 0
         if trial.state == TrialState.FAIL:
@@ -260,5 +248,6 @@ def say(text: str) -> None:
     CONSOLE.print(text, markup=False, soft_wrap=True)
 
 
-def _short(value) -> str:
+def short(value) -> str:
+    """An option's value, floats in four figures."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -53,7 +53,7 @@ def test_rows_of_a_lazy_tensor_are_those_of_the_whole(data):
             found = tensor.read_rows(start, stop)
             assert found.flags.c_contiguous and found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected[start:stop])
-            np.testing.assert_array_equal(tensor.whole(), expected)
+            np.testing.assert_array_equal(tensor.read(), expected)
 
 
 def test_shards_that_do_not_fit_together_are_refused():
@@ -108,7 +108,7 @@ def test_zips_of_ours_are_read_by_torch_without_trust_and_by_us(tmp_path, mmap):
         assert tuple(tensor.shape) == ours.shape
         assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == ours.tobytes(), name
     found = open_file(tmp_path / "x.pth")
-    assert found.pop("tied").whole().tobytes() == ARRAYS["large"].tobytes()
+    assert found.pop("tied").read().tobytes() == ARRAYS["large"].tobytes()
     assert_arrays(found)
     # The second name costs no second copy.
     assert (tmp_path / "x.pth").stat().st_size < 1.1 * ARRAYS["large"].nbytes
@@ -122,11 +122,11 @@ def test_pickles_of_ours_are_read_by_jittor_and_jittors_by_us(tmp_path):
     assert bits({name: in_memory(array) for name, array in loaded.items()}) == bits(lazies({"brain"}))
     jt.save({**loaded, "turned": np.asfortranarray(ARRAYS["large"]), "config": {"a": 1}}, str(theirs))
     tensors, rest = open_pickle_file(theirs)
-    assert tensors.pop("turned").whole().tobytes() == ARRAYS["large"].tobytes()
+    assert tensors.pop("turned").read().tobytes() == ARRAYS["large"].tobytes()
     assert_arrays(tensors, {"brain"})
     assert rest == {"config": {"a": 1}}
     jt.save({"var": jt.array(ARRAYS["large"])}, str(theirs))  # a Var is pickled by its array
-    assert open_pickle_file(theirs)[0]["var"].whole().tobytes() == ARRAYS["large"].tobytes()
+    assert open_pickle_file(theirs)[0]["var"].read().tobytes() == ARRAYS["large"].tobytes()
 
 
 def test_what_is_written_does_not_depend_on_when_and_how(tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(tmp_path):
     header = json.dumps({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}).encode()
     length = 0x0280  # its first bytes, 80 02, are those of a pickle
     (tmp_path / "x").write_bytes(length.to_bytes(8, "little") + header.ljust(length) + b"\x05\x06")
-    assert open_file(tmp_path / "x")["a"].whole().tolist() == [5, 6]
+    assert open_file(tmp_path / "x")["a"].read().tolist() == [5, 6]
 
 
 def test_sizes_and_shards_by_hand():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from backbone.config import read_config
 from backbone.files import lazy
-from backbone.formats import ConvertOptions, containers, convert, open_source, recognise, verify
+from backbone.formats import ConvertOptions, containers, convert, open_source, recognize, verify
 from backbone.weights import EMBEDDING, LM_HEAD, expected_shapes, fingerprint, read_backbone
 from tests.backbone.models import LLAMA_3_ROPE, TOKENIZER, bits, raw_config, write_model
 
@@ -64,7 +64,7 @@ def test_every_ordered_pair_of_formats_gives_back_every_bit(first, second, model
         convert(origin, first, middle, options)
         convert(middle, second, end, options)
         before, after = open_source(origin), open_source(end)
-        assert recognise(middle) == first and recognise(end) == after.layout == second
+        assert recognize(middle) == first and recognize(end) == after.layout == second
         assert bits(after.tensors) == bits(before.tensors)
         assert after.raw.config == raw and after.raw.generation == {"eos_token_id": [2, 3]}
         files = {name: data if isinstance(data, bytes) else data.read_bytes() for name, data in after.files.items()}
@@ -90,11 +90,11 @@ def test_the_pairs_can_fail():
 # Types ---------------------------------------------------------------------------------------------------------------
 
 
-def test_rounding_is_told_and_verified_against_the_narrower_type(tmp_path, capsys):
+def test_rounding_is_reported_and_verified_against_the_narrower_type(tmp_path, capsys):
     origin = write_model(tmp_path / "origin", raw_config(), torch.float32)
     done = convert(origin, "safetensors", tmp_path / "half", ConvertOptions(dtype="float16"))
     exact, rounded = open_source(origin).tensors, open_source(tmp_path / "half").tensors
-    errors = {n: float(np.abs(t.whole() - rounded[n].whole().astype(np.float32)).max()) for n, t in exact.items()}
+    errors = {n: float(np.abs(t.read() - rounded[n].read().astype(np.float32)).max()) for n, t in exact.items()}
     assert done.rounding == max(errors.values()) > 0 and errors[done.rounding_in] == done.rounding
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "float16"
     assert done.dtypes == {"float16": len(exact)}
@@ -133,21 +133,21 @@ def test_a_number_too_large_for_float16_is_refused_by_name(tmp_path):
     convert(origin, "safetensors", tmp_path / "out", ConvertOptions(dtype="bfloat16"))
 
 
-def test_pickles_are_float16_unless_told_otherwise(tmp_path):
+def test_pickles_are_float16_by_default(tmp_path):
     origin = write_model(tmp_path / "origin", raw_config(), torch.bfloat16)
     assert convert(origin, "jittor-pkl", tmp_path / "a.pkl").dtypes.keys() == {"float16"}
     assert convert(origin, "jittor-pkl", tmp_path / "b.pkl", ConvertOptions(dtype="float32")).rounding == 0
     for dtype in ("keep", "bfloat16"):
         with pytest.raises(ValueError, match="no bfloat16"):
             convert(origin, "jittor-pkl", tmp_path / "c.pkl", ConvertOptions(dtype=dtype))
-    # As a folder, the tokenizer lies beside it where load_tokenizer finds it.
+    # In a folder the tokenizer is beside it, where load_tokenizer finds it.
     convert(origin, "jittor-pkl", tmp_path / "folder")
     names = {path.name for path in (tmp_path / "folder").iterdir()}
     assert names == {"backbone.pkl", "config.json", "generation_config.json", *TOKENIZER}
     assert read_config(tmp_path / "folder" / "backbone.pkl") == read_config(tmp_path / "folder")
 
 
-# Whole or not at all -------------------------------------------------------------------------------------------------
+# Complete or not at all ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_leaves_nothing(tmp_path, to
     assert sorted(path.name for path in tmp_path.iterdir()) == ["origin"]
 
 
-def test_no_space_left_on_device_is_said_in_these_words_and_known_beforehand_where_possible(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_the_systems_words_and_beforehand_where_possible(tmp_path, monkeypatch):
     origin = write_model(tmp_path / "origin", raw_config())
     convert(origin, "safetensors", tmp_path / "out", KEEP)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -174,7 +174,7 @@ def test_no_space_left_on_device_is_said_in_these_words_and_known_beforehand_whe
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="No space left on device while writing"):
         patch.setattr(containers, "_stream", full)
         convert(origin, "safetensors", tmp_path / "out", ConvertOptions(overwrite=True))
-    # What stood there before is untouched.
+    # The earlier conversion is untouched.
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "out"]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
@@ -189,7 +189,7 @@ def test_a_target_that_exists_is_replaced_on_request_only_and_only_if_it_is_a_ba
         convert(origin, "safetensors", tmp_path / "out", KEEP)
     replace = ConvertOptions(dtype="keep", overwrite=True)
     convert(origin, "safetensors", tmp_path / "out", replace)
-    assert recognise(tmp_path / "out") == "safetensors" and not (tmp_path / "out" / "params.json").exists()
+    assert recognize(tmp_path / "out") == "safetensors" and not (tmp_path / "out" / "params.json").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
     (tmp_path / "letter.pkl").write_bytes(b"dear")
@@ -211,10 +211,10 @@ def test_tied_and_old_checkpoints_lose_only_what_follows_from_the_config(tmp_pat
     state = load_file(origin / "model.safetensors")
     state |= {LM_HEAD: state[EMBEDDING].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     save_file(state, origin / "model.safetensors")
-    said = []
-    convert(origin, "hf-bin", tmp_path / "out", KEEP, said.append)
-    assert any("1 rotary buffers are left out" in line for line in said)
-    assert any("lm_head.weight is left out" in line for line in said)
+    notes = []
+    convert(origin, "hf-bin", tmp_path / "out", KEEP, notes.append)
+    assert any("1 rotary buffers are left out" in line for line in notes)
+    assert any("lm_head.weight is left out" in line for line in notes)
     assert set(torch.load(tmp_path / "out" / "pytorch_model.bin")) == set(expected_shapes(read_config(origin)))
     state[LM_HEAD][0, 0] += 1
     save_file(state, origin / "model.safetensors")
@@ -237,7 +237,7 @@ def test_meta_refuses_what_params_json_has_no_field_for(tmp_path, change, match)
     convert(origin, "jittor-pkl", tmp_path / "out.pkl", KEEP)
 
 
-def test_backbones_are_told_from_heads_by_their_tensors(tmp_path):
+def test_backbones_and_heads_are_distinguished_by_their_tensors(tmp_path):
     origin = write_model(tmp_path / "origin", raw_config())
     head = tmp_path / "head"
     head.mkdir()
@@ -246,15 +246,15 @@ def test_backbones_are_told_from_heads_by_their_tensors(tmp_path):
     torch.save({"0.0.linear.weight": torch.ones(2, 2)}, tmp_path / "medusa_lm_head.pt")
     np.savez(tmp_path / "head.npz", weight=np.ones(2))
     for path in (head, tmp_path / "medusa_lm_head.pt", tmp_path / "head.npz"):
-        assert recognise(path) is None
+        assert recognize(path) is None
         with pytest.raises(ValueError, match="has no backbone"):
             open_source(path)
     with pytest.raises(ValueError, match="pass its folder"):
-        recognise(origin / "model.safetensors")
+        recognize(origin / "model.safetensors")
     with pytest.raises(ValueError, match="does not exist"):
-        recognise(tmp_path / "nowhere")
+        recognize(tmp_path / "nowhere")
     (origin / "model.safetensors").rename(origin / "weights-of-mine.safetensors")
-    assert recognise(origin) == "safetensors"
+    assert recognize(origin) == "safetensors"
     with pytest.raises(ValueError, match=r"Unknown format 'hf-bim'\. Did you mean 'hf-bin'"):
         convert(origin, "hf-bim", tmp_path / "out")
 
@@ -266,8 +266,8 @@ def test_the_source_format_can_be_chosen_where_there_are_several(tmp_path):
         both / "pytorch_model.bin",
     )
     zeros = open_source(both, "hf-bin").tensors
-    assert not any(tensor.whole().any() for tensor in zeros.values())
-    assert recognise(both) == "safetensors" and open_source(both).tensors[EMBEDDING].whole().any()
+    assert not any(tensor.read().any() for tensor in zeros.values())
+    assert recognize(both) == "safetensors" and open_source(both).tensors[EMBEDDING].read().any()
     done = convert(both, "safetensors", tmp_path / "out", ConvertOptions(source_format="hf-bin"))
-    assert done.source_format == "hf-bin" and not open_source(tmp_path / "out").tensors[EMBEDDING].whole().any()
+    assert done.source_format == "hf-bin" and not open_source(tmp_path / "out").tensors[EMBEDDING].read().any()
     assert verify(both, "hf-bin", tmp_path / "out", "safetensors")

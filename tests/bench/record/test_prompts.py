@@ -1,4 +1,4 @@
-"""Prompt files: recognised by shape, refused with a place, spread over categories."""
+"""Prompt files: recognized by shape, refused with a place, spread over categories."""
 
 import gzip
 import hashlib

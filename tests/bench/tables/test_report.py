@@ -48,7 +48,7 @@ def test_refused_and_interrupted_results_say_so_in_the_language_of_the_page(writ
 def test_unknown_costs_are_a_dash_and_a_changed_backbone_is_marked(write_result, tmp_path):
     adaptation = {"stats": {}, "greedy_agreement": 0.5, "token_agreement": 0.75}
     path = write_result("a.json", checkpoint=None, timing__draft_s=None, adaptation=adaptation)
-    for name, mark in (("a.md", "gated_rnn (adapted backbone)"), ("a_zh.md", "gated_rnn (改动骨干)")):
+    for name, mark in (("a.md", "gated_rnn (adapted backbone)"), ("a_zh.md", "gated_rnn (改动主干)")):
         assert main([path, "--out", str(tmp_path / name)]) == 0
         row = rows_of(tmp_path / name)[1]
         assert row[0] == mark and row[-5:-2] == ["-", "-", "-"]
@@ -72,10 +72,19 @@ def test_updating_replaces_the_block_alone_and_twice_is_once(write_result, tmp_p
     first = [page.read_bytes() for page in pages]
     for text in (page.decode() for page in first):
         assert text.startswith(f"before\r\n{BEGIN}\n|") and text.endswith(f"|\n{END}\nafter 结果\n")
-        assert "old" not in text and "[a.json](a.json)" in text
+        assert "old" not in text and "| [gated_rnn](a.json) |" in text
     assert "草稿头" in first[1].decode() and "草稿头" not in first[0].decode()
     assert main([path, "--update", *map(str, pages)]) == 0
     assert [page.read_bytes() for page in pages] == first
+
+
+def test_the_table_of_a_text_has_the_main_columns_and_the_settings_that_differ(write_result, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    a = write_result("a.json")
+    for paths, more in (([a], []), ([a, write_result("b.json", provenance__device_name="x")], ["device"])):
+        assert main([*paths, "--update", str(page)]) == 0
+        assert rows_of(page)[0] == ["head", "accept length [95%]", "tokens/s", "speedup [95%]", "parity", *more]
 
 
 @pytest.mark.parametrize(

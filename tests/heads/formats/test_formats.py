@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from backbone.files import lazy
 from heads.checkpoint import load_head
-from heads.formats import FORMATS, files, recognise
+from heads.formats import FORMATS, files, recognize
 from heads.formats.medusa import VLLMMedusa
 from heads.formats.verify import difference
 from runtime import jt
@@ -101,7 +101,7 @@ def test_a_checkpoint_survives_single_files_byte_for_byte(tmp_path, folder, chec
     previous = source
     for to, place in [*ALL_OWN[1:], ALL_OWN[0]]:
         assert run(previous, to, tmp_path / place, backbone=folder) == 0
-        assert recognise(tmp_path / place) == to
+        assert recognize(tmp_path / place) == to
         previous = tmp_path / place
     names = ["calibration.json", "config.json", "head.safetensors", "provenance.json"]
     assert sorted(path.name for path in previous.iterdir()) == names
@@ -138,7 +138,7 @@ def test_both_sides_are_verified(tmp_path, folder, checkpoint, capsys, to, lm_he
     assert run(source, to, tmp_path / "out", backbone=folder, verify=True, merge=merge) == 0
     output = capsys.readouterr().out
     assert "DIFFERS" not in output and json.loads(output.splitlines()[-1])["verified"] is True
-    assert recognise(tmp_path / "out") == to
+    assert recognize(tmp_path / "out") == to
     assert run(tmp_path / "out", "gorgon", tmp_path / "back", backbone=folder, verify=True) == 0
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["head_config"]["lm_head"] == ("own" if merge else lm_head)
@@ -155,7 +155,7 @@ def test_a_shared_head_of_a_float32_backbone_is_compared_with_the_stored_languag
 @pytest.mark.parametrize("defect", ["changed", "swapped"])
 def test_verify_finds_a_changed_or_swapped_tensor(tmp_path, folder, checkpoint, capsys, monkeypatch, defect):
     def spoiled(path, tensors):
-        arrays = {name: tensor.whole() for name, tensor in tensors.items()}
+        arrays = {name: tensor.read() for name, tensor in tensors.items()}
         if defect == "changed":
             arrays["blocks.1.layers.0.weight"][3, 4] += 1e-3
         else:
@@ -266,4 +266,4 @@ def test_a_checkpoint_records_that_its_weights_were_stored_in_16_bits(tmp_path, 
 
 def test_every_format_has_a_sentence_and_other_files_have_no_format(tmp_path, folder):
     assert all(sentence and "\n" not in sentence for sentence in FORMATS.values())
-    assert recognise(folder) is None and recognise(tmp_path) is None and recognise(tmp_path / "nowhere") is None
+    assert recognize(folder) is None and recognize(tmp_path) is None and recognize(tmp_path / "nowhere") is None

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from heads.checkpoint import load_head
-from heads.formats import recognise
+from heads.formats import recognize
 from tests.heads.formats.format_files import (
     DIM,
     ROWS,
@@ -63,7 +63,7 @@ def ends(folder):
 def test_eagle_1_of_pytorch_gives_our_logits(tmp_path, folder, small, ends):
     layer = EagleLayer()
     source = save_eagle(tmp_path / "eagle", layer, ends[0])
-    assert recognise(source) == "eagle"
+    assert recognize(source) == "eagle"
     assert run(source, "gorgon", tmp_path / "ours", backbone=folder, verify=True) == 0
     head, _ = load_head(tmp_path / "ours", small)
     hidden, tokens = hidden_states(), token_ids(head.num_depths)
@@ -196,7 +196,7 @@ def hydra_logits(heads, hidden, tokens):
 def test_hydra_of_pytorch_gives_our_logits_in_both_directions(tmp_path, folder, small, ends, num_layers):
     heads = HydraHeads(num_layers, ends[0])
     source = save_hydra(tmp_path / "hydra", heads, num_layers)
-    assert recognise(source) == "hydra"
+    assert recognize(source) == "hydra"
     assert run(source, "gorgon", tmp_path / "ours", backbone=folder, verify=True) == 0
     head, config = load_head(tmp_path / "ours", small)
     assert (config["head_config"]["num_depths"], config["head_config"]["num_layers"]) == (DEPTHS, num_layers)

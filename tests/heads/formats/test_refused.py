@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from backbone.model import load_backbone
 from heads.checkpoint import save_checkpoint
-from heads.formats import recognise
+from heads.formats import recognize
 from heads.registry import available, build
 from tests.heads.formats.format_files import DIM, VOCAB, medusa_heads, run, save_medusa, write_backbone
 
@@ -204,7 +204,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_does_nothing(tmp_path, folder, 
     for source in (path, path.parent):
         if source.is_file() or file.endswith(".pt"):
             with pytest.raises(ValueError, match=rf"{file} is not loaded: its pickle names \w+\.open"):
-                recognise(source)
+                recognize(source)
             refused(source, "gorgon", tmp_path / "out", folder, r"names \w+\.open")
     assert not bait.exists()
     pickle.loads(pickle.dumps(Hostile(bait))).close()  # the control: it would have
@@ -218,7 +218,7 @@ def test_arrays_of_objects_are_refused(tmp_path, folder):
 
 def test_a_single_file_without_a_config_says_so(tmp_path, folder):
     np.savez(tmp_path / "a.npz", **{"blocks.0.0.linear.weight": np.zeros((DIM, DIM), np.float32)})
-    assert recognise(tmp_path / "a.npz") is None
+    assert recognize(tmp_path / "a.npz") is None
     refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "not a head in a known format")
     refused(tmp_path / "a.npz", "gorgon", tmp_path / "out", folder, "so the head is unknown", source_format="npz")
 

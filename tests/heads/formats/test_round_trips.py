@@ -68,8 +68,8 @@ def passed(weights, place, folder, dtype, target):
     name, where = PLACES[place]
     BY_NAME[name].write(weights, folder / where, Casting(dtype), target)
     found = open_head(folder / where)
-    assert BY_NAME[name].recognise(found)
-    assert sum(format.recognise(found) for format in BY_NAME.values()) == 1
+    assert BY_NAME[name].recognize(found)
+    assert sum(format.recognize(found) for format in BY_NAME.values()) == 1
     return BY_NAME[name].read(found, target)
 
 
@@ -86,7 +86,7 @@ def test_a_head_passed_through_two_formats_is_the_same(first, second, data):
         assert twice.options == weights.options and twice.tensors.keys() == weights.tensors.keys()
         for name, tensor in weights.tensors.items():
             assert twice.tensors[name].dtype == np.float32
-            assert twice.tensors[name].whole().tobytes() == tensor.whole().tobytes(), name
+            assert twice.tensors[name].read().tobytes() == tensor.read().tobytes(), name
 
 
 def test_a_missing_tensor_is_named():

@@ -70,9 +70,9 @@ def write():
 
 def lose(soft):
     hidden, weight = floats(6, 8), floats(20, 8)
-    told = (jt.zeros((6, 2), dtype="int32"), jt.ones((6, 2)) / 2) if soft else None
+    teacher = (jt.zeros((6, 2), dtype="int32"), jt.ones((6, 2)) / 2) if soft else None
     total, _, _ = linear_cross_entropy(
-        [(hidden, weight)], ints(1, 2, 3, 4, -1, 5), jt.ones((6,)), told, 0.5 if soft else 0.0
+        [(hidden, weight)], ints(1, 2, 3, 4, -1, 5), jt.ones((6,)), teacher, 0.5 if soft else 0.0
     )
     return jt.grad(total, [hidden, weight])
 

@@ -1,4 +1,4 @@
-"""Jittor starts anywhere, quietly, and whatever stands in its way is said in words."""
+"""Jittor starts anywhere, quietly, and whatever is in its way is reported."""
 
 import json
 import os
@@ -24,12 +24,6 @@ ROOT = Path(__file__).resolve().parents[3]
 SETTLED = ("nvcc_path", "cache_name", "use_mkl", "use_mpi", "log_silent", "GORGON_DEVICE", "cuda_archs", NAMED)
 
 
-def write_script(path, body):
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
 # oneDNN and the compiled core
 
 
@@ -47,59 +41,45 @@ def prefix():
     return found
 
 
-def test_onednn_is_linked_where_jittor_looks(home, prefix):
+@pytest.mark.parametrize("before", ["nothing", "links into another environment", "what Jittor downloaded itself"])
+def test_onednn_is_linked_where_jittor_looks(home, prefix, before):
     folder = home / ".cache" / "jittor" / "mkl" / ONEDNN_FOLDER
+    library = folder / "lib" / "libmkldnn.so"
+    if before != "nothing":
+        library.parent.mkdir(parents=True)
+    if before == "links into another environment":
+        (folder / "include").symlink_to("/gone/include")
+        library.symlink_to("/gone/lib/libdnnl.so.2")
+    elif before == "what Jittor downloaded itself":
+        (folder / "include").mkdir()
+        (folder / "include" / "dnnl.hpp").touch()
+        library.touch()
     for _ in range(2):  # a second time changes nothing
         link_onednn(prefix)
-        assert os.readlink(folder / "include") == str(prefix / "include")
-        assert (folder / "include" / "dnnl.hpp").is_file()
-        assert os.readlink(folder / "lib" / "libmkldnn.so") == str(prefix / "lib" / "libdnnl.so.2")
+        assert (folder / "include" / "dnnl.hpp").is_file() and library.is_file()
         assert sorted(p.name for p in folder.iterdir()) == ["include", "lib"]
         assert [p.name for p in (folder / "lib").iterdir()] == ["libmkldnn.so"]
+    if before != "what Jittor downloaded itself":
+        assert os.readlink(folder / "include") == str(prefix / "include")
+        assert os.readlink(library) == str(prefix / "lib" / "libdnnl.so.2")
 
 
-def test_links_into_another_environment_are_replaced(home, prefix):
-    folder = home / ".cache" / "jittor" / "mkl" / ONEDNN_FOLDER
-    (folder / "lib").mkdir(parents=True)
-    (folder / "include").symlink_to("/gone/include")
-    (folder / "lib" / "libmkldnn.so").symlink_to("/gone/lib/libdnnl.so.2")
-    link_onednn(prefix)
-    assert (folder / "include" / "dnnl.hpp").is_file() and (folder / "lib" / "libmkldnn.so").is_file()
-
-
-def test_a_onednn_that_jittor_downloaded_itself_does_not_stand_in_the_way(home, prefix):
-    folder = home / ".cache" / "jittor" / "mkl" / ONEDNN_FOLDER
-    (folder / "lib").mkdir(parents=True)
-    (folder / "include").mkdir()
-    (folder / "include" / "dnnl.hpp").write_text("")
-    (folder / "lib" / "libmkldnn.so").write_bytes(b"")
-    link_onednn(prefix)
-
-
-def test_a_compiled_core_is_found_by_its_cache_name(home, monkeypatch):
-    monkeypatch.setenv("cache_name", "gorgon-cuda")
+@pytest.mark.parametrize(("name", "below"), [("gorgon-cpu", ""), ("gorgon-cuda", "cu13.0.88_sm_90")])
+def test_a_compiled_core_is_found_by_its_cache_name(home, monkeypatch, name, below):
+    """With CUDA it is one folder deeper."""
+    folder = home / ".cache" / "jittor" / "jt1.3.11" / "g++12" / "py3.11" / "Linux" / "cpu" / "7b6b" / name / below
+    folder.mkdir(parents=True)
+    core = folder / "jittor_core.cpython-311-x86_64-linux-gnu.so"
+    core.with_name(f"{core.name}.key").touch()  # half a compilation
+    monkeypatch.setenv("cache_name", name)
     assert not core_is_compiled()
-    deep = home / ".cache" / "jittor" / "jt1.3.11" / "g++12" / "py3.11" / "Linux" / "cpu" / "7b6b"
-    (deep / "gorgon-cpu").mkdir(parents=True)
-    (deep / "gorgon-cpu" / "jittor_core.cpython-311-x86_64-linux-gnu.so").touch()
-    assert not core_is_compiled()
-    monkeypatch.setenv("cache_name", "gorgon-cpu")
+    core.touch()
     assert core_is_compiled()
-    (deep / "gorgon-cpu" / "jittor_core.cpython-311-x86_64-linux-gnu.so").unlink()
-    (deep / "gorgon-cpu" / "jittor_core.cpython-311-x86_64-linux-gnu.so.key").touch()  # half a compilation
+    monkeypatch.setenv("cache_name", "another")
     assert not core_is_compiled()
 
 
-def test_a_core_with_cuda_lies_one_folder_deeper(home, monkeypatch):
-    monkeypatch.setenv("cache_name", "gorgon-cuda")
-    deep = home / ".cache" / "jittor" / "jt1.3.11" / "g++12" / "7b6b" / "gorgon-cuda" / "cu13.0.88_sm_90"
-    deep.mkdir(parents=True)
-    assert not core_is_compiled()
-    (deep / "jittor_core.cpython-311-x86_64-linux-gnu.so").touch()
-    assert core_is_compiled()
-
-
-def test_mpirun_is_recognised(monkeypatch):
+def test_mpirun_is_recognized(monkeypatch):
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
     assert not under_mpi()
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
@@ -136,24 +116,14 @@ def test_with_cuda_jittor_is_given_one_folder_and_patched_sources(environment, h
     wanted = {"conv_opt": "1", "use_cutt": "0", "use_cutlass": "0", "use_nccl": "0"}  # cuBLAS and cuRAND, no downloads
     assert {name: environment[name] for name in wanted} == wanted
     assert sys.path[0].startswith(f"{home}/.cache/gorgon/jittor-") and (Path(sys.path[0]) / "jittor_utils").is_dir()
-
-
-def test_a_process_started_by_one_with_cuda_may_still_take_the_cpu(environment, home, tmp_path):
-    bootstrap.settle(Choice("cuda", "", "", bare_toolkit(tmp_path / "cuda"), (90,)))
-    bootstrap.settle(Choice("cpu", "asked for"))
+    bootstrap.settle(Choice("cpu", "asked for"))  # a process that this one starts may still take the CPU
     assert environment["cache_name"] == "gorgon-cpu" and environment["nvcc_path"] == ""
 
 
-def test_a_cache_name_of_the_users_own_stays(environment):
-    environment["cache_name"] = "mine"
-    bootstrap.settle(Choice("cpu", "asked for"))
-    assert environment["cache_name"] == "mine"
-
-
-def test_nccl_is_used_where_the_user_says_where_it_lies(environment, tmp_path):
-    environment.update(nccl_include_path="/opt/nccl/include", nccl_lib_path="/opt/nccl/lib")
+def test_what_the_user_has_set_stays(environment, tmp_path):
+    environment.update(cache_name="mine", nccl_include_path="/opt/nccl/include", nccl_lib_path="/opt/nccl/lib")
     bootstrap.settle(Choice("cuda", "", "", bare_toolkit(tmp_path / "cuda"), (90,)))
-    assert "use_nccl" not in environment
+    assert environment["cache_name"] == "mine" and "use_nccl" not in environment
 
 
 def test_python_headers_are_found_without_the_script_that_tells(monkeypatch, tmp_path):
@@ -206,7 +176,8 @@ def run_python(code, tmp_path, **environment):
     """A fresh interpreter whose PATH holds an ``nvcc`` that leaves a mark when it is run."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    write_script(folder / "nvcc", f"touch '{tmp_path}/nvcc-was-run'; echo 'release 12.4, V12.4.1'")
+    (folder / "nvcc").write_text(f"#!/bin/sh\ntouch '{tmp_path}/nvcc-was-run'; echo 'release 12.4, V12.4.1'\n")
+    (folder / "nvcc").chmod(0o755)
     inherited = {key: value for key, value in os.environ.items() if key not in SETTLED}
     path = f"{folder}:{os.environ['PATH']}"
     environment = {**inherited, "PYTHONPATH": str(ROOT), "PATH": path, **environment}
@@ -256,7 +227,7 @@ print(os.environ["JITTOR_HOME"])
 
 
 @pytest.mark.parametrize("given", [None, "elsewhere"])
-def test_jittor_is_told_its_home_so_that_one_it_remembers_does_not_count(tmp_path, given):
+def test_jittor_gets_its_home_whatever_home_it_has_stored(tmp_path, given):
     home = tmp_path / "home"
     (home / ".cache" / "jittor").mkdir(parents=True)
     (home / ".cache" / "jittor" / "config.json").write_text(json.dumps({"JITTOR_HOME": "/nowhere/at/all"}))
@@ -271,12 +242,9 @@ def test_helpers_of_the_command_line_load_without_jittor(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_an_unknown_attribute_of_runtime_is_an_attribute_error():
+def test_a_missing_jittor_says_how_to_install_it(monkeypatch):
     with pytest.raises(AttributeError, match="no attribute 'jittor'"):
         _ = runtime.jittor
-
-
-def test_a_missing_jittor_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"make setup.*requirements\.txt"):
         bootstrap.start()
@@ -293,31 +261,23 @@ def test_a_missing_jittor_says_how_to_install_it(monkeypatch):
         (ValueError("two\n  lines"), 2, "error: two lines\n"),
         (FileNotFoundError(2, "No such file", "x.json"), 2, "error: [Errno 2] No such file: 'x.json'\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (AssertionError("a defect of ours"), None, ""),
     ],
 )
-def test_an_entry_answers_with_a_status_and_one_line(capsys, outcome, status, printed):
+def test_an_entry_answers_with_a_status_and_one_line(capsys, monkeypatch, outcome, status, printed):
     def main(arguments):
         assert arguments == ["a"]
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    assert run_entry(main, ["a"]) == status
-    assert capsys.readouterr() == ("", printed)
-
-
-def test_an_entry_passes_on_what_is_no_mistake_of_the_users():
-    def main(arguments):
-        raise AssertionError("a fault of ours")
-
-    with pytest.raises(AssertionError):
-        run_entry(main, [])
-
-
-def test_an_entry_takes_the_process_arguments_by_default(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "3"])
-    seen = []
-    assert run_entry(seen.extend) == 0 and seen == ["--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "a"])
+    if status is None:
+        with pytest.raises(type(outcome)):
+            run_entry(main)
+    else:
+        assert run_entry(main) == run_entry(main, ["a"]) == status
+    assert capsys.readouterr() == ("", 2 * printed)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_all():
@@ -330,7 +290,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all():
 # Provenance
 
 
-def test_provenance_is_json_and_names_the_device(monkeypatch):
+def test_provenance_is_json_and_names_the_device(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), "--seed", "3"])
     record = json.loads(json.dumps(runtime.provenance(seed=3)))
     assert set(record) == {
@@ -341,9 +301,5 @@ def test_provenance_is_json_and_names_the_device(monkeypatch):
     assert record["command"] == ["train.py", "--seed", "3"] and record["seed"] == 3
     assert record["versions"]["jittor"] and record["threads"] >= 1 and record["memory_bytes"] > 2**20
     assert record["world_size"] == 1 and record["utc"].endswith("+00:00")
-
-
-def test_provenance_outside_a_git_history_says_null(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["runtime.provenance"], "ROOT", tmp_path)
-    record = runtime.provenance()
-    assert record["git_sha"] is None and record["git_dirty"] is None
+    monkeypatch.setattr(sys.modules["runtime.provenance"], "ROOT", tmp_path)  # without a git history
+    assert runtime.provenance()["git_sha"] is None and runtime.provenance()["git_dirty"] is None

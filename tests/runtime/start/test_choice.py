@@ -29,35 +29,20 @@ MISSING = "nvcc is 13.0, but cuBLAS of version 13 is missing (cublas_v2.h and li
     ("wanted", "driver", "toolkits", "device", "reason"),
     [
         ("auto", NO_GPU, [], "cpu", "no usable CUDA device: no NVIDIA driver"),
-        ("auto", NO_GPU, [toolkit(13)], "cpu", "no usable CUDA device: no NVIDIA driver"),
         ("auto", gpu((13, 0)), [], "cpu", "no nvcc on the PATH; pip install -r requirements-cuda.txt"),
         ("auto", gpu((12, 4)), [], "cpu", "no nvcc on the PATH; install the CUDA 12 toolkit"),
         ("auto", gpu((12, 4), 80), [toolkit(11, 8)], "cuda", "1 CUDA device(s), toolkit 11.8"),
         ("auto", gpu((12, 4), count=2), [toolkit(12, 4)], "cuda", "2 CUDA device(s), toolkit 12.4"),
         ("cuda", gpu((13, 1)), [toolkit(13)], "cuda", "1 CUDA device(s), toolkit 13.0"),
         ("auto", gpu((13, 0)), [toolkit(13, 1)], "cuda", "toolkit 13.1"),  # within a major version both ways serve
-        (
-            "auto",
-            gpu((14, 0)),
-            [toolkit(14, 0, ["the CUDA toolkit is 14.0"])],
-            "cpu",
-            "is 14.0; install a CUDA toolkit",
-        ),
-        (
-            "auto",
-            gpu((12, 4)),
-            [toolkit(13)],
-            "cpu",
-            "supports CUDA up to 12.4, but nvcc is 13.0; install a newer driver",
-        ),
+        ("auto", gpu((14, 0)), [toolkit(14, 0, ["it is 14.0"])], "cpu", "is 14.0; install a CUDA toolkit"),
+        ("auto", gpu((12, 4)), [toolkit(13)], "cpu", "up to 12.4, but nvcc is 13.0; install a newer driver"),
         ("auto", gpu((12, 4)), [toolkit(13), toolkit(12, 2)], "cuda", "toolkit 12.2"),
         ("auto", gpu(capability=70), [toolkit(13)], "cpu", "capability 7.0, but nvcc 13.0 compiles for 7.5, 8.0"),
-        ("auto", gpu(capability=70), [toolkit(13)], "cpu", "; install an older CUDA toolkit"),
         ("auto", gpu(capability=100), [toolkit(12)], "cpu", "; install a newer CUDA toolkit"),
         ("auto", gpu(), [toolkit(13, 0, [MISSING])], "cpu", f"{MISSING}; pip install -r requirements-cuda.txt"),
         ("auto", gpu(), [toolkit(12, 4, ["no cuBLAS"])], "cpu", "no cuBLAS; install the CUDA 12.4 packages"),
         ("cpu", gpu(count=2), [toolkit(13)], "cpu", "requested"),
-        ("cpu", NO_GPU, [], "cpu", "requested"),
     ],
 )
 def test_the_device_follows_from_what_the_machine_has(wanted, driver, toolkits, device, reason):
@@ -74,21 +59,13 @@ def test_cuda_that_was_asked_for_and_cannot_be_had_raises_the_same_line(driver, 
     with pytest.raises(DeviceError, match="GORGON_DEVICE=cuda is not available: ") as raised:
         choose_device("cuda", driver, lambda: toolkits)
     assert str(raised.value).endswith(choose_device("auto", driver, lambda: toolkits).reason)
-
-
-@pytest.mark.parametrize("wanted", ["gpu", "CUDA", ""])
-def test_another_word_for_a_device_is_refused(wanted):
     with pytest.raises(ValueError, match="GORGON_DEVICE must be auto, cpu or cuda, got"):
-        choose_device(wanted, gpu(), list)
+        choose_device("gpu", driver, list)
 
 
 def test_toolkits_are_looked_for_only_where_there_is_a_device():
-    def look():
-        raise AssertionError("looked")
-
-    assert choose_device("auto", NO_GPU, look) == Choice("cpu", "no usable CUDA device: no NVIDIA driver")
-    with pytest.raises(AssertionError, match="looked"):
-        choose_device("auto", gpu(), look)
+    choice = choose_device("auto", NO_GPU, lambda: pytest.fail("looked"))
+    assert choice == Choice("cpu", "no usable CUDA device: no NVIDIA driver")
 
 
 def test_devices_of_several_kinds_are_all_compiled_for_where_the_compiler_can():
@@ -144,6 +121,7 @@ def stand_in(tmp_path, status):
 def test_the_driver_is_asked_for_its_version_and_its_devices(tmp_path):
     expected = Driver((12, 8), (Device("A", 5 << 32, 90), Device("B", 5 << 32, 86)))
     assert find_driver(stand_in(tmp_path, 0)) == expected
+    assert find_driver("libno-such-driver.so.1") == NO_GPU
 
 
 @pytest.mark.parametrize(
@@ -152,7 +130,3 @@ def test_the_driver_is_asked_for_its_version_and_its_devices(tmp_path):
 def test_a_driver_without_a_device_says_why(tmp_path, status, words):
     driver = find_driver(stand_in(tmp_path, status))
     assert driver.devices == () and driver.version == (12, 8) and words in driver.trouble
-
-
-def test_no_driver_is_no_device():
-    assert find_driver("libno-such-driver.so.1") == NO_GPU

@@ -19,6 +19,17 @@ def write_lines(path, *records):
     return path
 
 
+def write_talks(path, count):
+    """Conversations of two questions that differ in a word each: copies would all be on one side of the split."""
+    return write_lines(
+        path,
+        *(
+            {**talk(*[f"h:What follows {index}?", f"g:That is {index + 1}, and then {index + 2}."] * 2), "id": index}
+            for index in range(count)
+        ),
+    )
+
+
 GOOD = talk("h:Hi", "g:Hello")
 MESSAGES = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
 

@@ -74,8 +74,6 @@ def test_records_that_cannot_be_learned_from_are_dropped_and_counted(tmp_path):
     [
         ('{"conversations": []}\n{"conversations": [}\n', r"line 2: not valid JSON \(Expecting value, column 20\)"),
         ('[\n{"conversations": []},\n{"conversations": [}]', "line 3: not valid JSON"),
-        ('[\n{"conversations": []}\n{"conversations": []}]', "line 3: not valid JSON .*',' delimiter"),
-        ('[{"conversations": []},\n', "line 2: not valid JSON"),
         ('[{"conversations": []}]\n[]', "line 2: not valid JSON .*Extra data"),
         ("[\n{},\n[]]", "item 0: expected a list under conversations or messages"),
         ('[\n{"messages": []},\n[]]', "item 1: got a list"),
@@ -104,7 +102,7 @@ def test_unreadable_files_are_refused_by_name(tmp_path):
         load_conversations(tmp_path / "binary")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "\n\n", '[{"messages": []}]'])
+@pytest.mark.parametrize("text", ["", '[{"messages": []}]'])
 def test_no_usable_conversation_is_an_error_that_names_the_files(tmp_path, text):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     first.write_text(text), second.write_text(text)

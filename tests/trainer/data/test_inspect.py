@@ -2,6 +2,7 @@
 
 import io
 
+from runtime.entry import run_entry
 from tests.trainer.data.made import GOOD, write_lines
 from trainer.data.inspect import InspectOptions, inspect, main
 
@@ -20,7 +21,7 @@ def test_inspect_colors_exactly_the_reply(tmp_path, monkeypatch):
 
 def test_the_command_line_answers_mistakes_with_one_line_and_status_2(tmp_path, capsys):
     path = str(write_lines(tmp_path / "d.jsonl", GOOD))
-    assert main(["--inspect", path, "--count", "1"]) == 0
+    assert run_entry(main, ["--inspect", path, "--count", "1"]) == 0
     assert "in the loss" in capsys.readouterr().out
     mistakes = [
         [],
@@ -31,6 +32,6 @@ def test_the_command_line_answers_mistakes_with_one_line_and_status_2(tmp_path, 
         ["--inspect", str(tmp_path)],
     ]
     for arguments in mistakes:
-        assert main(arguments) == 2
+        assert run_entry(main, arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from backbone.tokenizer import load_tokenizer
+from runtime.entry import run_entry
 from trainer.data.conversations import load_conversations
 from trainer.data.inspect import main
-from trainer.data.parquet import is_table, read_rows
+from trainer.data.parquet import read_rows
 from trainer.data.tokens import load_data
 
 pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
@@ -55,11 +56,13 @@ def values(path, column="conversations"):
 
 
 def test_shards_come_in_order_with_their_rows_counted(tmp_path):
-    folder = write_dataset(tmp_path / "set", CHATS[:3], CHATS[3:])
+    folder = write_dataset(
+        tmp_path / "set", *([{**chat, "text": "a text"} for chat in part] for part in (CHATS[:3], CHATS[3:]))
+    )
     found = list(read_rows(folder))
     assert [row for row, _ in found] == [0, 1, 2, 3, 4]
     assert [record["id"] for _, record in found] == ["0", "1", "2", "3", "4"]
-    assert found[0][1] == {"conversations": TURNS, "id": "0"}  # the column source is not read
+    assert found[0][1] == {"conversations": TURNS, "id": "0"}  # the columns source and text are not read
     talks, report = load_conversations(folder)
     assert [talk.id for talk in talks] == ["0", "1", "2", "3", "4"] and (report.read, report.kept) == (5, 5)
     assert values(folder / "data-00001-of-00002.arrow") == [TURNS] * 2
@@ -82,11 +85,6 @@ def test_train_is_the_split_that_is_taken_unless_another_is_named(tmp_path):
     assert len(values(odd)) == 4 and len(values(write_splits(tmp_path / "c:d", test=CHATS[:1]))) == 1
 
 
-def test_parquet_gives_what_the_folder_gives(tmp_path):
-    parquet.write_table(pyarrow.Table.from_pylist(CHATS), tmp_path / "chats.parquet", row_group_size=2)
-    assert list(read_rows(tmp_path / "chats.parquet")) == list(read_rows(write_dataset(tmp_path / "set", CHATS)))
-
-
 def test_turns_stored_as_columns_are_turns(tmp_path):
     stored = {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}
     parquet.write_table(pyarrow.Table.from_pylist([{"conversations": stored}]), tmp_path / "a.parquet")
@@ -95,12 +93,6 @@ def test_turns_stored_as_columns_are_turns(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": uneven}]), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet row 0: expected a list under conversations or messages"):
         load_conversations(tmp_path / "b.parquet")
-
-
-def test_the_first_of_the_known_columns_is_read(tmp_path):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    record = {"text": "a text", "messages": messages, "other": 1}
-    assert list(read_rows(write_dataset(tmp_path / "set", [record]))) == [(0, {"messages": messages})]
 
 
 @pytest.mark.parametrize("name", ["set", "texts.parquet"])
@@ -121,15 +113,6 @@ def test_tables_become_the_tokens_that_json_lines_become(tmp_path, name):
         assert report.as_dict()["files"] == [path.name]
 
 
-def test_inspect_prints_a_split_and_the_report(tmp_path, capsys):
-    folder = write_splits(tmp_path / "both", train=CHATS, test=TEXTS)
-    assert main(["--inspect", str(folder), "--count", "1"]) == 0
-    assert "5 of 5 conversations from both; " in capsys.readouterr().out
-    assert main(["--inspect", f"{folder}:test", "--block-size", "4"]) == 0
-    shown = capsys.readouterr().out
-    assert "of 5 texts from both:test; dropped 2 blank" in shown and "0: 4 tokens, 3 in the loss" in shown
-
-
 # Mistakes
 
 
@@ -137,11 +120,6 @@ def broken_stream(path):
     write_stream(path / "data.arrow", CHATS)
     content = (path / "data.arrow").read_bytes()
     (path / "data.arrow").write_bytes(content[: len(content) // 2])
-    return path / "data.arrow"
-
-
-def no_stream(path):
-    (path / "data.arrow").write_bytes(b"text, not Arrow, and long enough for a header" * 9)
     return path / "data.arrow"
 
 
@@ -164,13 +142,10 @@ def no_rows(path):
     return path / "a.parquet"
 
 
-def without(name):
-    def make(path):
-        folder = write_dataset(path / "set", CHATS[:3], CHATS[3:])
-        (folder / name).unlink()
-        return folder
-
-    return make
+def incomplete(path):
+    folder = write_dataset(path / "set", CHATS[:3], CHATS[3:])
+    (folder / "data-00001-of-00002.arrow").unlink()
+    return folder
 
 
 def state(content):
@@ -190,18 +165,12 @@ def splits(split, **folders):
     ("make", "complaint"),
     [
         (broken_stream, r"data\.arrow cannot be read: "),
-        (no_stream, r"data\.arrow cannot be read: "),
         (broken_parquet, r"a\.parquet cannot be read: "),
         (not_utf8, r"a\.parquet is not UTF-8 text after row 0: "),
         (no_rows, r"a\.parquet is empty; expected records"),
         (lambda path: path / "none.parquet", r"none\.parquet cannot be read: "),
         (lambda path: path, "is a folder without state.json or dataset_dict.json; expected one that Dataset.save_to"),
-        (
-            without("data-00001-of-00002.arrow"),
-            "set is incomplete: state.json names data-00001-of-00002.arrow; copy all",
-        ),
-        (without("state.json"), "set is a folder without state.json"),
-        (state('{"_data_files": []}'), "set is incomplete: state.json names no file"),
+        (incomplete, "set is incomplete: state.json names data-00001-of-00002.arrow; copy all"),
         (state('{"data_files": []}'), r"state\.json has no list '_data_files'"),
         (state("{"), r"state\.json:1: malformed JSON"),
         (splits(":dev", train=CHATS), "set has no split 'dev'; expected .*set:SPLIT with one of train"),
@@ -225,7 +194,7 @@ def test_a_table_that_cannot_be_read_is_refused_in_one_line_by_name(tmp_path, ca
     path = make(tmp_path)
     with pytest.raises(ValueError, match=complaint):
         load_data([path], load_tokenizer(), max_length=64, block_size=8)
-    assert main(["--inspect", str(path)]) == 2
+    assert run_entry(main, ["--inspect", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 
@@ -235,12 +204,3 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"set is read with pyarrow, which is not .*: pip install pyarrow==25\.0\.1$"):
         load_data([folder], load_tokenizer(), max_length=64, block_size=8)
-
-
-def test_a_table_is_recognized_by_its_name_or_its_folder(tmp_path):
-    write_splits(tmp_path / "set", train=CHATS)
-    assert all(
-        map(is_table, [tmp_path / "set", f"{tmp_path}/set:train", "none.parquet", "a.arrow", f"{tmp_path}/set:no"])
-    )
-    (tmp_path / "a.jsonl").write_text("{}")
-    assert not any(map(is_table, [tmp_path / "a.jsonl", "a.txt", "none", "a:b", ":a", "a.json.gz"]))

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from backbone.templates import named_template
 from backbone.tokenizer import EMBEDDED, ChatTokenizer, load_tokenizer
+from tests.trainer.data.made import GOOD, write_lines
 from trainer.data import conversations
-from trainer.data.conversations import DataReport, load_conversations
+from trainer.data.conversations import DataReport
 from trainer.data.plain_text import CONTEXT, Window, _meet, pack, read_blocks, read_texts, text_tokens, windows
-from trainer.data.tokens import TokenizedData, check_vocabulary, encode_conversations, load_data
+from trainer.data.tokens import TokenizedData, check_vocabulary, load_data
 
 # The pre-tokenizer of Llama 3: line breaks belong to the punctuation before them.
 LLAMA_3 = (
@@ -24,7 +24,6 @@ LLAMA_3 = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 
 
 def chat(backend):
@@ -99,28 +98,6 @@ def test_windows_of_a_text_by_hand():
     assert list(windows([], 3, 2)) == [Window("", 0, 0, True)]
 
 
-@given(st.text("ab \n", max_size=200), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
-def test_windows_laid_end_to_end_are_the_text(text, size, cut, context):
-    found = list(windows([text[i : i + cut] for i in range(0, len(text), cut)], size, context))
-    assert "".join(w.text[w.first : w.last] for w in found) == text
-    assert [w.opens for w in found] == [True] + [False] * (len(found) - 1)
-    for left, right in pairwise(found):
-        assert left.last - left.first >= size
-        assert left.text[max(0, left.last - context) :] == right.text[: right.first + context]
-
-
-def test_windows_are_produced_while_the_text_is_read():
-    read = []
-
-    def pieces():
-        for number in range(100):
-            read.append(number)
-            yield "some words and\n"
-
-    first = next(windows(pieces(), size=30, context=10))
-    assert first.text == "some words and\n" * 2 + "some words" and len(read) < 8
-
-
 SEAMS = (
     "one.\n\nTwo  three\n\n\n  four 55555 \r\n\r\n. . ab\n\tc d\na bab\n\n\n\nd.\n\n語é \N{GRINNING FACE}\n"
     "ab</s>\n a b c\nb c ab ab\n"
@@ -191,18 +168,6 @@ def test_blocks_by_hand():
     assert blocks([5], bos=1) == [] == blocks()
 
 
-@given(st.lists(st.integers(0, 12), max_size=8), st.integers(3, 9), st.sampled_from([None, 1]))
-def test_packing_drops_only_a_short_rest(lengths, block_size, bos):
-    total = sum(lengths)
-    stream = np.split(np.arange(100, 100 + total, dtype=np.int32), np.cumsum(lengths)[:-1])
-    blocks = list(pack(stream, block_size, bos))
-    front = 0 if bos is None else 1
-    packed = [token for block in blocks for token in block[front:].tolist()]
-    assert packed == list(range(100, 100 + len(packed))) and total - len(packed) < 3 - front
-    assert all(len(block) == block_size for block in blocks[:-1]) and all(len(block) >= 3 for block in blocks)
-    assert all(block[0] == 1 for block in blocks if front)
-
-
 @pytest.mark.parametrize("name", ["novel.txt", "novel.txt.gz", "NOVEL.TXT", "wiki.train.raw"])
 def test_decoding_the_blocks_of_a_file_gives_its_text(tmp_path, monkeypatch, tokenizer, name):
     monkeypatch.setattr(conversations, "CHUNK_BYTES", 5)  # cuts characters in two
@@ -246,24 +211,15 @@ def test_records_with_text_are_joined_and_counted(tmp_path, tokenizer):
     ("name", "content", "complaint"),
     [
         ("a.txt", b"", "no usable text in .*a.txt: 1 read, 1 blank"),
-        ("a.txt", b" \n\t\n", "no usable text in .*a.txt: 1 read, 1 blank"),
         ("a.txt", b"x", "a.txt holds 1 tokens of text, too few for a block; expected at least 3"),
         ("a.txt", b"12345\xff6", "a.txt is not UTF-8 text: invalid start byte at byte 5"),
-        ("a.txt", b"\xef\xbb\xbf345\xff6", "a.txt is not UTF-8 text: invalid start byte at byte 6"),
         ("a.txt", b"12345\xe8\xaa", "a.txt is not UTF-8 text: unexpected end of data at byte 5"),
         ("a.txt.gz", gzip.compress(b"text" * 100)[:-9], "a.txt.gz cannot be read"),
         ("a.jsonl", b"", "a.jsonl is empty; expected records with conversations, messages or text"),
-        (
-            "a.jsonl",
-            b'{"text": "a b c"}\n{"txt": "a"}',
-            "a.jsonl line 2: expected an object with text, got the keys txt",
-        ),
         ("a.jsonl", b'{"text": "a b c"}\n[]', "a.jsonl line 2: expected an object with text, got a list"),
         ("a.jsonl", b'{"text": ["a"]}', "a.jsonl line 1: text is a list, expected a string"),
         ("a.jsonl", b'{"text": null}\n{"text": " "}', "no usable text in .*a.jsonl: 2 read, 2 blank"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "no usable text in .*a.jsonl: 1 read, 0 blank, 1 malformed"),
-        ("a.jsonl", b'{"words": "a"}', "a.jsonl line 1: expected a list under conversations .* got the keys words"),
-        ("a.jsonl", b"words", "a.jsonl line 1: not valid JSON"),
     ],
 )
 def test_files_without_text_are_refused_by_name(tmp_path, monkeypatch, tokenizer, name, content, complaint):
@@ -279,9 +235,7 @@ def test_files_without_text_are_refused_by_name(tmp_path, monkeypatch, tokenizer
 @pytest.fixture
 def mixed(tmp_path):
     """Two conversations, a text, and two texts in records."""
-    (tmp_path / "chat.jsonl").write_text(
-        "\n".join([json.dumps(GOOD), json.dumps({"conversations": []}), json.dumps(GOOD)])
-    )
+    write_lines(tmp_path / "chat.jsonl", GOOD, {"conversations": []}, GOOD)
     (tmp_path / "a.txt").write_text("Some words of plain text.")
     (tmp_path / "b.json").write_text(json.dumps([{"text": "First text."}, {"text": "Second."}]))
     return [tmp_path / "a.txt", tmp_path / "chat.jsonl", tmp_path / "b.json"]
@@ -297,11 +251,7 @@ def test_files_of_all_kinds_are_laid_end_to_end_in_their_order(mixed, tokenizer)
     assert (data.offsets.dtype, data.offsets[0], data.offsets[-1]) == (np.int64, 0, len(data.token_ids))
     assert parts[1][0].weights.tolist() == [1.0, 1.0]
 
-    talks, chat_report = load_conversations(mixed[1])
-    same = encode_conversations(talks, tokenizer, 100, chat_report)
-    assert parts[1][0].token_ids.tolist() == same.token_ids.tolist()
-    assert parts[1][1].parts == [chat_report] == report.parts[1:2]
-
+    assert parts[1][1].parts == report.parts[1:2]
     blocks = len(parts[0][0]) + len(parts[2][0])
     assert (report.read, report.texts, report.kept, report.blank, report.blocks) == (6, 3, 2, 1, blocks)
     assert (report.tokens, report.loss_tokens) == (len(data.token_ids), data.mask.sum())
@@ -329,24 +279,21 @@ def test_loss_on_all_leaves_out_only_the_beginning_token(mixed, tokenizer, monke
         patch.delitem(tokenizer._special, "bos_token")  # the template then begins with the system sentence
         without, _ = load_data(mixed[1:2], tokenizer, max_length=100, block_size=6, loss_on="all")
     assert without.mask.all() and len(without.mask) == len(everything.mask) - 2
-    text, _ = load_data(mixed[:1], load_tokenizer(), max_length=100, block_size=6, loss_on="all")
-    assert text.mask.tolist() == load_data(mixed[:1], load_tokenizer(), max_length=100, block_size=6)[0].mask.tolist()
-
-
-def test_a_file_without_a_sequence_is_refused(mixed, tokenizer, tmp_path):
-    (tmp_path / "blank.jsonl").write_text('{"messages": []}')
-    with pytest.raises(ValueError, match=r"no usable conversation in \S*blank\.jsonl: 1 read, 1 blank"):
-        load_data([*mixed, tmp_path / "blank.jsonl"], tokenizer, max_length=100, block_size=6)
+    text, all_of_it = (
+        load_data(mixed[:1], tokenizer, max_length=100, block_size=6, loss_on=loss_on)[0]
+        for loss_on in ("assistant", "all")
+    )
+    assert text.mask.tolist() == all_of_it.mask.tolist()
 
 
 def test_a_text_is_read_on_demand(tmp_path, monkeypatch):
-    """Texts larger than memory: the file is not read before its pieces are taken."""
+    """Texts larger than memory: the end of the file is not read before the first windows are taken."""
     monkeypatch.setattr(conversations, "CHUNK_BYTES", 4)
-    (tmp_path / "a.txt").write_bytes(b"good text" + b"\xff")
-    pieces = iter(next(iter(read_texts(tmp_path / "a.txt", DataReport()))))
-    assert [next(pieces), next(pieces)] == ["good", " tex"]
+    (tmp_path / "a.txt").write_bytes(b"some words and\n" * 9 + b"\xff")
+    found = windows(next(iter(read_texts(tmp_path / "a.txt", DataReport()))), size=30, context=10)
+    assert next(found).text == "some words and\n" * 2 + "some words"
     with pytest.raises(ValueError, match="not UTF-8"):
-        list(pieces)
+        list(found)
 
 
 def test_tokens_outside_the_vocabulary_are_named():

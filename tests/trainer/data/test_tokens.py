@@ -4,7 +4,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.data.made import MESSAGES, conversations_of, numbered
@@ -71,35 +71,18 @@ def test_batches_fill_greedily_in_the_order_drawn():
             assert drawn == [[0, 1], [2], [3]]
 
 
-def test_batches_depend_on_seed_and_epoch_only():
-    data = numbered([1, 2, 3, 4, 5] * 20)
-    first = batches(data, 16, seed=3, epoch=1)
-    assert first == batches(data, 16, seed=3, epoch=1)
-    assert first != batches(data, 16, seed=3, epoch=2) and first != batches(data, 16, seed=4, epoch=1)
-    assert sorted(chain(*first)) == list(range(100))
-
-
 def test_batches_are_those_that_earlier_states_were_written_with():
     data = numbered([5, 3, 8, 2, 7, 4, 6, 1], weights=np.ones(8))
-    assert batches(data, 10, seed=1, epoch=2) == [[6], [0, 7, 5], [1, 4], [3, 2]]
-
-
-def test_weights_decide_how_often_a_sequence_is_taken():
-    weights = np.array([1.0, 0.5, 0.5, 0.5, 0.5, 2.5, 2.5])
-    first, second, third = (repeats(weights, 0, epoch) for epoch in range(3))
-    assert first[0] == second[0] == 1
-    assert first[1:5].sum() == second[1:5].sum() == 2 and (first + second)[1:5].tolist() == [1] * 4
-    assert sorted(first[5:].tolist()) == sorted(second[5:].tolist()) == [2, 3]
-    assert (first + second)[5:].tolist() == [5, 5] and third.tolist() == first.tolist()
-    other = np.stack([repeats(np.full(8, 0.5), seed, 0) for seed in range(20)])
-    assert len(np.unique(other, axis=0)) > 10 and (other.sum(axis=1) == 4).all()
-    assert repeats(np.zeros(0), 0, 0).shape == (0,)
+    drawn = batches(data, 10, seed=1, epoch=2)
+    assert drawn == [[6], [0, 7, 5], [1, 4], [3, 2]]
+    assert batches(data, 10, seed=2, epoch=2) != drawn != batches(data, 10, seed=1, epoch=1)
 
 
 @settings(max_examples=50)
 @given(
     st.lists(st.sampled_from([0.1, 0.3, 1 / 3, 0.5, 1.0, 2.0, 2.7, 3.25]), min_size=1, max_size=12), st.integers(0, 99)
 )
+@example([1.0, 0.5, 0.5, 0.5, 0.5, 2.5, 2.5], 0)
 def test_epochs_add_up_to_the_weights(weights, seed):
     weights, epochs = np.array(weights), 40
     counts = np.stack([repeats(weights, seed, epoch) for epoch in range(epochs)])
@@ -110,6 +93,12 @@ def test_epochs_add_up_to_the_weights(weights, seed):
     for weight in np.unique(weights):  # nor are the sequences of one weight together
         alike = weights == weight
         assert (np.abs(counts[:, alike].sum(axis=1) - weight * alike.sum()) < 1 + 1e-9).all()
+
+
+def test_the_seed_decides_which_sequences_of_a_weight_an_epoch_takes():
+    drawn = np.stack([repeats(np.full(8, 0.5), seed, 0) for seed in range(20)])
+    assert len(np.unique(drawn, axis=0)) > 10 and (drawn.sum(axis=1) == 4).all()
+    assert repeats(np.zeros(0), 0, 0).shape == (0,)
 
 
 def test_a_sequence_of_weight_two_is_in_the_batches_twice():
@@ -125,10 +114,11 @@ def test_a_sequence_of_weight_two_is_in_the_batches_twice():
 def test_targets_of_five_tokens_by_hand():
     ids = np.array([10, 11, 12, 13, 14], dtype=np.int32)
     mask = np.array([False, False, True, True, True])
-    labels = targets(mask, ids, np.array([0, 5]), num_depths=2)
+    data = TokenizedData(ids, mask, np.array([0, 5]))
+    labels = targets(data, num_depths=2)
     assert labels.dtype == np.int32
     assert labels.tolist() == [[12, 13, 14, IGNORE, IGNORE], [13, 14, IGNORE, IGNORE, IGNORE]]
-    positions, found = labelled_positions(TokenizedData(ids, mask, np.array([0, 5])), num_depths=2)
+    positions, found = labelled_positions(data, num_depths=2)
     assert positions.tolist() == [1, 2] and found.tolist() == [[13, 14], [14, IGNORE]]  # the root of 0 is the user's
 
 
@@ -148,11 +138,10 @@ def test_targets_stay_inside_their_conversation_and_equal_the_plain_loop():
         data = numbered(lengths, first=100)
         mask = order.random(len(data.token_ids)) < 0.7
         for num_depths in (1, 3, 9):
-            found = targets(mask, data.token_ids, data.offsets, num_depths)
+            found = targets(TokenizedData(data.token_ids, mask, data.offsets), num_depths)
             expected = targets_one_by_one(mask, data.token_ids, data.offsets, num_depths)
             np.testing.assert_array_equal(found, expected)
     # The control: as one conversation, the same tokens have labels that cross the borders.
     data = numbered([5, 7])
-    everything = np.ones(12, bool)
-    joined = targets(everything, data.token_ids, np.array([0, 12]), 2)
-    assert not np.array_equal(joined, targets(everything, data.token_ids, data.offsets, 2))
+    joined = targets(TokenizedData(data.token_ids, data.mask, np.array([0, 12])), 2)
+    assert not np.array_equal(joined, targets(data, 2))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from backbone.model import load_backbone
+from runtime.entry import run_entry
+from tests.trainer.data.made import write_talks
 from trainer.config import TrainConfig
 from trainer.data.splits import load_splits
 from trainer.features import command
@@ -18,12 +20,7 @@ from trainer.features.command import layers_of, main
 
 @pytest.fixture
 def corpus(tmp_path):
-    path = tmp_path / "talks.jsonl"
-    with open(path, "w") as file:
-        for i in range(20):
-            turns = [{"from": "human", "value": f"What is {i} and {i}?"}, {"from": "gpt", "value": f"It is {i + i}."}]
-            file.write(json.dumps({"conversations": turns}) + "\n")
-    return path
+    return write_talks(tmp_path / "talks.jsonl", 20)
 
 
 def test_the_command_writes_the_layers_of_all_heads_and_verifies_them(corpus, tmp_path, capfd):
@@ -33,11 +30,11 @@ def test_the_command_writes_the_layers_of_all_heads_and_verifies_them(corpus, tm
     layers = layers_of(None, backbone)
     assert layers and set(layers_of(["gated_rnn"], backbone)) <= set(layers)
 
-    assert main([*options, "--verify"]) == 2
+    assert run_entry(main, [*options, "--verify"]) == 2
     assert "other shards are missing, the 0 others are intact" in capfd.readouterr().err
     assert not (tmp_path / "cache").exists()
 
-    assert main(options) == 0
+    assert run_entry(main, options) == 0
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert report["status"] == "written" and report["arrays"] == array_names(layers)
     parts = {"training": splits.training, "held out": splits.held_out}
@@ -52,10 +49,10 @@ def test_the_command_writes_the_layers_of_all_heads_and_verifies_them(corpus, tm
     assert announced == []
     np.testing.assert_array_equal(cached.hidden.numpy(), online.hidden.numpy().astype(np.float16).astype(np.float32))
 
-    assert main([*options, "--verify"]) == 0
+    assert run_entry(main, [*options, "--verify"]) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["status"] == "verified"
     os.truncate(Path(report["parts"][1]["path"]) / "hidden-00000.f16", 1000)
-    assert main([*options, "--verify"]) == 2
+    assert run_entry(main, [*options, "--verify"]) == 2
     assert "hidden-00000.f16 is damaged" in capfd.readouterr().err
 
 
@@ -84,7 +81,7 @@ def test_the_layers_are_those_of_every_head_that_can_be_built_and_is_trained(mon
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(options, message, corpus, tmp_path, capfd):
-    assert main(["--data", str(corpus), "--cache-dir", str(tmp_path / "cache"), *options]) == 2
+    assert run_entry(main, ["--data", str(corpus), "--cache-dir", str(tmp_path / "cache"), *options]) == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "cache").exists()

@@ -95,19 +95,13 @@ def test_shards_hold_complete_sequences_up_to_their_size():
     assert len(sizes) == 4 and (sizes <= SHARD).all() and (sizes[:-1] > SHARD - 20).all()
 
 
-def test_more_shards_than_may_be_open_are_read(at, monkeypatch):
+def test_a_store_is_read_as_it_was_cut_with_more_shards_than_may_be_open(at, monkeypatch):
     everything = read(write(at()), "a", range(40))
     monkeypatch.setattr(trainer.features.shards, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(trainer.features.shards, "SHARD_TOKENS", 70)
     store = at()
     np.testing.assert_array_equal(read(store, "a", range(40)), everything)
     assert store._rows.cache_info().currsize == 1 and store._rows.cache_info().misses == 4
-
-
-def test_a_store_is_read_as_it_was_cut_whatever_the_current_size(at, monkeypatch):
-    everything = read(write(at()), "a", range(40))
-    monkeypatch.setattr(trainer.features.shards, "SHARD_TOKENS", 70)
-    assert at().num_shards == 4
-    np.testing.assert_array_equal(read(at(), "a", range(40)), everything)
 
 
 # Checking
@@ -125,45 +119,24 @@ def test_checksums_are_what_sha256sum_reads(at, tmp_path):
     assert meta == {"format": 2, "dim": DIM, "sequences": 40, **IDENTITY, "shards": cut(OFFSETS, SHARD)}
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[1234] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path):
-    os.truncate(path, 4096)
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "damage", "message"),
     [
-        (flip, "its checksum is [0-9a-f]{64}, expected [0-9a-f]{64}"),
-        (truncate, "it has 4096 bytes, expected [0-9]+"),
+        ("b-00002.f16", lambda old: old[:1234] + bytes([old[1234] ^ 1]) + old[1235:], "its checksum is [0-9a-f]{64}, "),
+        ("b-00002.f16", lambda old: old[:4096], "it has 4096 bytes, expected [0-9]+; delete it to have it written"),
+        ("b-00002.f16.sha256", lambda old: b"12  b-00002.f16\n", "expected a SHA-256 .*; delete it to have the shard"),
+        ("b-00002.f16.sha256", lambda old: b"0" * 64 + b"  b-00001.f16\n", "expected a SHA-256"),
+        ("b-00002.f16.sha256", lambda old: b"\xff\xfe", "expected a SHA-256"),
     ],
 )
-def test_a_damaged_shard_is_refused_by_name_until_it_is_deleted(at, tmp_path, damage, message):
+def test_a_damaged_file_is_refused_by_name_until_it_is_deleted(at, tmp_path, name, damage, message):
     store = write(at())
-    complete = contents(tmp_path)
+    complete, path = contents(tmp_path), tmp_path / name
     store.verify(store.all(ARRAYS))
-    path = store.path(("b", 2))
-    damage(path)
-    with pytest.raises(ValueError, match=rf"{path} is damaged: {message}; delete it to have it written again"):
+    path.write_bytes(damage(complete[name]))
+    with pytest.raises(ValueError, match=rf"{path} is damaged: {message}"):
         store.verify(store.all(ARRAYS))
     store.verify(store.all(["a"]))
-    path.unlink()
-    write(at())
-    assert contents(tmp_path) == complete
-
-
-@pytest.mark.parametrize("line", [b"12  a-00000.f16\n", b"0" * 64 + b"  a-00001.f16\n", b"\xff\xfe"])
-def test_a_damaged_checksum_is_refused_by_name_until_it_is_deleted(at, tmp_path, line):
-    store = write(at())
-    complete = contents(tmp_path)
-    path = tmp_path / "a-00000.f16.sha256"
-    path.write_bytes(line)
-    with pytest.raises(ValueError, match=f"{path} is damaged: .*; delete it to have the shard rewritten"):
-        store.verify(store.all(ARRAYS))
     path.unlink()
     write(at())
     assert contents(tmp_path) == complete

@@ -79,34 +79,23 @@ def taught(teacher, batch):
 # The backbone --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("logit_bytes", [32 << 20, 11 * 64 * 4])
-def test_the_backbone_teaches_the_softmax_of_its_own_logits(backbone, texts, monkeypatch, logit_bytes):
-    monkeypatch.setattr(top_k, "LOGIT_BYTES", logit_bytes)  # all rows at once, and a few at a time
-    ids, probabilities = taught(BackboneTeacher(backbone, K), batch_of(backbone, texts))
+@pytest.mark.parametrize("most_rows", [1000, 11])
+def test_the_backbone_teaches_the_softmax_of_its_own_logits(backbone, texts, monkeypatch, most_rows):
+    sizes, multiply = [], jt.nn.matmul_transpose
+    monkeypatch.setattr(top_k, "LOGIT_BYTES", most_rows * 64 * 4)
+    monkeypatch.setattr(jt.nn, "matmul_transpose", lambda x, w: sizes.append(x.shape[0]) or multiply(x, w))
+    batch = batch_of(backbone, texts)
+    batch[0].hidden = jt.array(batch[0].hidden.numpy())
+    assert not batch[0].hidden.is_stop_grad() and BackboneTeacher(backbone, K)(*batch)[1].is_stop_grad()
+    assert sum(sizes) == sum(LENGTHS) and max(sizes) <= most_rows
+    ids, probabilities = taught(BackboneTeacher(backbone, K), batch)
     true_ids, true = expected(backbone, texts, K)
     true /= true.sum(1, keepdims=True)
     assert ids.shape == probabilities.shape == (sum(LENGTHS), K)
     assert (ids == true_ids).all()
     # oneDNN and the row-invariant kernel of lm_logits add up in different orders.
     assert np.abs(probabilities - true).max() < 1e-5
-    shifted = np.roll(true, 1, 0)
-    assert np.abs(probabilities - shifted).max() > 0.1  # a teacher one row off would be noticed
-
-
-def test_the_number_of_logits_at_a_time_is_limited(backbone, texts, monkeypatch):
-    sizes, multiply = [], jt.nn.matmul_transpose
-    monkeypatch.setattr(top_k, "LOGIT_BYTES", 11 * 64 * 4)
-    monkeypatch.setattr(jt.nn, "matmul_transpose", lambda x, w: sizes.append(x.shape[0]) or multiply(x, w))
-    taught(BackboneTeacher(backbone, K), batch_of(backbone, texts))
-    assert sum(sizes) == sum(LENGTHS) and max(sizes) <= 11
-
-
-def test_what_is_taught_carries_no_gradient(backbone, texts):
-    features, token_ids, offsets = batch_of(backbone, texts)
-    features.hidden = jt.array(features.hidden.numpy())
-    assert not features.hidden.is_stop_grad()
-    _, probabilities = BackboneTeacher(backbone, K)(features, token_ids, offsets)
-    assert probabilities.is_stop_grad()
+    assert np.abs(probabilities - np.roll(true, 1, 0)).max() > 0.1  # a teacher one row off would be noticed
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -136,6 +125,14 @@ def test_a_file_teaches_what_the_backbone_does_up_to_float16_rounding(backbone, 
     assert np.abs(other - true).max() > 0.1
 
 
+def test_texts_of_any_length_have_the_distributions_of_their_beginnings(backbone, texts, tmp_path):
+    long = np.arange(140, dtype=np.int32) % 64  # more than the backbone's positions
+    teacher = StoredTeacher(write(backbone, [texts[2], long, texts[2][:9]], tmp_path / "beginnings"), K)
+    ids, probabilities = taught(teacher, batch_of(backbone, [texts[2][:9], texts[2], long[:128]]))
+    assert (ids[:9] == ids[9:18]).all() and np.abs(probabilities[:9] - probabilities[9:18]).max() < 1e-3
+    assert (ids[9 + len(texts[2]) :] == expected(backbone, [long[:128]], K)[0]).all()
+
+
 def test_a_truncated_sequence_is_found(backbone, texts, stored):
     teacher = StoredTeacher(stored, K)
     for most in (8, 5, 8):
@@ -143,13 +140,6 @@ def test_a_truncated_sequence_is_found(backbone, texts, stored):
         ids, probabilities = taught(teacher, batch_of(backbone, cut))
         true_ids, true = taught(BackboneTeacher(backbone, K), batch_of(backbone, cut))
         assert (ids == true_ids).all() and np.abs(probabilities - true).max() < 1e-3
-
-
-def test_the_beginning_of_one_conversation_that_is_another_gets_the_same_distributions(backbone, texts, tmp_path):
-    pair = [texts[2], texts[2][:9]]
-    teacher = StoredTeacher(write(backbone, pair, tmp_path / "pair"), K)
-    ids, probabilities = taught(teacher, batch_of(backbone, pair[::-1]))
-    assert (ids[:9] == ids[9:18]).all() and np.abs(probabilities[:9] - probabilities[9:18]).max() < 1e-3
 
 
 def test_other_text_is_refused_by_name(backbone, texts, stored):
@@ -235,25 +225,15 @@ def test_a_complete_file_of_the_same_tokens_is_reused_and_any_other_rewritten(
     monkeypatch.setattr(
         TopKWriter, "_forced", lambda self, ids, offsets: computed.append(len(ids)) or forced(self, ids, offsets)
     )
-    writer = TopKWriter(backbone, Identity(), STORED_K, folder, tmp_path / "place")
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="not a folder of only top-k files"):
+        TopKWriter(backbone, Identity(), K, folder, place)
+    (place / "thesis.tex").unlink()
+    writer = TopKWriter(backbone, Identity(), STORED_K, folder, place)
     for text in texts:
         writer.add(text.tolist(), len(text))
     writer.finish()
     assert computed == [17, 18]
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in stored.iterdir()}
-
-
-def test_a_folder_of_something_else_is_not_replaced(backbone, tmp_path):
-    place = tmp_path / "corpus.jsonl.top"
-    place.mkdir()
-    (place / "thesis.tex").write_text("all of it")
-    with pytest.raises(ValueError, match="not a folder of only top-k files"):
-        TopKWriter(backbone, Identity(), K, tmp_path / "top", place)
-    assert (place / "thesis.tex").exists()
-
-
-def test_a_text_longer_than_the_backbones_positions_is_truncated(backbone, tmp_path):
-    text = np.arange(140, dtype=np.int32) % 64
-    teacher = StoredTeacher(write(backbone, [text], tmp_path / "long"), K)
-    cut = text[:128]
-    assert (taught(teacher, (None, cut, np.array([0, 128])))[0] == expected(backbone, [cut], K)[0]).all()

@@ -1,7 +1,6 @@
 """The moving average of the weights: its values, and the exchange with the parameters."""
 
 import numpy as np
-import pytest
 
 from heads.base import Head
 from heads.layers import Linear
@@ -70,29 +69,6 @@ def test_the_average_is_that_of_numpy_with_its_correction_of_the_first_updates()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], atol=1e-6)
         assert np.abs(got[name] - draw(5, want[name].shape)).max() > 1e-2
-
-
-def test_two_updates_by_hand():
-    weight = jt.array(np.array([11.0], np.float32))
-    average = Average({"weight": weight}, 0.999, TwoLayers())
-    weight.update(jt.array(np.array([0.0], np.float32)))
-    average.update()  # 2/11 of 11, and 9/11 of 0
-    average.update()  # 3/12 of 2
-    with average.swapped():
-        assert weight.numpy()[0] == pytest.approx(0.5, abs=1e-6)
-    assert weight.numpy()[0] == 0
-
-
-def test_an_average_begins_as_the_weights_and_no_decay_is_the_weights():
-    head, average = begin(decay=0.0)
-    start = values(head)
-    for name, value in averaged(average).items():
-        np.testing.assert_array_equal(value, start[name])
-    move(head, 1)
-    average.update()
-    for name, value in averaged(average).items():
-        np.testing.assert_allclose(value, values(head)[name], atol=1e-6)
-        assert np.abs(value - start[name]).max() > 1e-2
 
 
 def test_the_weights_are_restored_exactly_even_after_an_exception():
@@ -170,46 +146,3 @@ def test_parameters_still_have_gradients_and_no_graph_is_left_behind():
     assert counts[0] == counts[1] == counts[2]
     weight = head.first.weight
     np.testing.assert_allclose(jt.grad((weight * weight).sum(), weight).numpy(), 2 * weight.numpy(), rtol=1e-6)
-
-
-def test_resuming_from_a_state_gives_the_same_bits():
-    head, average = begin(decay=0.99)
-    for step in range(3):
-        move(head, step)
-        average.update()
-    state = average.state()
-    assert state["updates"].dtype == np.int64 and state["updates"] == 3
-    copies = {name: value.copy() for name, value in state.items()}
-    others, other = begin(decay=0.99)
-    other.load_state(state)
-    fresh_head, fresh = begin(decay=0.99)
-    for each, its in ((head, average), (others, other), (fresh_head, fresh)):
-        for step in range(3, 6):
-            move(each, step)
-            its.update()
-    for name, value in average.state().items():
-        np.testing.assert_array_equal(value, other.state()[name])
-        assert not np.array_equal(value, fresh.state()[name])  # control: without the state
-        np.testing.assert_array_equal(state[name], copies[name])  # later updates do not change it
-
-
-def test_a_state_that_does_not_fit_is_refused_and_every_entry_named():
-    _, average = begin()
-    fitting = average.state()
-    wrong = {**fitting, "average.stray": fitting["updates"], "average.first.bias": np.zeros(3, np.float32)}
-    del wrong["average.second.weight"]
-    with pytest.raises(ValueError, match="the average of the weights") as caught:
-        average.load_state(wrong)
-    wanted = ("second.weight is missing", "stray is int64 (), expected none", "first.bias is float32 (3,)")
-    for part in wanted:
-        assert part in str(caught.value)
-    average.load_state(fitting)
-
-
-def test_no_update_and_no_state_while_the_averages_are_in_the_parameters():
-    _, average = begin()
-    with average.swapped():
-        for refused in (average.update, average.state, lambda: average.swapped().__enter__()):
-            with pytest.raises(AssertionError, match="in the parameters"):
-                refused()
-    average.update()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from runtime import jt
-from trainer.config import OPTIMIZERS as NAMES
 from trainer.config import TrainConfig
 from trainer.optim.optimizer import OPTIMIZERS, NonFinite, gradient_norm
 
@@ -20,21 +19,21 @@ def normal(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-def begin(kind="adamw", shapes=SHAPES, rates=None, seed=0, **changes):
+def begin(kind="adamw", shapes=SHAPES, rates=None, **changes):
     """(parameters by name, optimizer over them)."""
-    parameters = {name: jt.array(normal(*shape, seed=seed)) for name, shape in shapes.items()}
+    parameters = {name: jt.array(normal(*shape)) for name, shape in shapes.items()}
     config = TrainConfig(optimizer=kind, **{**OPTIONS, "clip": 0.0, **changes})
     return parameters, OPTIMIZERS[kind](config, parameters, rates or dict.fromkeys(shapes, 1.0), {VOCAB})
 
 
-def gradients(step, shapes=SHAPES):
+def gradients(step):
     """Gradients of one step, the same for every optimizer; later ones are larger."""
-    return [normal(*shape, seed=100 + step) * np.float32(step + 1) for shape in shapes.values()]
+    return [normal(*shape, seed=100 + step) * np.float32(step + 1) for shape in SHAPES.values()]
 
 
-def run_steps(optimizer, first, last, rate=1e-2):
+def run_steps(optimizer, first, last):
     """Updates from ``first`` up to but not including ``last``; returns the norms."""
-    return [optimizer.update([jt.array(g) for g in gradients(step)], rate) for step in range(first, last)]
+    return [optimizer.update([jt.array(g) for g in gradients(step)], 1e-2) for step in range(first, last)]
 
 
 def values(parameters):
@@ -53,7 +52,7 @@ def newton_schulz(matrix):
     return u * s @ v
 
 
-def in_numpy(kind, steps, clip=0.0, rates=None, rate=1e-2, decay=0.1):
+def in_numpy(kind, steps, clip, rates):
     """The parameters after some updates, in double precision, and the norms."""
     weights = {name: normal(*shape).astype(np.float64) for name, shape in SHAPES.items()}
     first, second = ({name: np.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
@@ -76,7 +75,7 @@ def in_numpy(kind, steps, clip=0.0, rates=None, rate=1e-2, decay=0.1):
                 second[name][:] = 0.95 * second[name] + 0.05 * g * g
                 corrected = second[name] / (1 - 0.95 ** (step + 1))
                 direction = m / (1 - 0.9 ** (step + 1)) / (np.sqrt(corrected) + 1e-8)
-            w -= rate * (rates or {}).get(name, 1.0) * (direction + (decay * w if w.ndim > 1 else 0))
+            w -= 1e-2 * rates[name] * (direction + (0.1 * w if w.ndim > 1 else 0))
     return weights, norms
 
 
@@ -104,29 +103,6 @@ def test_muon_updates_hidden_matrices_and_adamw_the_rest():
     assert by_adamw == {"vector", "lm_head.weight", "experts", "embedding"}
 
 
-def test_a_muon_update_has_singular_values_near_one_and_the_size_of_adamws():
-    shapes = {"wide": (24, 64), "tall": (64, 24)}
-    parameters, optimizer = begin("muon", shapes, weight_decay=0.0)
-    before = values(parameters)
-    optimizer.update([jt.array(g) for g in gradients(0, shapes)], 1e-2)
-    for name, parameter in parameters.items():
-        update = (before[name] - parameter.numpy()) / (1e-2 * 0.2 * math.sqrt(64))
-        singular = np.linalg.svd(update, compute_uv=False)
-        assert singular.min() > 0.67 and singular.max() < 1.21, name
-        assert 0.13 < np.sqrt((update * 0.2 * math.sqrt(64)) ** 2).mean() < 0.24, name
-
-
-def test_every_optimizer_of_the_options_exists():
-    assert KINDS == NAMES
-
-
-def test_gradients_of_another_order_are_refused():
-    _, optimizer = begin()
-    with pytest.raises(AssertionError, match="7"):
-        optimizer.update([jt.array(g) for g in gradients(0)[::-1]], 1e-2)
-    assert optimizer.steps == 0
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_computed_from_the_old_weights_do_not_change(kind):
     parameters, optimizer = begin(kind)
@@ -139,21 +115,10 @@ def test_values_computed_from_the_old_weights_do_not_change(kind):
         assert np.abs(parameters[name].numpy() * 2 - old[name]).max() > 1e-3
 
 
-def test_updates_leave_no_graph_behind():
-    for kind in KINDS:
-        _, optimizer = begin(kind)
-        counts = []
-        for step in range(4):
-            run_steps(optimizer, step, step + 1)
-            jt.sync_all()
-            counts.append((jt.core.number_of_lived_vars(), jt.core.number_of_lived_ops()))
-        assert len(set(counts[1:])) == 1, (kind, counts)
-
-
 # Numbers that are not finite
 
 
-@pytest.mark.parametrize(("kind", "bad"), zip(KINDS, [np.nan, np.inf, -np.inf], strict=True))
+@pytest.mark.parametrize(("kind", "bad"), [("adamw", np.nan), ("lion", np.inf), ("muon", -np.inf)])
 def test_a_gradient_that_is_not_finite_raises_and_changes_nothing(kind, bad):
     parameters, optimizer = begin(kind, clip=1.0)
     run_steps(optimizer, 0, 1)
@@ -174,32 +139,6 @@ def test_a_gradient_that_is_not_finite_raises_and_changes_nothing(kind, bad):
 
 
 # State
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_resuming_from_a_state_gives_the_same_bits(kind):
-    parameters, optimizer = begin(kind)
-    run_steps(optimizer, 0, 3)
-    state, weights = optimizer.state(), values(parameters)
-    assert state["steps"].dtype == np.int64 and state["steps"] == 3
-    copies = {name: array.copy() for name, array in state.items()}
-    results = []
-    for loads in (True, False):
-        others, other = begin(kind, seed=7)
-        for name, parameter in others.items():
-            parameter.update(jt.array(weights[name]))
-        if loads:
-            other.load_state(state)
-        run_steps(other, 3, 6)
-        results.append((values(others), other.state()))
-    run_steps(optimizer, 3, 6)
-    for name, value in values(parameters).items():
-        np.testing.assert_array_equal(value, results[0][0][name])
-        assert kind == "lion" or not np.array_equal(value, results[1][0][name])  # control: without the state
-    for name, value in optimizer.state().items():
-        np.testing.assert_array_equal(value, results[0][1][name])
-        assert not np.array_equal(value, results[1][1][name])
-        np.testing.assert_array_equal(state[name], copies[name])  # later updates do not change it
 
 
 def test_a_state_that_does_not_fit_is_refused_and_every_entry_named():

@@ -78,25 +78,17 @@ def test_the_points_read_back_are_those_given(tmp_path):
     }
 
 
-def test_a_resumed_run_replaces_the_points_after_its_first_step(tmp_path):
+@pytest.mark.parametrize(("first_step", "expected"), [(3, {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0}), (0, {1: 10.0, 2: 20.0})])
+def test_a_resumed_run_replaces_the_points_after_its_first_step_and_a_new_one_all(tmp_path, first_step, expected):
     with Events(tmp_path) as events:
-        for step in range(1, 9):
+        for step in range(1, 6):
             events.step(step, {"rate": float(step)})
-    with Events(tmp_path, first_step=5) as events:
-        for step in range(6, 8):
-            events.step(step, {"rate": 10.0 * step})
-    assert read_points(tmp_path) == {"train/learning_rate": {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: 60.0, 7: 70.0}}
-
-
-def test_a_new_run_in_the_same_directory_replaces_all_points(tmp_path):
-    with Events(tmp_path) as events:
-        events.step(1, {"rate": 1.0})
-        events.step(2, {"rate": 2.0})
     (first,) = tmp_path.iterdir()
     first.rename(tmp_path / first.name.replace("tfevents.", "tfevents.0"))  # as of an earlier time
-    with Events(tmp_path) as events:
-        events.step(1, {"rate": 3.0})
-    assert read_points(tmp_path) == {"train/learning_rate": {1: 3.0}}
+    with Events(tmp_path, first_step=first_step) as events:
+        for step in list(expected)[first_step:]:
+            events.step(step, {"rate": 10.0 * step})
+    assert read_points(tmp_path) == {"train/learning_rate": expected}
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -74,20 +74,6 @@ def test_what_is_written_is_what_is_read(tmp_path):
         (0, 12, "then"),
         (12, 20, "now"),
     ]
-
-
-def test_a_resumed_run_takes_the_sessions_of_an_earlier_record():
-    earlier = record()
-    later = record(
-        steps=30,
-        history=[*HISTORY, point(30, 2.75)],
-        sessions=[*earlier.sessions, {"first_step": 20, "last_step": 30, "provenance": {}}],
-    )
-    assert [found.step for found in later.history] == [10, 20, 30]
-    assert [session.last_step for session in later.sessions] == [12, 20, 30]
-
-
-def test_a_run_of_no_time_has_no_speed():
     assert record(train_s=0.0).tokens_per_s is None
 
 
@@ -120,8 +106,5 @@ def test_a_file_that_is_not_a_record_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         TrainRecord.read(path)
-
-
-def test_an_unknown_key_is_refused():
     with pytest.raises(ValueError, match="speed: Extra inputs are not permitted"):
         TrainRecord.parse({**record().model_dump(mode="json"), "speed": 1})

@@ -120,55 +120,45 @@ def test_a_terminal_without_colors_gets_none(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     text = run(Console(file=Terminal(), width=80, height=30))
     assert [code for code, kind in ESCAPE.findall(text) if kind == "m" and re.search(r"\b[349]\d", code)]
+    monkeypatch.setenv("TERM", "dumb")
+    text = run(Console(file=Terminal(), width=80, height=30))
+    assert "\x1b" not in text and "step 40/40 loss" in text  # lines
 
 
 def test_output_to_a_redirected_stdout_is_not_captured(monkeypatch):
     console = Console(file=Terminal(), width=80, height=30)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    with Watch(2, console=console) as watch:
-        watch.step(1, 2, record(1))
-        print("the result")
-    assert sys.stdout.getvalue() == "the result\n"
-    assert "the result" not in console.file.getvalue()
-
-
-def test_an_error_leaves_the_cursor_visible():
-    console = Console(file=Terminal(), width=80, height=30)
     with pytest.raises(FloatingPointError), Watch(2, console=console) as watch:
         watch.step(1, 2, record(1))
+        print("the result")
         raise FloatingPointError
+    assert sys.stdout.getvalue() == "the result\n"
     text = console.file.getvalue()
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "the result" not in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # an error leaves the cursor visible
 
 
 # Off a terminal
+
+
+def step_numbers(lines):
+    return [line.split()[1] for line in lines if "held out" not in line and line.startswith("step")]
 
 
 def test_off_a_terminal_there_is_a_line_each_tenth_and_each_score_and_no_escape_code():
     lines = run(Console(file=io.StringIO(), width=40)).splitlines()
     assert "\x1b" not in "".join(lines)
     assert lines[:2] == ["features  writing 2 MB to cache/abc, once"] * 2 and lines[-1] == "a word of two lines"
-    steps = [line for line in lines if "held out" not in line and line.startswith("step")]
-    assert [line.split()[1] for line in steps] == [f"{step}/40" for step in range(4, 41, 4)]
-    assert steps[-1] == "step 40/40 loss 2.00 3.00 top-1 50 25% 3,456 tokens/s rate 2.00e-03 1.25 GB skipped 1"
+    assert step_numbers(lines) == [f"{step}/40" for step in range(4, 41, 4)]
+    for num_steps, count in ((1, 1), (3, 3), (15, 10)):
+        steps = step_numbers(run(Console(file=io.StringIO()), num_steps).splitlines())
+        assert len(steps) == count and steps[-1] == f"{num_steps}/{num_steps}"
+    assert lines[-3] == "step 40/40 loss 2.00 3.00 top-1 50 25% 3,456 tokens/s rate 2.00e-03 1.25 GB skipped 1"
     assert [line for line in lines if "held out" in line] == [
         "step 20/40 held out: expected accept length 2.750 (best) loss 2.50 3.50 top-1 60 30% top-5 80 60%",
         "step 40/40 held out: expected accept length 2.250 (best 2.750 at step 20) loss 2.50 3.50 top-1 60 30% "
         "top-5 80 60%",
     ]
-
-
-@pytest.mark.parametrize(("num_steps", "count"), [(1, 1), (3, 3), (15, 10), (1000, 10)])
-def test_there_are_at_most_ten_lines_of_steps(num_steps, count):
-    lines = run(Console(file=io.StringIO()), num_steps, score_every=10_000).splitlines()
-    steps = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step")]
-    assert len(steps) == count and steps[-1] == num_steps
-
-
-def test_a_dumb_terminal_gets_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    text = run(Console(file=Terminal(), width=80, height=30))
-    assert "\x1b" not in text and "step 40/40 loss" in text
 
 
 def test_a_resumed_run_counts_from_its_first_step():
@@ -177,7 +167,7 @@ def test_a_resumed_run_counts_from_its_first_step():
         watch.step(91, 100, record(91))
         assert (watch.training.completed, watch.training.total) == (91, 100)
     lines = run(Console(file=io.StringIO()), 40, first_step=30).splitlines()
-    assert [line.split()[1] for line in lines if "loss" in line and "held" not in line] == ["32/40", "36/40", "40/40"]
+    assert step_numbers(lines) == ["32/40", "36/40", "40/40"]
 
 
 @pytest.mark.parametrize("terminal", [Terminal, io.StringIO])
@@ -197,10 +187,5 @@ def test_a_figure_is_the_mean_of_the_last_steps():
     assert figure.means() == [3.0, 4.0]
     figure.add([math.nan, math.nan])
     assert figure.means()[0] == 4.0 and math.isnan(figure.means()[1])
-
-
-def test_another_number_of_depths_starts_over():
-    figure = Smoothed()
-    for row in ([9.0, 9.0], [1.0]):
-        figure.add(row)
+    figure.add([1.0])  # another number of depths starts over
     assert figure.means() == [1.0]

@@ -1,4 +1,4 @@
-"""Where a weight lies in a tile, by the fragments of an mma; and that packing makes one copy."""
+"""Packed weights are where an mma's fragments expect them, and packing makes one copy."""
 
 import tracemalloc
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ops.packing.quantize import GROUP, quantize_nf4, quantize_rows
-from ops.packing.tiles import Room, pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, row_blocks
+from ops.packing.tiles import pack_matrices, pack_tile_scales, pack_tiles, packed_sizes, row_blocks
 
 # Tiles of 16 inputs in a lane's 16 bytes.
 TOGETHER = {"float16": 1, "int8": 2, "uint8": 4}
@@ -45,7 +45,7 @@ def test_a_lane_finds_the_fragments_it_multiplies_with(dtype, size):
             assert found == padded[16 * tile + row, 16 * column + k]
 
 
-def test_float32_lies_as_sixteen_outputs_of_four_inputs():
+def test_float32_is_packed_as_sixteen_outputs_of_four_inputs():
     weight = draw(20, 70, "float32")
     packed = pack_tiles(weight).reshape(2, 32, 16, 4)
     for n, k in np.ndindex(20, 70):
@@ -53,7 +53,7 @@ def test_float32_lies_as_sixteen_outputs_of_four_inputs():
     assert not packed[1, :, 4:].any() and not packed[:, 18:].any()
 
 
-def test_scales_lie_as_the_lanes_want_them():
+def test_scales_are_packed_in_the_order_of_the_lanes():
     scale = quantize_rows(draw(20, 70, "float32"))[1]
     np.testing.assert_array_equal(pack_tile_scales(scale)[:20], scale[:, 0])
     scale = quantize_nf4(draw(20, 2 * GROUP + 5, "float32"))[1]
@@ -64,7 +64,7 @@ def test_scales_lie_as_the_lanes_want_them():
 
 
 @pytest.mark.parametrize("size", [3, 4, 100])
-def test_row_blocks_are_the_rows_of_matrices_behind_each_other(size):
+def test_row_blocks_are_the_rows_of_consecutive_matrices(size):
     matrices = [np.arange(10 * n, 10 * n + rows)[:, None] for n, rows in enumerate([2, 5, 1, 4])]
     found = list(row_blocks(matrices, size))
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(matrices))
@@ -72,7 +72,7 @@ def test_row_blocks_are_the_rows_of_matrices_behind_each_other(size):
 
 
 @pytest.mark.parametrize("storage", [None, "int8", "nf4"])
-def test_matrices_in_parts_are_packed_as_one_and_behind_each_other(storage):
+def test_matrices_in_parts_are_packed_as_one_and_one_after_another(storage):
     q, k, o = draw(1030, 70, "float32"), draw(9, 70, "float32"), draw(24, 10, "float32")
     packed, scales = pack_matrices([[q, k], [o]], storage)
     first, first_scales = pack_matrices([[np.concatenate([q, k])]], storage)
@@ -83,13 +83,6 @@ def test_matrices_in_parts_are_packed_as_one_and_behind_each_other(storage):
         np.testing.assert_array_equal(first.numpy(), pack_tiles(np.concatenate([q, k])))
     else:
         np.testing.assert_array_equal(scales.numpy(), np.concatenate([first_scales.numpy(), second_scales.numpy()]))
-
-
-def test_room_that_is_not_filled_is_noticed():
-    room = Room("float32", [(40, 10)])
-    room.append(draw(32, 10, "float32"))
-    with pytest.raises(AssertionError, match=r"2048, ?3072"):
-        room.variables()
 
 
 @pytest.mark.parametrize("storage", [None, "nf4"])

@@ -3,19 +3,15 @@
 import numpy as np
 import pytest
 
-import ops.packing.tiles
 import runtime
 from ops.kernel import emulated_cuda, launch
-from ops.linear import (
-    LANES,
-    PackedLinear,
-    pack,
-    pack_gated,
-)
+from ops.linear import PackedLinear
 from ops.optimizer import move_average
-from ops.packing.quantize import GROUP, NF4, QUANTIZERS, dequantize
-from ops.packing.tiles import input_bytes, num_slices, pack_tiles
+from ops.packing.lanes import LANES, pack, pack_gated
+from ops.packing.quantize import QUANTIZERS, dequantize
+from ops.packing.tiles import input_bytes, num_slices
 from runtime import jt
+from tests.ops.layers import kept
 
 # (rows, in, out): sizes around the tiles of 6 rows and 16 outputs; 300 outputs reach the eight-block path of one row.
 SIZES = [(1, 1, 1), (1, 37, 300), (2, 16, 16), (5, 37, 33), (6, 100, 150), (7, 64, 15), (13, 33, 272), (64, 96, 100)]
@@ -30,23 +26,9 @@ def random_case(rows, num_in, num_out, dtype, seed=0):
     return x, random.standard_normal((num_out, num_in)).astype(dtype)
 
 
-def run(weight, x):
-    return PackedLinear(weight)(jt.array(x)).numpy()
-
-
 def packed_as(weight, dtype):
     """A PackedLinear of the weight in float16, float32, int8 or nf4."""
     return PackedLinear(*QUANTIZERS[dtype](weight)) if dtype in QUANTIZERS else PackedLinear(weight.astype(dtype))
-
-
-def kept(weight, storage, body):
-    """The weights a body computes with, (out, in) float32."""
-    if storage not in QUANTIZERS:
-        return weight.astype(storage).astype(np.float32)
-    rounded, scale = QUANTIZERS[storage](weight)
-    if storage == "nf4" and body == "cuda":  # its values are halves there
-        return NF4.astype(np.float16)[rounded] * np.repeat(scale.astype(np.float32), GROUP, 1)[:, : weight.shape[1]]
-    return dequantize(rounded, scale)
 
 
 def seen(x, storage, body):
@@ -90,60 +72,37 @@ def test_the_rounding_bound_notices_two_swapped_inputs(storage, body):
     assert (np.abs(result - exact(x, held)) > rounding_bound(x, held, storage)).any()
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_the_rounding_bound_notices_fragments_in_another_order(storage, monkeypatch):
-    """Outputs 8 apart and inputs 8 apart exchanged in a lane, the classic mistake with the first factor of an mma."""
-
-    def exchanged(weight):
-        tiles = packer(weight)
-        if weight.dtype == np.float32:
-            return tiles.reshape(-1, 16, 4)[:, ::-1].reshape(-1)
-        pair = 1 if weight.dtype == np.uint8 else 2  # elements; a lane's 8 weights of 16 inputs are 4 pairs
-        return tiles.reshape(-1, 4, pair)[:, [0, 2, 1, 3]].reshape(-1)
-
-    packer = ops.packing.tiles.pack_tiles
-    monkeypatch.setattr(ops.packing.tiles, "pack_tiles", exchanged)
-    x, weight = random_case(5, 37, 33, "float32")
-    with emulated_cuda():
-        result = packed_as(weight, storage)(jt.array(x)).numpy()
-    x, held = seen(x, storage, "cuda"), kept(weight, storage, "cuda")
-    assert (np.abs(result - exact(x, held)) > 1000 * rounding_bound(x, held, storage)).any()
+SOME_STRETCHES = [((count * 7) % (65 - count), count) for count in range(1, 65)]  # (first row, rows)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_row_is_bitwise_the_same_whatever_rows_run_beside_it(storage, body):
-    x, weight = random_case(64, 96, 292, "float32")
+@pytest.mark.parametrize(
+    ("size", "stretches"),
+    [
+        ((64, 96, 292), SOME_STRETCHES),
+        ((139, 600, 20), [(0, 1), (70, 9), (120, 17), (3, 33), (60, 65), (0, 128)]),  # inputs in slices, many rows
+    ],
+    ids=["1 to 64 rows", "beyond 64 rows"],
+)
+def test_a_row_is_bitwise_the_same_whatever_rows_run_beside_it(storage, size, stretches, body):
+    x, weight = random_case(*size, "float32")
     linear = packed_as(weight, storage)
     together = linear(jt.array(x)).numpy()
-    for count in range(1, 65):
-        first = (count * 7) % (65 - count)  # another stretch of the rows each time
+    for first, count in stretches:
         alone = linear(jt.array(x[first : first + count])).numpy()
         np.testing.assert_array_equal(alone, together[first : first + count], err_msg=f"{count} rows from {first}")
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_rows_are_bitwise_the_same_in_slices_and_beyond_64_rows(storage, body):
-    x, weight = random_case(139, 600, 20, "float32")
-    assert num_slices(20, 600) == 2
-    linear = packed_as(weight, storage)
-    together = linear(jt.array(x)).numpy()
-    for first, count in [(0, 1), (70, 9), (120, 17), (3, 33), (60, 65), (0, 128)]:
-        alone = linear(jt.array(x[first : first + count])).numpy()
-        np.testing.assert_array_equal(alone, together[first : first + count], err_msg=f"{count} rows from {first}")
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-def test_no_barrier_is_missing(storage, order):
+def test_no_barrier_is_missing(storage, monkeypatch):
     x, weight = random_case(33, 1300, 150, "float32")  # several chunks of inputs, two blocks of outputs
-    x, held = seen(x, storage, "cuda"), kept(weight, storage, "cuda")
-    with emulated_cuda():
-        result = packed_as(weight, storage)(jt.array(x)).numpy()
-    assert (np.abs(result - exact(x, held)) <= rounding_bound(x, held, storage)).all()
-    results.setdefault(storage, result)
-    np.testing.assert_array_equal(result, results[storage])
-
-
-results: dict[str, np.ndarray] = {}  # of the order that ran first
+    x, held, results = seen(x, storage, "cuda"), kept(weight, storage, "cuda"), []
+    for order in ("ascending", "descending"):  # of the threads
+        monkeypatch.setenv("GORGON_EMULATOR_ORDER", order)
+        with emulated_cuda():
+            results.append(packed_as(weight, storage)(jt.array(x)).numpy())
+    assert (np.abs(results[0] - exact(x, held)) <= rounding_bound(x, held, storage)).all()
+    np.testing.assert_array_equal(*results)
 
 
 def test_bitwise_equality_notices_another_order_of_summation(body):
@@ -151,7 +110,7 @@ def test_bitwise_equality_notices_another_order_of_summation(body):
     backwards = np.zeros((64, 100), np.float32)
     for k in reversed(range(96)):
         backwards += x[:, k : k + 1] * weight[:, k]
-    kernel = run(weight, x)
+    kernel = PackedLinear(weight)(jt.array(x)).numpy()
     assert (backwards != kernel).any()
     assert (np.abs(backwards - kernel) <= 2 * rounding_bound(x, weight)).all()
 
@@ -160,7 +119,12 @@ def test_values_beyond_float16_are_cut_to_its_largest_for_tensor_cores_and_kept_
     x = np.array([[1e6, -1e6, 65504, 2]], np.float32)
     expected = np.clip(x, -65504, 65504) if body == "cuda" else x
     for dtype, rows in [("float16", expected), ("float32", x)]:
-        np.testing.assert_array_equal(run(np.eye(4, dtype=dtype), x), rows, err_msg=dtype)
+        linear = PackedLinear(np.eye(4, dtype=dtype))
+        np.testing.assert_array_equal(linear(jt.array(x)).numpy(), rows, err_msg=dtype)
+    with pytest.raises(AssertionError, match=r"1, ?3"):
+        linear(jt.array(x[:, :3]))
+    with pytest.raises(AssertionError, match="scales"):
+        PackedLinear(np.ones((3, 4), np.int8))
 
 
 def test_nf4_codes_lie_two_a_byte_in_the_order_the_kernel_wants():
@@ -237,21 +201,6 @@ def test_a_weight_that_is_a_var_is_packed_as_the_same_array_is_and_does_not_foll
     np.testing.assert_array_equal(linear(jt.array(x)).numpy(), by_host(jt.array(x)).numpy())
 
 
-def test_packing_on_the_device_notices_another_order(monkeypatch):
-    monkeypatch.setattr(
-        ops.packing.tiles, "pack_tiles", lambda weight: pack_tiles(weight).reshape(-1, 16, 4)[:, ::-1].ravel()
-    )
-    weight = np.random.default_rng(1).standard_normal((33, 67)).astype(np.float32)
-    with emulated_cuda():
-        assert (PackedLinear.of(jt.array(weight)).packed.numpy() != PackedLinear(weight).packed.numpy()).any()
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
-def test_quantized_weights_without_scales_are_refused(dtype, body):
-    with pytest.raises(AssertionError, match="scales"):
-        PackedLinear(np.ones((3, 4), dtype))
-
-
 def test_packing_puts_the_outputs_of_a_block_beside_each_other():
     weight = np.arange(3 * 2, dtype=np.float32).reshape(3, 2) + 1
     packed = pack(weight)
@@ -271,8 +220,3 @@ def test_gated_packing_alternates_the_blocks_of_gate_and_up():
     np.testing.assert_array_equal(
         pack_gated(scales, -scales)[:, 0, :3], [[1, 2, 3], [-1, -2, -3], [17, 18, 19], [-17, -18, -19]]
     )
-
-
-def test_an_input_of_another_width_is_refused(body):
-    with pytest.raises(AssertionError, match=r"2, ?5"):
-        PackedLinear(np.ones((3, 4), np.float32))(jt.array(np.ones((2, 5), np.float32)))

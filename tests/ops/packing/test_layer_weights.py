@@ -1,4 +1,4 @@
-"""The seven matrices out of a layer's packed weights, and products with them that train what lies before."""
+"""The seven matrices out of a layer's packed weights, and products with them through which gradients flow."""
 
 import gc
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ops.layer_weights import LayerShape, LayerWeights
-from ops.packing.quantize import GROUP, NF4, QUANTIZERS, dequantize
+from ops.packing.quantize import QUANTIZERS
 from runtime import jt
+from tests.ops.layers import kept
 
 # No width is a multiple of 16, two are above the 64 inputs of an NF4 scale; grouped queries.
 SHAPE = LayerShape(hidden_size=72, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=136, eps=1e-5)
@@ -29,16 +30,7 @@ def draw(storage, body):
     parts = {name: random.standard_normal(size).astype(dtype) for name, size in SIZES.items()}
     norms = {name: np.ones(SHAPE.hidden_size, np.float32) for name in ("norm1", "norm2")}
     weights = LayerWeights(SHAPE, **norms, **parts, storage=storage)
-    if storage not in QUANTIZERS:
-        return weights, parts
-    return weights, {name: rounded(part, storage, body) for name, part in parts.items()}
-
-
-def rounded(weight, storage, body):
-    codes, scale = QUANTIZERS[storage](weight)
-    if storage == "nf4" and body == "cuda":  # its values are halves there
-        return NF4.astype(np.float16)[codes] * np.repeat(scale.astype(np.float32), GROUP, 1)[:, : weight.shape[1]]
-    return dequantize(codes, scale)
+    return weights, {name: kept(part, storage, body) for name, part in parts.items()}
 
 
 @pytest.fixture(params=STORAGES)
@@ -47,12 +39,12 @@ def layer(request, body):
 
 
 def test_the_matrices_are_what_was_packed_bit_for_bit(layer):
-    weights, kept = layer
+    weights, expected = layer
     found = weights.matrices()
     assert list(found) == list(SIZES)
     for name, matrix in found.items():
         assert matrix.dtype == np.float32 and weights.frozen()[name].shape == SIZES[name] == matrix.shape
-        np.testing.assert_array_equal(matrix, kept[name], err_msg=name)
+        np.testing.assert_array_equal(matrix, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -77,20 +69,20 @@ def value_and_gradient(product, name):
 
 @pytest.mark.parametrize("name", ["k", "up", "down"])
 def test_a_product_and_its_gradient_equal_those_of_the_float_matrix(layer, name):
-    weights, kept = layer
-    matrix = jt.array(kept[name].astype(np.float32))
+    weights, expected = layer
+    matrix = jt.array(expected[name])
     y, dx = value_and_gradient(weights.frozen()[name], name)
     expected_y, expected_dx = value_and_gradient(lambda x: jt.nn.matmul_transpose(x, matrix), name)
     # The same numbers through the same products.
     np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-5, atol=1e-5 * np.abs(expected_dx).max())
-    other = jt.array(kept[name][::-1].astype(np.float32).copy())  # the control
+    other = jt.array(expected[name][::-1].copy())  # the control
     _, wrong = value_and_gradient(lambda x: jt.nn.matmul_transpose(x, other), name)
     assert np.abs(wrong - dx).max() > 0.1 * np.abs(dx).max()
 
 
 def test_no_unpacked_matrix_outlives_its_product():
-    """Twenty products behind each other, forward and back: room for two unpacked matrices, not for twenty."""
+    """Twenty products in a row, forward and backward: room for two unpacked matrices, not for twenty."""
     shape = LayerShape(hidden_size=512, num_heads=8, num_kv_heads=8, head_dim=64, intermediate_size=512, eps=1e-5)
     square = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32) / 512**0.5
     norms = {name: np.ones(512, np.float32) for name in ("norm1", "norm2")}
