@@ -156,7 +156,6 @@ def test_the_readings_of_a_device_are_its_own(monkeypatch):
         (["--shape", "1.1g"], r"Unknown shape '1.1g'. Did you mean '1.1b'\? Available: 1.1b, 110m, 7b, tiny-vicuna"),
         (["--rows", "0,4"], "--rows must be at least 1, got 0"),
         (["--rows", "1,two"], "--rows takes whole numbers separated by commas, such as 1,2,4; got '1,two'"),
-        (["--contexts", ""], "--contexts takes whole numbers"),
         (["--steps", "5", "--no-loop"], "--steps is part of the decoding loop"),
         (["--plot", "picture.gif"], "a plot ends in"),
         (["--shape", "tiny-vicuna", "--contexts", "500"], "none of the contexts .500. leaves room for 64 rows"),

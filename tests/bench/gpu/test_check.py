@@ -179,8 +179,6 @@ def test_an_interrupt_ends_the_step_and_still_writes_the_table(tmp_path, number)
         (["--only", "docter"], "Unknown step 'docter'. Did you mean 'doctor'"),
         (["--skip", "engine-8b"], "Did you mean 'engine-7b'"),
         (["--only", "core", "--skip", "core"], "leave no step"),
-        (["--budget-minutes", "0"], "must be above 0"),
-        (["--budget", "3"], "Did you mean '--budget-minutes'"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, capsys, monkeypatch):

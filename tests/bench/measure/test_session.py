@@ -225,7 +225,6 @@ def test_the_warm_up_leaves_no_kernel_for_the_clock(folder, tmp_path, monkeypatc
 EARLY = [
     (["--node", "4"], "Did you mean '--nodes'?"),
     (["--nodes", "0"], "--nodes must be at least 1, got 0"),
-    (["--seed", "-1"], "--seed"),
     (["--nodes", "512"], "leaves no room"),
     (["--cache-length", "513"], "exceeds the 512 positions"),
     (["--template", "vicunna"], "Did you mean 'vicuna'?"),

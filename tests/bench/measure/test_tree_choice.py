@@ -63,7 +63,6 @@ def test_auto_without_a_calibration_names_the_command(choose):
 @pytest.mark.parametrize(
     ("place", "value", "reason", "predicts"),
     [
-        (("provenance", "device_name"), "another", "on another, this is", True),
         (("provenance", "threads"), 999, "with threads: 999", True),
         (("subject", "dtype"), "float32", "in float32, this run is in float16", True),
         (("subject", "weights_sha256"), "beef", "for other weights or options", False),

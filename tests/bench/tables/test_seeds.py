@@ -191,8 +191,6 @@ MISTAKES = {
     "no head": (lambda write: [write("autoregressive", 0)], "no result of a head"),
     "no prompt": (lambda write: [write("mlp", 0), write("mlp", 1, rows=[])], "no prompt counts"),
     "against": (lambda write: [write("mlp", 0), "--against", "mpl"], "Did you mean 'mlp'?"),
-    "missing": (lambda write: ["nowhere.json"], "nowhere.json"),
-    "option": (lambda write: [write("mlp", 0), "--agianst", "mlp"], "Did you mean '--against'?"),
 }
 
 

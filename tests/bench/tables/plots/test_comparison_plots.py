@@ -28,7 +28,7 @@ def test_the_plots_name_every_head_category_and_phase(write_result, faster, make
             assert f"<!-- {word} -->" in text, word
 
 
-def test_the_plot_takes_results_with_unknown_times_and_without_rows(write_result, tmp_path):
+def test_the_plots_take_unknown_times_no_rows_and_a_single_prompt(write_result, make_row, tmp_path):
     timing = dict.fromkeys(("prefill_s", "draft_s", "verify_s", "accept_s", "cache_s", "host_s", "total_s"))
     odd = write_result("a.json", timing=timing, baseline=None, parity=None)
     empty = write_result("b.json", [], head="mlp", status="interrupted")
@@ -36,6 +36,7 @@ def test_the_plot_takes_results_with_unknown_times_and_without_rows(write_result
     for number, paths in enumerate(([odd], [empty], [baseline], [odd, empty, baseline])):
         assert main([*paths, "--plot", str(tmp_path / f"{number}.png")]) == 0
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
+    assert main([write_result("d.json", [make_row("p0")]), "--frontier", str(tmp_path / "f.png")]) == 0
 
 
 def test_the_frontier_leaves_out_what_has_no_draft_time_and_refuses_when_nothing_has(write_result, tmp_path, capsys):
@@ -50,7 +51,3 @@ def test_the_frontier_leaves_out_what_has_no_draft_time_and_refuses_when_nothing
     assert main([unknown, baseline, write_result("d.json", head="moe"), "--frontier", str(plot)]) == 0
     text = plot.read_text()
     assert "<!-- moe -->" in text and "<!-- gated_rnn -->" not in text
-
-
-def test_one_prompt_has_a_place_without_bars(write_result, make_row, tmp_path):
-    assert main([write_result("a.json", [make_row("p0")]), "--frontier", str(tmp_path / "f.png")]) == 0
