@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-import bench.run
 from backbone.model import load_backbone
 from backbone.tokenizer import load_tokenizer
+from bench.measure.options import RunOptions
 from decoding.drafter import ChainDrafter, make_drafter
 from decoding.generate import generate, generate_autoregressive
 from decoding.rules import Greedy
 from decoding.tree import Tree
 from heads.checkpoint import load_head
 from heads.registry import FOLDER, available
+from runtime.options import parse_options
 from trainer.config import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def test_every_command_of_the_page_exists(heads_folder):
             config = parse(words)
             assert config is None or (config.head == NAME and config.learning_rate == 0.004)
         elif entry == "bench/run.py":
-            assert bench.run.parse(words).head == [NAME]
+            assert parse_options(RunOptions, entry, "", words).head == [NAME]
 
 
 def test_the_head_is_listed(heads_folder):
