@@ -14,7 +14,8 @@ import train
 from runtime.entry import USER_MISTAKE, run_entry
 from tests.trainer.data.made import write_talks
 from trainer.config import TrainConfig
-from trainer.data.splits import held_out_conversations, load_splits
+from trainer.data import splits
+from trainer.data.conversations import load_conversations
 from trainer.report.record import TrainRecord
 from trainer.session import run_directory
 
@@ -117,10 +118,10 @@ def test_more_ranks_than_sequences_are_refused(tmp_path):
 
 
 def test_the_held_out_conversations_can_be_written_as_prompts(tmp_path):
-    data = write_talks(tmp_path / "talks.jsonl", 30)
-    config = TrainConfig(head="mlp", data=[str(data)])
-    splits = load_splits(config)
-    talks = held_out_conversations(config, splits)
-    assert len(talks) == len(splits.held_out) == 3 and len({talk.id for talk in talks}) == 3
-    lengths = [len(splits.tokenizer.encode_with_mask(list(talk.messages))[0]) for talk in talks]
-    assert lengths == splits.held_out.lengths.tolist()
+    data, out = write_talks(tmp_path / "talks.jsonl", 30), tmp_path / "held_out.jsonl"
+    splits.main(["--out", str(out), "--head", "mlp", "--data", str(data)])
+    talks, _ = load_conversations(out)
+    text = splits.load_splits(TrainConfig(head="mlp", data=[str(data)]))
+    assert len({talk.id for talk in talks}) == len(text.held_out) == 3
+    encoded = text.tokenizer.encode_many_with_mask([talk.messages for talk in talks])
+    assert [len(ids) for ids, _ in encoded] == text.held_out.lengths.tolist()
