@@ -71,6 +71,7 @@ def test_a_dynamic_tree_keeps_parity_and_is_recorded_as_one(measured):
     assert "up to 6 nodes" in err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("bits", "storage", "share", "change"), [(8, "int8", 0.53, 0.01), (4, "nf4", 0.28, 0.1)], ids=["8 bits", "4 bits"]
 )
