@@ -25,7 +25,7 @@ def prefilled(backbone, ids, room=64):
 
 
 def tree_behind_a_prefix(seed):
-    """(parents, base): a random tree, or forest, behind a prefix of ``base`` tokens, possibly none."""
+    """(parents, base): a random tree, or forest, after a prefix of ``base`` tokens, possibly none."""
     random = np.random.default_rng(seed)
     parents = random_tree(random, int(random.integers(1, 14)), 14, lowest=-1 if seed % 3 == 0 else 0)
     return parents, int(random.integers(1, 12)) if seed % 4 else 0

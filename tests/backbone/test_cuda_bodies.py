@@ -7,7 +7,7 @@ import runtime
 from backbone.model import load_backbone
 from tests.small import bodies, random_tree
 
-PREFIX = 118  # a tree behind it reaches over the first 128 keys, where a new chunk of attention begins
+PREFIX = 118  # a tree after it reaches over the first 128 keys, where a new chunk of attention begins
 # Against the CPU's float32 arithmetic, logits of standard deviation 3: on CUDA, rows are rounded to float16 before
 # every product with weights other than float32, 24 in six layers; so are attention's queries and NF4's values.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-2, "nf4": 2e-2}
@@ -24,7 +24,7 @@ def load(storage):
 
 
 def prompt_and_tree(storage, ids, defect=0.0):
-    """(logits, chosen) of a prompt and of a tree behind it, (PREFIX + 24, ...)."""
+    """(logits, chosen) of a prompt and of a tree after it, (PREFIX + 24, ...)."""
     backbone = load(storage)
     backbone.norm = backbone.norm * (1 + defect)
     cache = backbone.new_cache(256)

@@ -9,7 +9,7 @@ from ops.row_plan import RowPlan
 from tests.backbone.passes import prefilled
 from tests.small import bodies, path_to, random_tree
 
-PREFIX = 118  # a tree behind it reaches over the first 128 keys, where a new chunk of CUDA's attention begins
+PREFIX = 118  # a tree after it reaches over the first 128 keys, where a new chunk of CUDA's attention begins
 
 
 MADE = [(storage, "cpu") for storage in ("float16", "float32", "int8", "nf4")]

@@ -199,7 +199,7 @@ def test_masked_tokens_spell_the_replies_and_their_ends(name):
 def test_masks_hold_on_a_sentencepiece_vocabulary(sentencepiece_directory, name):
     tokenizer = load_tokenizer(sentencepiece_directory, name)
     ids, mask = tokenizer.encode_with_mask(CHAT)
-    # This decoder drops one space at the start of a text, and U+2581 opens the text behind a special token.
+    # This decoder drops one space at the start of a text, and U+2581 opens the text after a special token.
     found = masked_text(tokenizer, ids, mask).replace(" ", "")
     assert found == replies(CHAT, name).replace(" ", "")
 
@@ -211,7 +211,7 @@ def test_special_end_tokens_are_masked_and_end_a_reply(tmp_path):
     ids, mask = tokenizer.encode_with_mask(CHAT)
     assert masked_text(tokenizer, ids, mask) == replies(CHAT, "chatml")
     assert [masked for token, masked in zip(ids, mask, strict=True) if token == 4097] == [False, True, False, True]
-    assert not mask[-1]  # the line break behind the last <|im_end|>
+    assert not mask[-1]  # the line break after the last <|im_end|>
     assert load_tokenizer().end_of_turn == "</s>" and load_tokenizer().eos_ids == (2,)
     llama_3 = load_tokenizer(template="llama-3")  # its end is several tokens of this vocabulary
     assert llama_3.end_of_turn == "<|eot_id|>" and llama_3.eos_ids == (2,)
@@ -222,7 +222,7 @@ def test_four_tokens_of_mask_by_hand():
     assert _mask_of_spans([(0, 2), (2, 4), (4, 6), (6, 7)], [(4, 6)]) == [False, False, True, False]
     # the same where the tokenizer leaves spaces out of its offsets
     assert _mask_of_spans([(0, 2), (3, 4), (5, 6), (6, 7)], [(4, 6)]) == [False, False, True, False]
-    # and gives a token that is nothing but the reply's last space the empty range behind it
+    # and gives a token that is nothing but the reply's last space the empty range after it
     assert _mask_of_spans([(0, 2), (3, 4), (5, 5), (5, 9)], [(2, 5)]) == [False, True, True, False]
     # two tokens of one character
     assert _mask_of_spans([(0, 1), (1, 2), (1, 2), (2, 3)], [(1, 2)]) == [False, True, True, False]

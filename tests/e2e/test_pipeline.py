@@ -22,7 +22,7 @@ def run(*words, status=0, cwd=ROOT):
 
 
 def train(out, *more):
-    # Online, because a test leaves no gigabyte of features behind.
+    # Online, because a test leaves no gigabyte of features.
     words = ("train.py", "--features", "online", "--out", out, "--max-steps", 6, "--held-out", 8, *more)
     return json.loads(run(*words).stdout.splitlines()[-1])
 

@@ -23,7 +23,7 @@ from tests.small import bodies, small_backbone
 @dataclass(frozen=True)
 class Place:
     """name: emulated or gpu. location: what Jittor calls the place of a Var that kernels use. load: dtype ->
-    backbone. prompts: token ids each. new_tokens: decoded behind each. steps: passes that the memory is watched for."""
+    backbone. prompts: token ids each. new_tokens: decoded after each. steps: passes that the memory is watched for."""
 
     name: str
     location: str

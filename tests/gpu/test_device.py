@@ -113,12 +113,12 @@ def test_logits_are_those_of_transformers_on_the_cpu(place, tokens, dtype, tmp_p
     ids = tokens(backbone, 40)
     theirs = torch_logits(place, ids, dtype, tmp_path / "model")
     assert distance(backbone.forward(ids).logits.numpy()[0], theirs) < TOLERANCE[dtype]
-    cache = backbone.new_cache(64)  # the same, a part of it behind a cache
+    cache = backbone.new_cache(64)  # the same, a part of it after a cache
     backbone.forward(ids[:, :33], cache=cache, logits=None)
     cache.commit(np.arange(33))
-    behind = backbone.forward(ids[:, 33:], cache=cache).logits.numpy()[0]
-    assert distance(behind, theirs[33:]) < TOLERANCE[dtype]
-    assert distance(behind, theirs[32:-1]) > 0.5  # the control: one row off
+    after = backbone.forward(ids[:, 33:], cache=cache).logits.numpy()[0]
+    assert distance(after, theirs[33:]) < TOLERANCE[dtype]
+    assert distance(after, theirs[32:-1]) > 0.5  # the control: one row off
 
 
 def test_a_row_s_bits_do_not_depend_on_the_rows_beside_it(place, tokens):

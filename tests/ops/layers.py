@@ -16,7 +16,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-def kept(weight, storage: str, body: str):
+def stored(weight, storage: str, body: str):
     """The (out, in) float32 weights that a body computes with, in this storage."""
     if storage not in QUANTIZERS:
         return weight.astype(storage).astype(np.float32)
@@ -37,13 +37,13 @@ def make_layer(s: LayerShape, dtype: str, storage: str | None = None, random=Non
     parts = {n: (random.standard_normal(size) * scale / np.sqrt(size[1])).astype(dtype) for n, size in sizes.items()}
     norms = {n: random.uniform(0.5, 1.5, s.hidden_size).astype(np.float32) for n in ("norm1", "norm2")}
     packed = LayerWeights(s, **norms, **parts, storage=storage)
-    kept = packed.matrices()
+    matrices = packed.matrices()
     plain = SimpleNamespace(
         shape=s,
-        qkv=jt.array(np.concatenate([kept[n] for n in "qkv"])),
-        o=jt.array(kept["o"]),
-        gate_up=jt.array(np.concatenate([kept["gate"], kept["up"]])),
-        down=jt.array(kept["down"]),
+        qkv=jt.array(np.concatenate([matrices[n] for n in "qkv"])),
+        o=jt.array(matrices["o"]),
+        gate_up=jt.array(np.concatenate([matrices["gate"], matrices["up"]])),
+        down=jt.array(matrices["down"]),
         **{n: jt.array(v) for n, v in norms.items()},
     )
     return packed, plain

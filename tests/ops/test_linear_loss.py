@@ -262,7 +262,7 @@ def test_on_cuda_gradients_are_returned_once(body):
 
 
 def test_on_cuda_a_chunk_leaves_nothing_behind(monkeypatch, body):
-    """Jittor holds equally many Vars behind every chunk, from the third on: no logits of those before, and one product
+    """Jittor holds equally many Vars after every chunk, from the third on: no logits of those before, and one product
     that was added to the weight's gradient, which the first chunk's became."""
     if body == "cpu":
         pytest.skip("there, a sweep is one call; the last test weighs it")

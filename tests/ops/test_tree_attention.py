@@ -65,7 +65,7 @@ def assert_same_bits(found, expected, note=""):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("heads", HEADS)
-# Extras behind, across and before the boundary of a chunk; a forest; no past.
+# Extras after, across and before the boundary of a chunk; a forest; no past.
 @pytest.mark.parametrize(
     ("rows", "base", "back"), [(64, 120, 3), (37, 127, 12), (19, 250, 63), (33, 0, 63), (2, 128, 1)]
 )
@@ -126,7 +126,7 @@ def test_what_a_row_does_not_see_changes_no_bit(dtype):
     x, parents = case.states(30), random_tree(case.random, 30, 12)
     expected, _ = case.run(x, RowPlan(parents), 120)
     data = case.data.copy()
-    data[:, :, :, 120:] = np.nan  # slots that nobody has written, behind the rows of this pass
+    data[:, :, :, 120:] = np.nan  # slots that nobody has written, after the rows of this pass
     found, _ = case.run(x, RowPlan(parents), 120, data)
     assert_same_bits(found, expected)
 

@@ -8,7 +8,7 @@ import pytest
 from ops.layer_weights import LayerShape, LayerWeights
 from ops.packing.quantize import QUANTIZERS
 from runtime import jt
-from tests.ops.layers import kept
+from tests.ops.layers import stored
 
 # No width is a multiple of 16, two are above the 64 inputs of an NF4 scale; grouped queries.
 SHAPE = LayerShape(hidden_size=72, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=136, eps=1e-5)
@@ -30,7 +30,7 @@ def draw(storage, body):
     parts = {name: random.standard_normal(size).astype(dtype) for name, size in SIZES.items()}
     norms = {name: np.ones(SHAPE.hidden_size, np.float32) for name in ("norm1", "norm2")}
     weights = LayerWeights(SHAPE, **norms, **parts, storage=storage)
-    return weights, {name: kept(part, storage, body) for name, part in parts.items()}
+    return weights, {name: stored(part, storage, body) for name, part in parts.items()}
 
 
 @pytest.fixture(params=STORAGES)

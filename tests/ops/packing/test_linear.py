@@ -11,7 +11,7 @@ from ops.packing.lanes import LANES, pack, pack_gated
 from ops.packing.quantize import QUANTIZERS, dequantize
 from ops.packing.tiles import input_bytes, num_slices
 from runtime import jt
-from tests.ops.layers import kept
+from tests.ops.layers import stored
 
 # (rows, in, out): sizes around the tiles of 6 rows and 16 outputs; 300 outputs reach the eight-block path of one row.
 SIZES = [(1, 1, 1), (1, 37, 300), (2, 16, 16), (5, 37, 33), (6, 100, 150), (7, 64, 15), (13, 33, 272), (64, 96, 100)]
@@ -55,7 +55,7 @@ def exact(x, weight):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_packed_product_equals_numpy_within_rounding(size, storage, body):
     x, weight = random_case(*size, "float32")
-    x, held = seen(x, storage, body), kept(weight, storage, body)
+    x, held = seen(x, storage, body), stored(weight, storage, body)
     result = packed_as(weight, storage)(jt.array(x)).numpy()
     assert (np.abs(result - exact(x, held)) <= rounding_bound(x, held, storage)).all()
     if 30 <= size[1] < 300 and storage in QUANTIZERS:  # the bound would notice weights that were not rounded
@@ -65,7 +65,7 @@ def test_a_packed_product_equals_numpy_within_rounding(size, storage, body):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_rounding_bound_notices_two_swapped_inputs(storage, body):
     x, weight = random_case(6, 100, 150, "float32")
-    x, held = seen(x, storage, body), kept(weight, storage, body)
+    x, held = seen(x, storage, body), stored(weight, storage, body)
     swapped = weight.copy()
     swapped[:, [3, 4]] = swapped[:, [4, 3]]
     result = packed_as(swapped, storage)(jt.array(x)).numpy()
@@ -96,7 +96,7 @@ def test_a_row_is_bitwise_the_same_whatever_rows_run_beside_it(storage, size, st
 @pytest.mark.parametrize("storage", STORAGES)
 def test_no_barrier_is_missing(storage, monkeypatch):
     x, weight = random_case(33, 1300, 150, "float32")  # several chunks of inputs, two blocks of outputs
-    x, held, results = seen(x, storage, "cuda"), kept(weight, storage, "cuda"), []
+    x, held, results = seen(x, storage, "cuda"), stored(weight, storage, "cuda"), []
     for order in ("ascending", "descending"):  # of the threads
         monkeypatch.setenv("GORGON_EMULATOR_ORDER", order)
         with emulated_cuda():
@@ -142,7 +142,7 @@ def test_nf4_codes_lie_two_a_byte_in_the_order_the_kernel_wants():
 @pytest.mark.parametrize("storage", STORAGES)
 def test_the_kernel_computes_with_the_rounded_weights_bit_for_bit(storage, size, body):
     weight = np.random.default_rng(1).standard_normal(size).astype(np.float32)
-    linear, held = packed_as(weight, storage), kept(weight, storage, body)
+    linear, held = packed_as(weight, storage), stored(weight, storage, body)
     identity = jt.array(np.eye(size[1], dtype=np.float32))
     np.testing.assert_array_equal(linear(identity).numpy().T, held)
     np.testing.assert_array_equal(linear.float32().numpy(), held)
