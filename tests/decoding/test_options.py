@@ -45,6 +45,20 @@ def test_options_become_a_rule():
     assert not acceptance_of("--accept", "lossless").rule().sampled
 
 
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        ({"tree": "chain:2", "nodes": 4}, "--tree already says how many nodes there are; drop --nodes"),
+        ({"min_confidence": 0.5}, "--min-confidence needs --tree dynamic, got no --tree"),
+        ({"tree": "dynamic", "draft": "sampled"}, "--draft sampled needs a tree that is fixed before drafting"),
+    ],
+)
+def test_options_of_the_tree_that_exclude_each_other_are_refused(options, answer):
+    with pytest.raises(ValueError, match=answer):
+        DecodingOptions(**options).check_tree()
+    DecodingOptions(**options | {"tree": "dynamic", "nodes": 4, "draft": None}).check_tree()  # the control
+
+
 def test_options_become_typical_acceptance():
     found = acceptance_of("--accept", "typical", "--alpha", "0.5")
     rule = found.rule()

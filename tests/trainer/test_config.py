@@ -86,6 +86,7 @@ def test_every_option_can_be_given_on_the_command_line_and_in_a_file(recipes, ya
         (["--head", "mlp", "--head.num_layer", "2"], r"'--head\.num_layer'\. Did you mean '--head\.num_layers'"),
         (["--head", "mlp", "stray"], "unexpected argument 'stray'"),
         (["--head", "mlp", "--head.num_depths", "many"], r"--head\.num_depths takes int, got 'many'"),
+        (["--head", "hydra", "--head.prefix_layer", "maybe"], r"takes bool, got 'maybe'"),
         (["--head", "mlp", "--epochs", "0"], r"--epochs must be above 0, got 0\.0"),
         (["--head", "mlp", "--clip", "nan"], "--clip must be a number, got nan"),
         (["--head", "mlp", "--max-steps", "-1"], "--max-steps must be at least 0, got -1"),

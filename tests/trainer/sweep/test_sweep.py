@@ -323,3 +323,14 @@ def test_the_learning_rate_is_what_matters_to_the_stand_in(make_sweep):
     found = importances(study)
     assert list(found) == ["learning_rate", "head.num_layers"] and found["learning_rate"] > 0.8
     assert importances(run_study(make_sweep(4, "--study", "short"), Training())) == {}
+
+
+def test_the_command_runs_the_trials_on_one_split_and_ends_with_the_best_as_json(space_file, monkeypatch, capsys):
+    training, splits, given = Training(), object(), []
+    monkeypatch.setattr("trainer.data.splits.load_splits", lambda config: splits)
+    monkeypatch.setattr("trainer.session.prepare", lambda config, its: given.append(its))
+    monkeypatch.setattr("trainer.session.train", lambda config, on_score, setting: (training(config, on_score), None))
+    trainer.sweep.command.main(["--head", "mlp", "--space", space_file(), "--trials", "3"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["trials"] == {"complete": 3} and last["best"]["values"]["head.num_layers"] in (1, 2)
+    assert len(training.configs) == 3 and all(its is splits for its in given) and len(given) == 3
