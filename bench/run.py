@@ -18,14 +18,16 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure.options import RunOptions
-from bench.measure.session import run
 from runtime.entry import run_entry
 from runtime.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
-    return run(parse_options(RunOptions, "bench/run.py", __doc__, arguments))
+    options = parse_options(RunOptions, "bench/run.py", __doc__, arguments)
+    from bench.measure.session import run  # late: pandas, which --help does not need
+
+    return run(options)
 
 
 if __name__ == "__main__":
