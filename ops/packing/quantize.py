@@ -70,12 +70,3 @@ def quantize_nf4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # Storage types besides float16 and float32: by name, the rounding and the bits.
 QUANTIZERS = {"int8": quantize_rows, "nf4": quantize_nf4}
 BITS = {"int8": 8, "nf4": 4}
-
-
-def dequantize(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(out, in) float32: the values of int8 or NF4 codes (uint8), exactly as the CPU's kernels compute them.
-
-    The CUDA kernels differ in NF4, whose 16 values are rounded to float16 there."""
-    if weight.dtype == np.int8:
-        return weight * scale
-    return NF4[weight] * np.repeat(scale.astype(np.float32), GROUP, 1)[:, : weight.shape[1]]

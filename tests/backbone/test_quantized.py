@@ -8,9 +8,10 @@ from backbone.differentiable import DifferentiableBackbone
 from backbone.model import Backbone, load_backbone
 from backbone.tokenizer import load_tokenizer
 from ops.kernel import emulated_cuda
-from ops.packing.quantize import QUANTIZERS, dequantize
+from ops.packing.quantize import QUANTIZERS
 from ops.row_plan import RowPlan
 from runtime import jt
+from tests.ops.packing.values import dequantize
 from tests.small import draw_weights, small_config
 from trainer.data.tokens import TokenizedData
 from trainer.features.cache import cache_key

@@ -7,8 +7,9 @@ import numpy as np
 from ops.decoder_pass import Decoder, decoder_pass
 from ops.layer_weights import LayerShape, LayerWeights
 from ops.linear import PackedLinear
-from ops.packing.quantize import GROUP, NF4, QUANTIZERS, dequantize
+from ops.packing.quantize import GROUP, NF4, QUANTIZERS
 from runtime import jt
+from tests.ops.packing.values import dequantize
 
 
 def normal(*shape, seed=0):

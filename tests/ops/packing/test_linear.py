@@ -8,10 +8,11 @@ from ops.kernel import emulated_cuda, launch
 from ops.linear import PackedLinear
 from ops.optimizer import move_average
 from ops.packing.lanes import LANES, pack, pack_gated
-from ops.packing.quantize import QUANTIZERS, dequantize
+from ops.packing.quantize import QUANTIZERS
 from ops.packing.tiles import input_bytes, num_slices
 from runtime import jt
 from tests.ops.layers import stored
+from tests.ops.packing.values import dequantize
 
 # (rows, in, out): sizes around the tiles of 6 rows and 16 outputs; 300 outputs reach the eight-block path of one row.
 SIZES = [(1, 1, 1), (1, 37, 300), (2, 16, 16), (5, 37, 33), (6, 100, 150), (7, 64, 15), (13, 33, 272), (64, 96, 100)]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ops.packing.quantize import GROUP, NF4, dequantize, quantize_nf4, quantize_rows
+from ops.packing.quantize import GROUP, NF4, quantize_nf4, quantize_rows
+from tests.ops.packing.values import dequantize
 
 # QLoRA (arXiv 2305.14314), appendix E, to four digits.
 PUBLISHED = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
