@@ -2,17 +2,19 @@
 
 While it is imported, Jittor reads its settings from the environment, downloads missing parts and, the first time,
 compiles its core. This module prepares all of that, so that the import works without a network, with or without a GPU
-and with or without ``nvcc`` on the PATH. With a GPU, Jittor gets a toolkit folder (``runtime.start.toolkit_folder``)
-and sources that CUDA 13 compiles (``runtime.start.jittor_source``).
+and with or without ``nvcc`` on the PATH. What is imported is a patched copy (``runtime.start.jittor_source``); with a
+GPU, Jittor gets a toolkit folder (``runtime.start.toolkit_folder``).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -53,11 +55,13 @@ def cache_folder() -> Path:
     return jittor_home() / ".cache" / "gorgon"
 
 
-def core_is_compiled() -> bool:
-    """True when the cache holds Jittor's core for this cache name; a core with CUDA is one folder deeper."""
-    cache = jittor_home() / ".cache" / "jittor"
+def core_is_compiled(sources: Path) -> bool:
+    """True when the cache holds a core compiled from ``sources``, for this Python and under this cache name; a core with
+    CUDA is one folder deeper."""
     name = os.environ.get("cache_name", "default")
-    cores = cache.glob("jt*/**/jittor_core*.so")
+    key = hashlib.md5(str(sources / "jittor_utils" / "__init__.py").encode()).hexdigest()[:4]  # as Jittor names it
+    cache = jittor_home() / ".cache" / "jittor"
+    cores = cache.glob(f"jt*/*/py{platform.python_version()}*/**/{key}/**/jittor_core*.so")
     return any(name in (path.parent.name, path.parent.parent.name) for path in cores)
 
 
@@ -139,11 +143,11 @@ def settle_cuda(choice: Choice) -> None:
     os.environ.update(conv_opt="1", use_cutt="0", use_cutlass="0")
     if not (os.environ.get("nccl_include_path") and os.environ.get("nccl_lib_path")):
         os.environ["use_nccl"] = "0"
-    sys.path.insert(0, str(patched_sources(cache_folder())))
 
 
-def settle(choice: Choice) -> None:
-    """Set everything that Jittor reads from the environment; raises ImportError where it cannot work."""
+def settle(choice: Choice) -> Path:
+    """Set everything that Jittor reads from the environment, and return the folder of the sources that will be imported;
+    raises ImportError where it cannot work."""
     # Always explicit: Jittor stores the last home it was given in a file and silently keeps using it.
     os.environ.setdefault("JITTOR_HOME", str(Path.home()))
     if choice.device == "cuda":
@@ -166,12 +170,15 @@ def settle(choice: Choice) -> None:
     config = python_config(cache_folder())
     if config:
         os.environ.setdefault("python_config_path", str(config))
+    sources = patched_sources(cache_folder())
+    sys.path.insert(0, str(sources))
     prefix = onednn_prefix()
     if prefix is None:
         os.environ["use_mkl"] = "0"
         print("oneDNN is not installed: CPU training runs at about a tenth of its speed", file=sys.stderr)
     else:
         link_onednn(prefix)
+    return sources
 
 
 def decide() -> Choice:
@@ -185,8 +192,8 @@ def start():
     if importlib.util.find_spec("jittor") is None:
         raise ImportError("Jittor is not installed: run `make setup`, or pip install -r requirements.txt")
     choice = decide()
-    settle(choice)
-    if not core_is_compiled():
+    sources = settle(choice)
+    if not core_is_compiled(sources):
         print("Compiling Jittor's core for this machine, once; this takes about three minutes ...", file=sys.stderr)
     try:
         jittor = import_jittor()

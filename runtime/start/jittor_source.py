@@ -1,15 +1,21 @@
-"""Jittor 1.3.11 targets CUDA 10 to 12: this makes a patched copy that CUDA 13 compiles too.
+"""A patched copy of Jittor 1.3.11: without its compiler's data race, and for CUDA 13 too.
 
-The installed package never changes, and a start on the CPU uses it. A start with CUDA imports a copy in the cache with
-a few places replaced. Each patch states its reason, and one that does not apply is an error: another version of Jittor
-needs another look. CUDA 13.0 compiles the copy (``python -m runtime.doctor --compile``, tests/runtime/test_nvcc.py);
-CUDA 11 and 12 should, from reading; no GPU has run it yet.
+The installed package never changes: a copy in the cache, with a few places replaced, is imported. Each patch states its
+reason, and one that does not apply is an error: another version of Jittor needs another look.
+
+The race: before a graph runs, Jittor loads its new kernels in up to seven threads, and the threads change the graph. A
+matrix product gets its oneDNN call as a new operation (``opt/tuner/matmul_tuner.cc``), linked to inputs that products in
+other threads share, and unlinked again (``opt/var_relay.cc``), which also adds it to a vector of all threads. Nothing
+guarded that; tests/runtime/start/test_race.py makes it corrupt the heap. Now one thread at a time works on the graph,
+and the others wait or run the C++ compiler, so a cold start still uses all cores.
+
+CUDA 13.0 compiles the copy (``python -m runtime.doctor --compile``, tests/runtime/test_nvcc.py); CUDA 11 and 12 should,
+from reading; no GPU has run it yet.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +44,60 @@ class Patch:
 
 
 PATCHES = (
+    Patch(
+        "jittor/src/jit_compiler.h",
+        "a lock for the graph, and a scope in which its holder leaves the graph to others",
+        "namespace jit_compiler {\n",
+        """namespace jit_compiler {
+extern std::mutex graph;
+extern thread_local bool holds_graph;
+struct WithGraph {
+    WithGraph() { graph.lock(); holds_graph = true; }
+    ~WithGraph() { holds_graph = false; graph.unlock(); }
+};
+struct WithoutGraph {
+    WithoutGraph() { if (holds_graph) graph.unlock(); }
+    ~WithoutGraph() { if (holds_graph) graph.lock(); }
+};
+""",
+    ),
+    Patch("jittor/src/jit_compiler.h", "for the lock", '#include "common.h"\n', '#include "common.h"\n#include <mutex>\n'),
+    Patch(
+        "jittor/src/jit_compiler.cc",
+        "the lock itself",
+        "std::mutex dl_open_mutex;\n",
+        "std::mutex dl_open_mutex;\nstd::mutex graph;\nthread_local bool holds_graph = false;\n",
+    ),
+    Patch(
+        "jittor/src/jit_compiler.cc",
+        "the C++ compiler needs no graph",
+        "    cache_compile(cmd, cache_path, jittor_path);\n    auto jit_entry",
+        "    { WithoutGraph scope; cache_compile(cmd, cache_path, jittor_path); }\n    auto jit_entry",
+    ),
+    Patch(
+        "jittor/src/parallel_compiler.cc",
+        "the threads' work on one kernel changes the graph",
+        "            bool is_fused_op = rid<0;\n            try {\n",
+        "            bool is_fused_op = rid<0;\n            jit_compiler::WithGraph scope;\n            try {\n",
+    ),
+    Patch(
+        "jittor/src/parallel_compiler.cc",
+        "for the lock",
+        '#include "op_compiler.h"\n',
+        '#include "op_compiler.h"\n#include "jit_compiler.h"\n',
+    ),
+    Patch(
+        "jittor/utils/asm_tuner.py",
+        "a kernel's compilation starts this script, which took jittor_utils from whatever environment it ran in",
+        "import jittor_utils as jit_utils\n",
+        "sys.path.insert(0, os.path.abspath(os.path.join(__file__, '../../..')))\nimport jittor_utils as jit_utils\n",
+    ),
+    Patch(
+        "jittor/compiler.py",
+        "the interpreter is part of each kernel's command: environments of one interpreter share kernels",
+        "python_path = sys.executable\n",
+        "python_path = os.path.realpath(sys.executable)\n",
+    ),
     Patch(
         "jittor/extern/cuda/inc/helper_cuda.h",
         "CUDA 13 dropped clockRate and computeMode from cudaDeviceProp; nothing calls these helpers",
@@ -102,11 +162,11 @@ PATCHES = (
 
 
 def installed_sources() -> Path:
-    """The folder that holds the installed ``jittor`` and ``jittor_utils``; nothing is imported."""
-    spec = importlib.util.find_spec("jittor")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("Jittor is not installed: run `make setup`, or pip install -r requirements.txt")
-    return Path(spec.submodule_search_locations[0]).parent
+    """The folder that holds the installed ``jittor`` and ``jittor_utils``, also where a copy was imported."""
+    try:
+        return Path(str(metadata.distribution("jittor").locate_file("")))
+    except metadata.PackageNotFoundError as error:
+        raise ImportError("Jittor is not installed: run `make setup`, or pip install -r requirements.txt") from error
 
 
 def jittor_version() -> str:
@@ -122,9 +182,9 @@ def apply_patches(folder: Path, patches: tuple[Patch, ...] = PATCHES, version: s
         if text.count(patch.old) != 1:
             line = patch.old.strip().splitlines()[0]
             raise SourceError(
-                f"Jittor {version} is not the {WRITTEN_FOR} that its CUDA patches were written for: {patch.file} holds "
+                f"Jittor {version} is not the {WRITTEN_FOR} that its patches were written for: {patch.file} holds "
                 f"{line!r} {text.count(patch.old)} times where 1 was expected ({patch.why}); "
-                f"pip install jittor=={WRITTEN_FOR}, or GORGON_DEVICE=cpu"
+                f"pip install jittor=={WRITTEN_FOR}"
             )
         path.write_text(text.replace(patch.old, patch.new), encoding="utf-8")
 

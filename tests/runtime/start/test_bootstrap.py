@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -65,18 +66,21 @@ def test_onednn_is_linked_where_jittor_looks(home, prefix, before):
 
 
 @pytest.mark.parametrize(("name", "below"), [("gorgon-cpu", ""), ("gorgon-cuda", "cu13.0.88_sm_90")])
-def test_a_compiled_core_is_found_by_its_cache_name(home, monkeypatch, name, below):
+def test_a_compiled_core_is_found_by_its_sources_and_its_cache_name(home, monkeypatch, name, below):
     """With CUDA it is one folder deeper."""
-    folder = home / ".cache" / "jittor" / "jt1.3.11" / "g++12" / "py3.11" / "Linux" / "cpu" / "7b6b" / name / below
+    sources = Path("/cache/jittor-1")
+    version = f"py{platform.python_version()}"
+    folder = home / ".cache" / "jittor" / "jt1.3.11" / "g++12" / version / "Linux" / "cpu" / "344b" / name / below
     folder.mkdir(parents=True)
     core = folder / "jittor_core.cpython-311-x86_64-linux-gnu.so"
     core.with_name(f"{core.name}.key").touch()  # half a compilation
     monkeypatch.setenv("cache_name", name)
-    assert not core_is_compiled()
+    assert not core_is_compiled(sources)
     core.touch()
-    assert core_is_compiled()
+    assert core_is_compiled(sources)
+    assert not core_is_compiled(Path("/cache/jittor-2"))
     monkeypatch.setenv("cache_name", "another")
-    assert not core_is_compiled()
+    assert not core_is_compiled(sources)
 
 
 def test_mpirun_is_recognized(monkeypatch):
@@ -108,15 +112,16 @@ def bare_toolkit(folder):
     return Toolkit(folder / "nvcc", (13, 0), folder, (90,), {"cublas": Part(folder, library, 13)}, None, None, ())
 
 
-def test_with_cuda_jittor_is_given_one_folder_and_patched_sources(environment, home, tmp_path):
+def test_with_cuda_jittor_is_given_one_folder(environment, home, tmp_path):
     bootstrap.settle(Choice("cuda", "", "", bare_toolkit(tmp_path / "cuda"), (80, 90)))
     assert environment["cache_name"] == "gorgon-cuda" and environment["cuda_archs"] == "80 90"
     assert environment["nvcc_path"].startswith(f"{home}/.cache/gorgon/toolkit-")
     assert environment[NAMED] == str(tmp_path / "cuda" / "nvcc")
     wanted = {"conv_opt": "1", "use_cutt": "0", "use_cutlass": "0", "use_nccl": "0"}  # cuBLAS and cuRAND, no downloads
     assert {name: environment[name] for name in wanted} == wanted
-    assert sys.path[0].startswith(f"{home}/.cache/gorgon/jittor-") and (Path(sys.path[0]) / "jittor_utils").is_dir()
-    bootstrap.settle(Choice("cpu", "asked for"))  # a process that this one starts may still take the CPU
+    sources = bootstrap.settle(Choice("cpu", "asked for"))  # a process that this one starts may still take the CPU
+    assert sys.path[0] == str(sources) and sources.parent == home / ".cache" / "gorgon"
+    assert (sources / "jittor_utils").is_dir()
     assert environment["cache_name"] == "gorgon-cpu" and environment["nvcc_path"] == ""
 
 
