@@ -3,7 +3,7 @@
 python train.py --head gated_rnn
 python train.py --head mlp --data FILE... --backbone DIR --out DIR --epochs 2 --head.num_layers 2
 python train.py --head mlp --out DIR --resume
-mpirun -np 2 python train.py --head mlp --out DIR
+python train.py --head mlp --out DIR --ranks 2
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 
 from heads.registry import available, head_class, summary
 from runtime.entry import INTERRUPTED, run_entry
+from runtime.ranks import barrier, start_ranks
+from runtime.start.bootstrap import under_mpi
 from trainer.config import parse
 
 
@@ -34,6 +36,8 @@ def main(arguments) -> int:
     if config is None:
         list_heads()
         return 0
+    if config.ranks > 1 and not under_mpi():
+        return start_ranks(config.ranks)
     from trainer.data.splits import load_splits
 
     splits = load_splits(config)  # mistakes in the text are reported before Jittor compiles anything
@@ -59,6 +63,8 @@ def main(arguments) -> int:
     }
     if runtime.is_main():
         print(json.dumps(summary_line))
+    if result.interrupted:
+        barrier()  # the first rank that leaves with a status ends the others
     return INTERRUPTED if result.interrupted else 0
 
 

@@ -1,4 +1,4 @@
-"""Communication between the processes of an ``mpirun``: sums, broadcasts, a common end.
+"""The processes of an ``mpirun``: how they are started, sums, broadcasts, a common end.
 
 All ranks call these functions in the same order; with one process they cost nothing. Jittor's MPI operations
 carry float32, float64 and int32 only, on a GPU through NCCL (which nobody has run with this project yet).
@@ -7,6 +7,9 @@ carry float32, float64 and int32 only, on a GPU through NCCL (which nobody has r
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,29 @@ from runtime.start.bootstrap import under_mpi
 
 if TYPE_CHECKING:  # imported in the functions: the doctor runs without it
     import numpy as np
+
+
+def start_ranks(num_ranks: int) -> int:
+    """Run this command as ``num_ranks`` processes on this machine; returns their status.
+
+    ``mpirun`` answers Ctrl-C by killing the ranks a second later, whatever they are writing. So it runs in a session of
+    its own, where no key reaches it, and the ranks are sent the signal instead. Raises ValueError without Open MPI.
+    """
+    import psutil  # here, so that the doctor runs where nothing is installed
+
+    if shutil.which("mpirun") is None:
+        raise ValueError("--ranks needs Open MPI (Debian: openmpi-bin libopenmpi-dev)")
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    words = ["mpirun", "--quiet", *root, "--oversubscribe", "-np", str(num_ranks), sys.executable, *sys.orig_argv[1:]]
+    mpirun = psutil.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def forward(number: int, frame: object) -> None:
+        for process in mpirun.children() or [mpirun]:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    return mpirun.wait()
 
 
 def all_reduce_sum(var):

@@ -56,8 +56,8 @@ def cache_folder() -> Path:
 
 
 def core_is_compiled(sources: Path) -> bool:
-    """True when the cache holds a core compiled from ``sources``, for this Python and under this cache name; a core with
-    CUDA is one folder deeper."""
+    """True when the cache holds a core compiled from ``sources``, for this Python and under this cache name; with CUDA
+    it is one folder deeper."""
     name = os.environ.get("cache_name", "default")
     key = hashlib.md5(str(sources / "jittor_utils" / "__init__.py").encode()).hexdigest()[:4]  # as Jittor names it
     cache = jittor_home() / ".cache" / "jittor"
@@ -146,8 +146,8 @@ def settle_cuda(choice: Choice) -> None:
 
 
 def settle(choice: Choice) -> Path:
-    """Set everything that Jittor reads from the environment, and return the folder of the sources that will be imported;
-    raises ImportError where it cannot work."""
+    """Set everything that Jittor reads from the environment; returns the folder of the sources that will be imported.
+    Raises ImportError where it cannot work."""
     # Always explicit: Jittor stores the last home it was given in a file and silently keeps using it.
     os.environ.setdefault("JITTOR_HOME", str(Path.home()))
     if choice.device == "cuda":

@@ -1,7 +1,7 @@
 """A patched copy of Jittor 1.3.11: without its compiler's data race, and for CUDA 13 too.
 
-The installed package never changes: a copy in the cache, with a few places replaced, is imported. Each patch states its
-reason, and one that does not apply is an error: another version of Jittor needs another look.
+The installed package never changes: a copy in the cache, with a few places replaced, is imported. Each patch states
+its reason, and one that does not apply is an error: another version of Jittor needs another look.
 
 The race: before a graph runs, Jittor loads its new kernels in up to seven threads, and the threads change the graph. A
 matrix product gets its oneDNN call as a new operation (``opt/tuner/matmul_tuner.cc``), linked to inputs that products in
@@ -61,7 +61,12 @@ struct WithoutGraph {
 };
 """,
     ),
-    Patch("jittor/src/jit_compiler.h", "for the lock", '#include "common.h"\n', '#include "common.h"\n#include <mutex>\n'),
+    Patch(
+        "jittor/src/jit_compiler.h",
+        "for the lock",
+        '#include "common.h"\n',
+        '#include "common.h"\n#include <mutex>\n',
+    ),
     Patch(
         "jittor/src/jit_compiler.cc",
         "the lock itself",

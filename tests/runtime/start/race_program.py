@@ -1,7 +1,7 @@
 """Twelve matrix products that share their inputs, each a kernel of its own, in one graph; started by test_race.py.
 
-``LD_PRELOAD`` names the compiled list_hook.cc. Prints one JSON object. With the argument ``unlocked``, Jittor is the one
-without this project's patches.
+``LD_PRELOAD`` names the compiled list_hook.cc. Prints one JSON object. With the argument ``unlocked``, Jittor is the
+one without this project's patches.
 """
 
 import ctypes

@@ -51,6 +51,7 @@ def test_another_jittor_is_an_error_that_names_its_version(tmp_path, text):
     (tmp_path / "jittor").mkdir()
     (tmp_path / "jittor" / "x.cc").write_text(text)
     patch = dataclasses.replace(PATCHES[0], file="jittor/x.cc", old="abc", new="d")
-    with pytest.raises(SourceError, match=r"Jittor 1\.4\.0 is not the 1\.3\.11\.0 .*'abc' \d times.*pip install jittor==1\.3\.11\.0"):
+    said = r"Jittor 1\.4\.0 is not the 1\.3\.11\.0 .*'abc' \d times.*pip install jittor==1\.3\.11\.0"
+    with pytest.raises(SourceError, match=said):
         apply_patches(tmp_path, (patch,), "1.4.0")
     assert (tmp_path / "jittor" / "x.cc").read_text() == text

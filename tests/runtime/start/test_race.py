@@ -32,9 +32,10 @@ def hook(tmp_path_factory):
 
 def run(hook, mode, **environment):
     """(status, what the program printed) of one process."""
+    settings = {"PYTHONPATH": str(HERE.parents[2]), "LD_PRELOAD": str(hook), "GORGON_DEVICE": "cpu"}
     done = subprocess.run(
         [sys.executable, HERE / "race_program.py", mode],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "LD_PRELOAD": str(hook), "GORGON_DEVICE": "cpu", **environment},
+        env={**os.environ, **settings, **environment},
         capture_output=True,
         text=True,
         timeout=600,
