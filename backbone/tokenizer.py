@@ -13,18 +13,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # A fork after the tokenizer's threads have run prints a warning unless this is set beforehand.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-import jinja2
-import numpy as np
-
 from backbone.config import BackboneConfig, read_json
-from backbone.templates import TEMPLATES, compile_template, named_template
+from backbone.replies import ReplyFinder, Span, mask_of_spans
+from backbone.templates import TEMPLATES, ChatTemplate, ConversationError, Messages, named_template
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
 ROLES = ("system", "user", "assistant")
@@ -32,8 +30,6 @@ ROLES = ("system", "user", "assistant")
 BATCH = 256
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-
-Messages = Sequence[Mapping[str, str]]
 
 
 class ChatTokenizer:
@@ -52,10 +48,13 @@ class ChatTokenizer:
         self._special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self.template = template
-        self._compiled = compile_template(template)
+        self._template = ChatTemplate(template, self._special)
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         ends = [token_id for token_id in (tokenizer.eos_token_id, *eos_ids) if token_id is not None]
-        self.end_of_turn = self._probe_end_of_turn()
+        self._replies = ReplyFinder(
+            self._template, self._special.get("bos_token", ""), filter(None, map(self._backend.id_to_token, ends))
+        )
+        self.end_of_turn = self._replies.ending.strip()
         end_id = self._backend.token_to_id(self.end_of_turn)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends + ([] if end_id is None else [end_id])))
         named = json.dumps([template, self._special], sort_keys=True)
@@ -82,7 +81,7 @@ class ChatTokenizer:
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as the backbone reads it. Raises ValueError for messages that are not a conversation."""
         _check_messages(messages)
-        return self._render(messages, add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt)
 
     def encode_chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of the rendered conversation; with the prompt, the assistant's reply comes next."""
@@ -96,16 +95,31 @@ class ChatTokenizer:
             <s> ... USER: Hi ASSISTANT: Hello </s>
             F       F   F F  F       F  T     T         the reply's leading space is part of " Hello"
 
-        Raises ValueError when the template renders the start of a conversation differently in a longer one: then no
-        part of the text is certain to be the assistant's.
+        The mask is what ``{% generation %}`` gives in transformers (``return_assistant_tokens_mask``), also for
+        templates without it. Raises ConversationError for a conversation that the template refuses, or whose replies
+        it rewrites: then no part of the text is certain to be the assistant's.
         """
-        return next(self._encode_batch([messages]))
+        return next(self.encode_many_with_mask([messages]))
 
-    def encode_many_with_mask(self, conversations: Iterable[Messages]) -> Iterator[tuple[list[int], list[bool]]]:
-        """``encode_with_mask`` of each conversation, in order and lazily; much faster than one call each."""
-        batch: list[Messages] = []
-        for messages in conversations:
-            batch.append(messages)
+    def encode_many_with_mask(
+        self,
+        conversations: Iterable[Messages],
+        refused: Callable[[int, ConversationError], None] | None = None,
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """``encode_with_mask`` of each conversation, in order and lazily; much faster than one call each.
+
+        refused: called with the index of a conversation that cannot be encoded and the reason; that one is left out.
+        Without it the reason is raised.
+        """
+        batch: list[tuple[str, list[Span]]] = []
+        for index, messages in enumerate(conversations):
+            try:
+                _check_messages(messages)
+                batch.append(self._replies.find(messages))
+            except ConversationError as error:
+                if refused is None:
+                    raise
+                refused(index, error)
             if len(batch) == BATCH:
                 yield from self._encode_batch(batch)
                 batch = []
@@ -120,87 +134,28 @@ class ChatTokenizer:
                 f"{config.vocab_size}; expected no more than the backbone's: pass its own directory"
             )
 
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        special = {"bos_token": "", "eos_token": ""} | self._special
-        try:
-            return self._compiled.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **special
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-
-    def _probe_end_of_turn(self) -> str:
-        """What the template writes after a reply, without white space: ``</s>``, ``<|eot_id|>``, ..."""
-        reply = "answer"
-        text = self._render([{"role": "user", "content": "question"}, {"role": "assistant", "content": reply}], False)
-        return text[text.rindex(reply) + len(reply) :].strip() if reply in text else ""
-
-    def _reply_spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation, and the character range of each reply in it."""
-        _check_messages(messages)
-        text = self._render(messages, False)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], True)
-            through = text if index + 1 == len(messages) else self._render(messages[: index + 1], False)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise ValueError(
-                    f"the chat template renders turn {index} differently in a longer conversation, so the assistant's "
-                    f"tokens cannot be identified; choose a template by name: {', '.join(TEMPLATES)}"
-                )
-            spans.append((len(before), _end_of_reply(through, len(before), message["content"])))
-        return text, spans
-
-    def _encode_batch(self, batch: Sequence[Messages]) -> Iterator[tuple[list[int], list[bool]]]:
-        rendered = [self._reply_spans(messages) for messages in batch]
-        encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        for (_, spans), encoding in zip(rendered, encodings, strict=True):
-            yield encoding.ids, _mask_of_spans(encoding.offsets, spans)
+    def _encode_batch(self, batch: Sequence[tuple[str, list[Span]]]) -> Iterator[tuple[list[int], list[bool]]]:
+        encodings = self._backend.encode_batch([text for text, _ in batch], add_special_tokens=False)
+        for (_, spans), encoding in zip(batch, encodings, strict=True):
+            yield encoding.ids, mask_of_spans(encoding.offsets, spans)
 
 
 def _check_messages(messages: Messages) -> None:
-    """Raises ValueError unless messages are system (at most one, first), then user, then anything."""
+    """Raises ConversationError unless messages are system (at most one, first), then user, then anything."""
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {index} is {message!r:.80}, expected a role and a content string")
+            raise ConversationError(f"message {index} is {message!r:.80}, expected a role and a content string")
         if message.get("role") not in ROLES:
-            raise ValueError(f"message {index} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
+            raise ConversationError(
+                f"message {index} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+            )
         if message["role"] == "system" and index:
-            raise ValueError(f"message {index} is a system message; expected it first or not at all")
+            raise ConversationError(f"message {index} is a system message; expected it first or not at all")
     turns = [message for message in messages if message["role"] != "system"]
     if not turns or turns[0]["role"] != "user":
-        raise ValueError("the conversation does not open with a user message; expected system (optional), user, ...")
-
-
-def _end_of_reply(text: str, start: int, content: str) -> int:
-    """End of the reply that starts at ``start`` in a text that ends with it.
-
-    Some templates write a line break after the end-of-turn token. It is never generated: the reply stops before it.
-    """
-    reply = content.strip()
-    found = text.find(reply, start)
-    ending = text[found + len(reply) :] if found >= 0 else ""
-    return len(text.rstrip()) if ending.strip() else len(text)
-
-
-def _mask_of_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """True for each token that starts inside a span. offsets: (start, end) of each token in characters.
-
-    Some tokenizers leave white space out of the offsets; the gap belongs to the token after it. The bytes of one
-    character may be several tokens, all with that character's offsets.
-
-    >>> _mask_of_spans([(0, 2), (3, 5), (5, 6)], [(2, 6)])
-    [False, True, True]
-    """
-    bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    starts = bounds[:, 0].copy()
-    starts[1:] = np.minimum(starts[1:], bounds[:-1, 1])
-    mask = np.zeros(len(starts), dtype=bool)
-    for first, last in spans:
-        mask |= (starts >= first) & (starts < last)
-    return mask.tolist()
+        raise ConversationError(
+            "the conversation does not open with a user message; expected system (optional), user, ..."
+        )
 
 
 class StreamDecoder:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from backbone.config import read_config
 from backbone.templates import TEMPLATES
-from backbone.tokenizer import EMBEDDED, StreamDecoder, _mask_of_spans, load_tokenizer
+from backbone.tokenizer import EMBEDDED, StreamDecoder,  load_tokenizer
 
 DEV = Path(__file__).resolve().parents[3] / "shared" / "data" / "chat" / "dev.jsonl.gz"
 
