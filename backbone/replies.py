@@ -43,8 +43,8 @@ MARKER = re.compile(r"\s*(<[^<>\s]+>)")
 
 
 class Span(NamedTuple):
-    """Characters of a rendered conversation: what the assistant says from ``first`` to ``last``, excluded, of which
-    the text of the reply begins at ``content``."""
+    """Characters of a rendered conversation: what the assistant says from ``first`` to ``last``, excluded. ``content``
+    is where its text begins, after the white space that the template writes."""
 
     first: int
     content: int
@@ -78,14 +78,27 @@ class ReplyFinder:
     def find(self, messages: Messages) -> tuple[str, list[Span]]:
         """The rendered conversation and the assistant's parts of it. Raises ConversationError where the template
         refuses the conversation or rewrites a reply."""
-        if self._template.marks_replies:
-            text, marked = self._template.render_marked(messages, False)
-            return text, [Span(first, first, last) for first, last in marked]
         text = self._template.render(messages, False)
-        return text, list(self._infer(messages, text))
+        return text, list((self._read if self._template.marks_replies else self._infer)(messages, text))
+
+    def _read(self, messages: Messages, text: str) -> Iterator[Span]:
+        """The replies that the template's author marked."""
+        first, last = _unused(text, 2)
+        marked = re.split(f"([{first}{last}])", self._template.render(messages, False, (first, last)))
+        if "".join(piece for piece in marked if piece not in (first, last)) != text:
+            raise ConversationError("the chat template uses the text of a reply that it marks, so its place is unknown")
+        start = place = 0
+        for piece in marked:
+            if piece == first:
+                start = place
+            elif piece == last:
+                yield Span(start, start, place)
+            else:
+                place += len(piece)
 
     def _infer(self, messages: Messages, text: str) -> Iterator[Span]:
-        mark = next((mark for mark in map(chr, PRIVATE_USE) if mark not in text), REPLY_MARK)
+        """The replies of any other template, see above."""
+        (mark,) = _unused(text, 1)
         replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         marked = [dict(message) for message in messages]
         for index in replies:
@@ -106,7 +119,7 @@ class ReplyFinder:
             start = place - len(said)
             first = self._begin(messages[:index], text, last, start)
             last = place + len(next((end for end in self._ends if text.startswith(end, place)), ""))
-            yield Span(first, start, last)
+            yield Span(first, start - len(text[first:start].lstrip()), last)
         if place + len(pieces[-1]) != len(text):
             raise _rewritten(len(messages) - 1)
 
@@ -119,6 +132,11 @@ class ReplyFinder:
                 return min(len(prompt), start)
         lead = self._lead if text.endswith(self._lead, last, start) else ""
         return start - len(lead)
+
+
+def _unused(text: str, count: int) -> list[str]:
+    """Private-use characters that the text does not hold."""
+    return list(itertools.islice((mark for mark in map(chr, PRIVATE_USE) if mark not in text), count))
 
 
 def _rewritten(index: int) -> ConversationError:
@@ -162,7 +180,7 @@ def _ending(final: str, between: str, opening: str, turn: str) -> str:
 
 
 def mask_of_spans(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> list[bool]:
-    """True for each token that starts inside a span, or holds the first character of the reply's text.
+    """True for each token that starts inside a span, or holds the character at its ``content``.
 
     offsets: (start, end) of each token in characters. Some tokenizers leave white space out of the offsets; the gap
     belongs to the token after it. The bytes of one character may be several tokens, all with that character's offsets;
@@ -178,5 +196,5 @@ def mask_of_spans(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> 
     starts[1:] = np.minimum(starts[1:], ends[:-1])
     mask = np.zeros(len(starts), dtype=bool)
     for first, content, last in spans:
-        mask |= (starts < last) & ((starts >= first) | (ends > content))
+        mask |= (first < last) & (starts < last) & ((starts >= first) | (ends > content))
     return mask.tolist()

@@ -124,30 +124,20 @@ class ChatTemplate:
         """Whether its author marked the replies, with ``{% generation %}``."""
         return self._tag.found
 
-    def render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        """Raises ConversationError where the template refuses the messages."""
-        return self.render_marked(messages, add_generation_prompt)[0]
-
-    def render_marked(self, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the character range of each ``{% generation %}`` in it."""
-        tag, pieces = self._tag, []
-        tag.position, tag.marked = 0, []
+    def render(self, messages: Messages, add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
+        """marks: what to write before and after each ``{% generation %}``. Raises ConversationError where the template
+        refuses the messages."""
+        self._tag.marks = marks
         try:
-            for piece in self._template.generate(
+            return self._template.render(
                 messages=[_as_seen(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special,
-            ):
-                pieces.append(piece)
-                tag.position += len(piece)
+            )
         except REFUSALS as error:
             raise ConversationError(f"the chat template refuses this conversation: {error}") from error
-        text = "".join(pieces)
-        if any(not text.startswith(reply, start) for start, reply in tag.marked):
-            raise ConversationError("the chat template marks a reply inside a macro or block: its place is unknown")
-        return text, [(start, start + len(reply)) for start, reply in tag.marked]
 
 
 def _as_seen(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,26 +150,22 @@ def _as_seen(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}`` marks a reply: notes its text and where it begins."""
+    """``{% generation %}...{% endgeneration %}`` is a reply: writes it between ``marks``."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
-        self.found = False
-        self.position = 0  # characters written so far, kept by who renders
-        self.marked: list[tuple[int, str]] = []
+        self.found, self.marks = False, ("", "")
 
     def parse(self, parser: Any) -> Any:
         self.found = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+        return jinja2.nodes.CallBlock(self.call_method("_between_marks"), [], [], body).set_lineno(line)
 
-    def _note(self, caller: Callable[[], str]) -> str:
-        text = caller()
-        self.marked.append((self.position, text))
-        return text
+    def _between_marks(self, caller: Callable[[], str]) -> str:
+        return self.marks[0] + caller() + self.marks[1]
 
 
 class _Namespace(jinja2.utils.Namespace):

@@ -231,13 +231,28 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
 
 
 def _own_template(directory: Path, settings: dict[str, Any]) -> str:
-    """The template of the directory: ``chat_template.jinja``, else the one in tokenizer_config.json."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    own = settings.get("chat_template")
-    if isinstance(own, list):  # several, by name
-        own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}.get("default")
+    """The template of the directory, as transformers chooses it.
+
+    ``chat_template.jinja`` and ``additional_chat_templates/<name>.jinja`` hide the one in tokenizer_config.json; of
+    several by name it is "default". ``chat_template.json``, a processor's, counts where there is no other.
+    """
+    files = [directory / "chat_template.jinja", *sorted((directory / "additional_chat_templates").glob("*.jinja"))]
+    named = {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    if "chat_template" in named:
+        named = {"default": named.pop("chat_template"), **named}
+    own: Any = named or settings.get("chat_template")
+    processor = directory / "chat_template.json"
+    if own is None and processor.exists():
+        own = read_json(processor).get("chat_template")
+    if isinstance(own, list):
+        own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}
+    if isinstance(own, dict):
+        if "default" not in own:
+            raise ValueError(
+                f"{directory} has chat templates named {', '.join(map(str, own))}, expected one named default; "
+                f"choose one by name: {', '.join(TEMPLATES)}"
+            )
+        own = own["default"]
     if not isinstance(own, str) or not own.strip():
         raise ValueError(f"{directory} has no chat template; choose one by name: {', '.join(TEMPLATES)}")
     return own
