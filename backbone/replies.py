@@ -16,9 +16,9 @@ found by comparing renderings. Take a template that writes "<|head|>", the role,
    writes before a reply in a conversation of two messages.
 3. *What ends a turn*, found once, from two conversations: what both write after a first reply, be it the last message
    (here "<|eot|><|head|>assistant<|headend|>") or answered by the user ("<|eot|><|head|>user<|headend|>"). That is
-   "<|eot|><|head|>". What of it also stands before the user's first message opens a turn: "<|head|>" is cut off. White
-   space after it is not the assistant's. Where a reply is followed by something else, that counts if it is a token that
-   ends decoding.
+   "<|eot|><|head|>", of which "<|head|>" is cut off, because the user's first message is opened by it too. White space
+   at its end is not the assistant's. Where something else follows a reply, it counts if it is a token that ends
+   decoding.
 
 So an end of the whole conversation, the head of the next message, and a line break behind the end token carry no loss.
 """
@@ -39,7 +39,7 @@ PRIVATE_USE = range(0xE000, 0xF900)
 USER_MARK, REPLY_MARK = chr(PRIVATE_USE[0]), chr(PRIVATE_USE[1])
 # Pieces that a header or an ending consists of: <|eot|>, [INST], white space, a word.
 PIECE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\s+|[^\s<\[]+|.")
-MARKER = re.compile(r"\s*(<[^<>\s]+>)")
+MARKER = r"<[^<>\s]+>"
 
 
 class Span(NamedTuple):
@@ -72,8 +72,9 @@ class ReplyFinder:
             longer = text
         opening, _, turn = before.partition(USER_MARK)
         between = longer.partition(REPLY_MARK)[2].partition(USER_MARK)[0]
-        self.ending = _ending(after, between, opening.removeprefix(bos), turn) if found else ""
-        self._ends = tuple(filter(None, (self.ending, *end_texts)))
+        endings = _endings(after, between, opening.removeprefix(bos), turn) if found else ()
+        self.ending = endings[0] if endings else ""
+        self._ends = (*endings, *end_texts)
 
     def find(self, messages: Messages) -> tuple[str, list[Span]]:
         """The rendered conversation and the assistant's parts of it. Raises ConversationError where the template
@@ -104,7 +105,7 @@ class ReplyFinder:
         for index in replies:
             marked[index]["content"] = marked[index]["content"].rstrip() + mark
         pieces = self._template.render(marked, False).split(mark)
-        if len(pieces) != len(replies) + 1:
+        if len(pieces) != len(replies) + 1 or not text.startswith(pieces[0]):
             raise _rewritten(replies[0] if replies else 0)
         place = last = 0
         for index, piece, following in zip(replies, pieces, pieces[1:], strict=False):
@@ -146,37 +147,42 @@ def _rewritten(index: int) -> ConversationError:
     )
 
 
-def _ending(final: str, between: str, opening: str, turn: str) -> str:
-    r"""What ends a turn, white space before it included.
+def _endings(final: str, between: str, opening: str, turn: str) -> tuple[str, ...]:
+    r"""What ends a turn, white space before it included: nothing, one ending, or that of the last turn and another.
 
     final, between: what follows a reply that is the last message, and one that the user answers. opening: what
     precedes the user's first message; turn: what follows it.
 
-    >>> _ending("<|eot|><|head|>assistant:", "<|eot|><|head|>user:", "<|head|>user:", "<|eot|><|head|>assistant:")
-    '<|eot|>'
-    >>> _ending("<|end|>\n<|endoftext|>", "<|end|>\n<|user|>\n", "<|user|>\n", "<|end|>\n<|assistant|>\n")
-    '<|end|>'
-    >>> _ending("", "<|end|>\n<|user|>\n", "<|user|>\n", "<|end|>\n<|assistant|>\n")  # open, to be continued
-    '<|end|>'
+    >>> _endings("<|eot|><|head|>assistant:", "<|eot|><|head|>user:", "<|head|>user:", "<|eot|><|head|>assistant:")
+    ('<|eot|>',)
+    >>> _endings("<|end|>\n<|endoftext|>", "<|end|>\n<|user|>\n", "<|user|>\n", "<|end|>\n<|assistant|>\n")
+    ('<|end|>',)
+    >>> _endings("", "<|end|>\n<|user|>\n", "<|user|>\n", "<|end|>\n<|assistant|>\n")  # open, to be continued
+    ('<|end|>',)
     """
-    if not final.strip():
-        marker = MARKER.match(between)
-        if marker is None or opening.lstrip().startswith(marker[1]):
-            return ""
-        return marker[0] if marker[1] not in opening or turn.lstrip().startswith(marker[1]) else ""
     shared, header = final.rstrip(), opening.strip()
-    if between.startswith(shared):
-        opens = shared.strip() == header
-    else:
+    whole = between.startswith(shared)
+    if not whole:
         pairs = zip(PIECE.findall(final), PIECE.findall(between), strict=False)
         shared = "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)).rstrip()
-        opens = header.startswith(shared.strip())
-    if opens:  # it is nothing but the next turn's head
-        return ""
-    pieces = PIECE.findall(shared)
+    if not shared:
+        last, other = re.match(MARKER, final), re.match(r"\s*" + MARKER, between)
+        if last and (last[0] in header or last[0] in turn):  # the head of a further reply
+            last = None
+        if other and (header.startswith(other[0].strip()) or (other[0] in header and not turn.startswith(other[0]))):
+            other = None
+        return tuple(found[0] for found in (last, other) if found)
+    if shared.strip() == header or (not whole and header.startswith(shared.strip())):
+        return ()  # it is nothing but the next turn's head
+    if whole and between.strip() != shared.strip():
+        return (shared,)  # the user's head is all in what is left of ``between``
+    pieces, opener = PIECE.findall(shared), PIECE.findall(header)[:1]
     first = 1 + pieces[0].isspace()
-    cut = next(cut for cut in range(first, len(pieces) + 1) if "".join(pieces[cut:]) in opening)
-    return "".join(pieces[:cut]).rstrip()
+    cuts = range(first, len(pieces) + 1)
+    cut = next((cut for cut in cuts if pieces[cut : cut + 1] == opener), None)
+    if cut is None:
+        cut = next(cut for cut in cuts if "".join(pieces[cut:]) in opening)
+    return ("".join(pieces[:cut]).rstrip(),)
 
 
 def mask_of_spans(offsets: Sequence[tuple[int, int]], spans: Iterable[Span]) -> list[bool]:

@@ -98,6 +98,30 @@ FAMILIES = {
         + "{% if messages[-1].role == 'assistant' %}{{ '<|user|>' }}{% endif %}" + prompt("<|assistant|>"),
         "",
     ),
+    "next head, no end, the assistant's": (
+        BOS + loop(write("'<|user|>' + m.content"), write("'<|assistant|>'") + reply("m.content"))
+        + write("'<|assistant|>'"),
+        "",
+    ),
+    # Two tokens end a reply, one of them every turn.
+    "two tokens": (
+        BOS + loop(
+            write("'<|user|>' + m.content + '<|end|>'"),
+            write("'<|assistant|>'") + reply("m.content + '<|eot|><|end|>'"),
+            write("'<|system|>' + m.content + '<|end|>'"),
+        )
+        + prompt("<|assistant|>"),
+        "<|eot|><|end|>",
+    ),
+    # The last reply ends with another token than those before.
+    "two ends": (
+        BOS + loop(
+            write("'<|user|>' + m.content + '<|end|>'"),
+            write("'<|assistant|>'") + reply("m.content + ('<|eot|>' if loop.last else '<|end|>')"),
+        )
+        + prompt("<|assistant|>"),
+        "<|eot|>",
+    ),
     "mistral, strict": (
         BOS + ALTERNATE + loop(write("'[INST] ' + m.content + ' [/INST]'"), reply("m.content + eos_token")),
         "</s>",
