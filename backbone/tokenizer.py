@@ -20,7 +20,8 @@ from typing import Any
 # A fork after the tokenizer's threads have run prints a warning unless this is set beforehand.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-from backbone.config import BackboneConfig, read_json
+from backbone.config import BackboneConfig, read_json, stop_ids
+from backbone.pieces import read_vocabulary
 from backbone.replies import ReplyFinder, Span, mask_of_spans
 from backbone.templates import TEMPLATES, ChatTemplate, ConversationError, Messages, named_template
 
@@ -28,6 +29,7 @@ EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
 ROLES = ("system", "user", "assistant")
 # Conversations tokenized in one call: enough for every thread, few enough to keep the offsets small.
 BATCH = 256
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -36,7 +38,7 @@ class ChatTokenizer:
     """A vocabulary and a chat template.
 
     ``vocab_size`` is the highest token id plus one. ``eos_ids`` end a reply: the vocabulary's end token, those of
-    generation_config.json, and the token with which the template ends a turn. ``end_of_turn`` is that ending as
+    ``backbone.config.stop_ids``, and the token with which the template ends a turn. ``end_of_turn`` is that ending as
     text; where it is not a token of this vocabulary (a template of another family) a caller has to stop on the text.
     """
 
@@ -145,6 +147,10 @@ def _check_messages(messages: Messages) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise ConversationError(f"message {index} is {message!r:.80}, expected a role and a content string")
+        if HALF_CHARACTER.search(message["content"]):
+            raise ConversationError(
+                f"message {index} holds half a character (a lone surrogate), which no token can spell"
+            )
         if message.get("role") not in ROLES:
             raise ConversationError(
                 f"message {index} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
@@ -221,11 +227,8 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
         raise ValueError(f"{directory} holds no tokenizer; expected tokenizer.json or tokenizer.model")
     if text is None:
         text = _own_template(directory, settings)
-    generation_path = directory / "generation_config.json"
-    ends = read_json(generation_path).get("eos_token_id") if generation_path.exists() else None
-    eos_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     try:
-        return ChatTokenizer(tokenizer, text, source, eos_ids)
+        return ChatTokenizer(tokenizer, text, source, stop_ids(directory))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 
@@ -279,72 +282,47 @@ def _load_fast(directory: Path) -> Any:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _text_of(token: Any) -> str | None:
-    """Token text in tokenizer_config.json: a string, or an object with ``content``."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
-    """A Llama-style SentencePiece BPE model as a fast tokenizer.
+    """A Llama-style SentencePiece BPE model as transformers' own LlamaTokenizer, with everything that the directory
+    says of it: ``legacy``, ``add_prefix_space``, and the added tokens with their ``lstrip``, ``rstrip``,
+    ``single_word`` and ``normalized``.
 
-    Spaces become U+2581; unknown characters fall back to byte tokens. ``legacy`` (default true) puts a U+2581 before
-    every piece of text between special tokens, otherwise only at the very start, as transformers does.
+    Only the vocabulary is read here: transformers needs protobuf for that. Raises ValueError naming a token that is
+    not where the directory puts it.
     """
-    import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    path = directory / "tokenizer.model"
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model; expected one, or a tokenizer.json ({error})") from error
-    names = [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]
-    vocab = {name: index for index, name in enumerate(names)}
-    special = [name for i, name in enumerate(names) if pieces.is_control(i) or pieces.is_unknown(i)]
-    merges = _merges(vocab, [i for i, name in enumerate(names) if name not in special and not pieces.is_byte(i)])
-    unknown = names[pieces.unk_id()]
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    space = "\N{LOWER ONE EIGHTH BLOCK}"
-    if settings.get("legacy", True):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
-    for index, token in _added_tokens(directory, settings):
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != index:
-            raise ValueError(f"{directory}: added token {token.content!r} has id {index}, which would leave a gap")
-    roles = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
-    own = {role: names[index] for role, index in roles.items() if index >= 0}
-    own |= {role: _text_of(settings[role]) for role in (*roles, "pad_token") if settings.get(role)}
-    return _transformers().PreTrainedTokenizerFast(tokenizer_object=backend, **own)
-
-
-def _merges(vocab: dict[str, int], ids: list[int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that merges into a piece, the earliest piece first: SentencePiece numbers them in that
-    order."""
-    names = {index: name for name, index in vocab.items()}
-    mergeable = {names[index] for index in ids}
-    return [
-        (name[:cut], name[cut:])
-        for name in (names[index] for index in ids)
-        for cut in range(1, len(name))
-        if name[:cut] in mergeable and name[cut:] in mergeable
-    ]
-
-
-def _added_tokens(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Any]]:
-    """(id, token) that the directory adds to its SentencePiece model, by id."""
     from tokenizers import AddedToken
 
-    added: dict[int, tuple[str, bool]] = {}
+    llama, vocabulary = _transformers().LlamaTokenizer, read_vocabulary(directory / "tokenizer.model")
+
+    class SentencePieceLlama(llama):
+        @classmethod
+        def convert_to_native_format(cls, **given: Any) -> dict[str, Any]:
+            filled = {name: value for name, value in given.items() if value is not None}
+            for name, value in filled.items():
+                if name.endswith("_token") and isinstance(value, dict):  # one that lacks transformers' mark of its type
+                    filled[name] = AddedToken(value["content"], normalized=False, special=True)
+            return {**vocabulary, **filled}
+
+    try:
+        tokenizer = SentencePieceLlama.from_pretrained(str(directory), local_files_only=True)
+    except (TypeError, KeyError, AttributeError, OSError) as error:  # what it makes of damaged settings
+        raise ValueError(f"{directory}: the tokenizer's settings cannot be used: {error}") from error
+    for index, content in _added_tokens(directory, settings):
+        found = tokenizer.backend_tokenizer.token_to_id(content)
+        if found != index:
+            raise ValueError(
+                f"{directory}: added token {content!r} has id {index}, and the vocabulary puts it at {found}; expected "
+                "ids that follow the model's without a gap"
+            )
+    return tokenizer
+
+
+def _added_tokens(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """(id, text) of the tokens that the directory adds to its SentencePiece model, by id."""
+    added: dict[int, str] = {}
     path = directory / "added_tokens.json"
     for content, index in (read_json(path) if path.exists() else {}).items():
-        added[int(index)] = (content, True)
+        added[int(index)] = content
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
-        added[int(index)] = (token["content"], bool(token.get("special", False)))
-    for index, (content, is_special) in sorted(added.items()):
-        yield index, AddedToken(content, normalized=False, special=is_special)
+        added[int(index)] = token["content"]
+    yield from sorted(added.items())

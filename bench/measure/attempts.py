@@ -17,6 +17,7 @@ from backbone.cache import BatchCache, KVCache
 from backbone.model import Backbone
 from backbone.tokenizer import ChatTokenizer
 from bench.record.prompts import Prompt
+from bench.record.schema import Failure
 from decoding.drafter import ChainDrafter, make_drafter
 from decoding.generate import (
     Generation,
@@ -30,6 +31,7 @@ from decoding.options import Acceptance
 from decoding.rules import Rule
 from decoding.tree import DynamicTree, Tree
 from heads.base import Head
+from trainer.data.turns import short_place
 
 # The sides: the original backbone alone, the backbone that the head adapted alone, the head.
 BASELINE, ADAPTED, HEAD = "baseline", "adapted", "head"
@@ -197,7 +199,7 @@ class Conversation:
 
     def __init__(self, setup: Setup, prompt: Prompt, index: int):
         self.setup, self.prompt, self.index = setup, prompt, index
-        self.attempt, self.messages = Attempt(Stretch(), Stretch(), Stretch()), []
+        self.attempt, self.messages = Attempt(Stretch(), Stretch(), Stretch()), prompt.opening()
 
     def ask(self, turn: int) -> list[int] | None:
         """The prompt's tokens up to this turn; None once the conversation is over. Raises ValueError if the first turn
@@ -249,5 +251,24 @@ def attempt_all(setup: Setup, prompts: Sequence[Prompt], first: int, head_first:
 
 
 def check_prompt(setup: Setup, prompt: Prompt) -> None:
-    """Raises ValueError if the first turn does not fit into the cache or makes no prompt."""
+    """Raises ValueError if the first turn does not fit into the cache, or if any turn makes no prompt: the template
+    refuses it, or it holds half a character. Later turns are tried with a stand-in for the replies."""
+    messages = prompt.opening()
+    for turn in prompt.turns:
+        messages.append({"role": "user", "content": turn})
+        setup.tokenizer.render(messages)
+        messages.append({"role": "assistant", "content": "-"})
     Conversation(setup, prompt, 0).ask(0)
+
+
+def usable_prompts(setup: Setup, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Failure]]:
+    """The prompts that can be decoded, and why the others cannot."""
+    usable, failures = [], []
+    for prompt in prompts:
+        try:
+            check_prompt(setup, prompt)
+            usable.append(prompt)
+        except ValueError as error:
+            place = f" ({short_place(prompt.where)})" if prompt.where else ""
+            failures.append(Failure(prompt_id=prompt.prompt_id, error=f"{error}{place}"))
+    return usable, failures

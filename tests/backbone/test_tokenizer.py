@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import shutil
 import socket
 
 import pytest
@@ -11,64 +10,9 @@ import pytest
 from backbone.config import read_config
 from backbone.templates import TEMPLATES
 from backbone.tokenizer import EMBEDDED, StreamDecoder, load_tokenizer
-from tests.backbone.chat.made import CHAT, embedded_with, masked_text, replies
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_directory(tmp_path_factory):
-    """A small SentencePiece model with Llama's settings, and no tokenizer.json."""
-    import sentencepiece
-
-    directory = tmp_path_factory.mktemp("pieces")
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "them", "then", "assistant", "user"]
-    order = random.Random(0)
-    (directory / "text").write_text("\n".join(" ".join(order.choices(words, k=8)) for _ in range(300)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(directory / "text"),
-        model_prefix=str(directory / "tokenizer"),
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        split_digits=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return directory
-
+from tests.backbone.chat.made import CHAT, SYSTEM, embedded_with, masked_text, replies
 
 # Vocabularies
-
-
-def test_sentencepiece_models_encode_as_sentencepiece_does(sentencepiece_directory):
-    import sentencepiece
-
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_directory / "tokenizer.model"))
-    tokenizer = load_tokenizer(sentencepiece_directory, "vicuna")
-    assert tokenizer.vocab_size == oracle.get_piece_size() and tokenizer.eos_ids == (2,)
-    order = random.Random(1)
-    letters = "theoverfxdgjumps  \n12,你\N{GRINNING FACE}"
-    for _ in range(200):
-        text = "".join(order.choices(letters, k=order.randint(1, 40)))
-        assert tokenizer.encode(text) == oracle.encode(text), text
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_only_legacy_vocabularies_mark_the_text_behind_a_special_token(sentencepiece_directory, tmp_path, legacy):
-    folder = tmp_path / "m"
-    shutil.copytree(sentencepiece_directory, folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    added = {"330": {"content": "<pad>", "special": True}}
-    settings |= {"legacy": legacy, "added_tokens_decoder": added, "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(folder, "vicuna")
-    assert tokenizer.vocab_size == 331
-    assert tokenizer.encode("<pad>") == [330]
-    bare, marked = tokenizer.encode("</s>the"), tokenizer.encode("the")
-    assert bare[0] == 2 and (bare[1:] == marked) is legacy
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -78,14 +22,6 @@ def test_masks_hold_on_a_sentencepiece_vocabulary(sentencepiece_directory, name)
     # This decoder drops one space at the start of a text, and U+2581 opens the text after a special token.
     found = masked_text(tokenizer, ids, mask).replace(" ", "")
     assert found == replies(CHAT, name).replace(" ", "")
-
-
-def test_a_gap_before_an_added_token_is_refused(sentencepiece_directory, tmp_path):
-    folder = tmp_path / "m"
-    shutil.copytree(sentencepiece_directory, folder)
-    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 400}))
-    with pytest.raises(ValueError, match="'<pad>' has id 400"):
-        load_tokenizer(folder, "vicuna")
 
 
 def test_unreadable_tokenizers_are_refused_with_their_path(tmp_path):
@@ -99,6 +35,24 @@ def test_unreadable_tokenizers_are_refused_with_their_path(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path, "vicuna")
+
+
+def test_replies_end_at_the_tokens_of_the_config_without_a_generation_config(tmp_path):
+    folder = embedded_with(tmp_path / "ends")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for ends, expected in (([2, 16], (2, 16)), (16, (2, 16)), (None, (2,))):
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+        assert load_tokenizer(folder).eos_ids == expected  # the vocabulary's own end comes first
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [16]}))
+    assert load_tokenizer(folder).eos_ids == (2, 16)
+
+
+def test_half_a_character_is_refused_by_the_message_that_holds_it():
+    for messages in ([{"role": "user", "content": "nice \ud83d"}], [*SYSTEM, {"role": "user", "content": "\ude00"}]):
+        with pytest.raises(ValueError, match=f"message {len(messages) - 1} holds half a character"):
+            load_tokenizer().encode_chat(messages)
 
 
 def test_a_tokenizer_must_fit_the_backbone(tmp_path):
