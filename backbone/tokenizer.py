@@ -237,15 +237,17 @@ def _own_template(directory: Path, settings: dict[str, Any]) -> str:
     """The template of the directory, as transformers chooses it.
 
     ``chat_template.jinja`` and ``additional_chat_templates/<name>.jinja`` hide the one in tokenizer_config.json; of
-    several by name it is "default". ``chat_template.json``, a processor's, counts where there is no other.
+    several by name it is "default". ``chat_template.json``, a processor's, counts where there is no other. A blank one
+    counts nowhere.
     """
     files = [directory / "chat_template.jinja", *sorted((directory / "additional_chat_templates").glob("*.jinja"))]
-    named = {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    named = {name: text for name, text in texts.items() if text.strip()}
     if "chat_template" in named:
         named = {"default": named.pop("chat_template"), **named}
     own: Any = named or settings.get("chat_template")
     processor = directory / "chat_template.json"
-    if own is None and processor.exists():
+    if not own and processor.exists():
         own = read_json(processor).get("chat_template")
     if isinstance(own, list):
         own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}

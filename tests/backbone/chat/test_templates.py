@@ -188,6 +188,11 @@ def test_the_template_of_a_processor_is_found(tmp_path):
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": text}))
     assert load_tokenizer(folder).render(CHAT) == load_tokenizer().render(CHAT)
+    (folder / "chat_template.jinja").write_text(" \n")  # blank files decide nothing
+    assert load_tokenizer(folder).render(CHAT) == load_tokenizer().render(CHAT)
+    (folder / "chat_template.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no chat template"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="needs the templates of real directories")
