@@ -279,8 +279,8 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
 def _own_template(directory: Path, settings: dict[str, Any]) -> str:
     """The template of the directory: ``chat_template.jinja``, else the one in tokenizer_config.json."""
     file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
+    if file.exists() and (text := file.read_text(encoding="utf-8")).strip():
+        return text
     own = settings.get("chat_template")
     if isinstance(own, list):  # several, by name
         own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}.get("default")
