@@ -281,6 +281,20 @@ def test_a_refused_prompt_is_dropped_with_its_reason(tokenizer):
         assert "half a character" in (dialogue.cut if kept else dialogue.dropped)
 
 
+def test_a_conversation_that_training_would_leave_out_is_dropped(tokenizer, monkeypatch):
+    def refuse(messages):
+        raise ValueError("the history is rewritten")
+
+    writer, dialogue = (
+        Writer(tokenizer, options()),
+        Dialogue(0, "", True, np.zeros(8), prompt=Prompt("1", "c", ("Hi",))),
+    )
+    monkeypatch.setattr(tokenizer, "encode_with_mask", refuse)
+    writer.start(dialogue, "")
+    assert not writer.take(dialogue, tokenizer.encode(" good")[0], 0.0) and writer.take(dialogue, 2, 0.0)
+    assert (dialogue.dropped, dialogue.messages) == ("conversation refused: the history is rewritten", [])
+
+
 def test_a_temperature_samples_every_reply_unless_a_greedy_share_is_given():
     shares = [
         (Options(**given).temperature, Options(**given).greedy_share)
