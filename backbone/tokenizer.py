@@ -340,7 +340,7 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
 
     try:
         tokenizer = SentencePieceLlama.from_pretrained(str(directory), local_files_only=True, **_filled(settings))
-    except (TypeError, KeyError, AttributeError, OSError) as error:  # what it makes of damaged settings
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # what it makes of damaged settings
         raise ValueError(f"{directory}: the tokenizer's settings cannot be used: {error}") from error
     for index, content in _added_tokens(directory, settings):
         found = tokenizer.backend_tokenizer.token_to_id(content)
