@@ -219,7 +219,7 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
     settings_path = directory / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.exists() else {}
     if (directory / "tokenizer.json").exists():
-        tokenizer, source = _load_fast(directory), (directory / "tokenizer.json").read_bytes()
+        tokenizer, source = _load_fast(directory, settings), (directory / "tokenizer.json").read_bytes()
     elif (directory / "tokenizer.model").exists():
         tokenizer = _load_sentencepiece(directory, settings)
         source = tokenizer.backend_tokenizer.to_str().encode()
@@ -272,12 +272,19 @@ def _transformers() -> Any:
     return transformers
 
 
-def _load_fast(directory: Path) -> Any:
+def _filled(settings: dict[str, Any]) -> dict[str, Any]:
+    """What transformers must be told where a setting is null and it expects none or a value."""
+    return {"added_tokens_decoder": {}} if settings.get("added_tokens_decoder", {}) is None else {}
+
+
+def _load_fast(directory: Path, settings: dict[str, Any]) -> Any:
     transformers = _transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns about class names that make no difference here
     try:
-        return transformers.PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        return transformers.PreTrainedTokenizerFast.from_pretrained(
+            str(directory), local_files_only=True, **_filled(settings)
+        )
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise ValueError(f"{directory / 'tokenizer.json'} cannot be read: {error}") from error
     finally:
@@ -306,8 +313,8 @@ def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
             return {**vocabulary, **filled}
 
     try:
-        tokenizer = SentencePieceLlama.from_pretrained(str(directory), local_files_only=True)
-    except (TypeError, KeyError, AttributeError, OSError) as error:  # what it makes of damaged settings
+        tokenizer = SentencePieceLlama.from_pretrained(str(directory), local_files_only=True, **_filled(settings))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # what it makes of damaged settings
         raise ValueError(f"{directory}: the tokenizer's settings cannot be used: {error}") from error
     for index, content in _added_tokens(directory, settings):
         found = tokenizer.backend_tokenizer.token_to_id(content)

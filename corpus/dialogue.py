@@ -255,7 +255,11 @@ class Writer:
         return self._finish(dialogue)
 
     def _finish(self, dialogue: Dialogue) -> bool:
-        dialogue.num_tokens = len(self.tokenizer.encode_chat(dialogue.messages, add_generation_prompt=False))
+        """Count the tokens as training will; drop what training would have to leave out."""
+        try:
+            dialogue.num_tokens = len(self.tokenizer.encode_with_mask(dialogue.messages)[0])
+        except ValueError as error:
+            dialogue.messages, dialogue.dropped = [], f"conversation refused: {error}"
         return True
 
 

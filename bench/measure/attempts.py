@@ -96,6 +96,13 @@ class Setup:
             "tokenizer": self.tokenizer if is_text else None,
         }
 
+    def reply_text(self, generation: Generation) -> str:
+        """A reply as a later turn reads it. A stop token is no part of it, though it may be an ordinary word."""
+        if generation.text is not None:
+            return generation.text.strip()
+        ids = generation.token_ids
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.tokenizer.eos_ids else ids).strip()
+
     def decode(self, prompt_ids: Sequence[int], side: str, rule: Rule | None = None) -> Generation:
         """One reply, greedy without a rule."""
         settings = {**self.settings, "cache": self.cache, "rule": rule}
@@ -227,8 +234,7 @@ class Conversation:
                 attempt.difference = Difference(prompt_ids, expected.token_ids, given[HEAD].token_ids, before, position)
         for side, generation in given.items():
             getattr(attempt, side).generations.append(generation)
-        reply = self.setup.tokenizer.decode(baseline.token_ids) if baseline.text is None else baseline.text
-        self.messages.append({"role": "assistant", "content": reply.strip()})
+        self.messages.append({"role": "assistant", "content": self.setup.reply_text(baseline)})
 
 
 def attempt_all(setup: Setup, prompts: Sequence[Prompt], first: int, head_first: bool) -> list[Attempt]:

@@ -75,8 +75,7 @@ def decode_texts(setup: Setup, prompts: Sequence[Prompt], on_prompt=lambda: None
                 more = generate_autoregressive(setup.decoder, text, max_new_tokens=num_after, cache=setup.cache)
                 after = more.token_ids
             texts.append(GreedyText(prompt.prompt_id, prompt_ids, own.token_ids, after))
-            reply = setup.tokenizer.decode(baseline.token_ids) if baseline.text is None else baseline.text
-            messages.append({"role": "assistant", "content": reply.strip()})
+            messages.append({"role": "assistant", "content": setup.reply_text(baseline)})
         on_prompt()
         check_interrupt()
     return texts

@@ -252,6 +252,49 @@ def test_the_command_line_answers_every_prompt_in_order(tmp_path, capsys, backbo
     assert "(first: prompts.jsonl line 4), 1 prompt too long (first: prompts.jsonl line 5)" in report
 
 
+def test_system_texts_are_part_of_the_corpus_and_stop_tokens_that_are_words_end_a_reply(tokenizer, monkeypatch):
+    writer = Writer(tokenizer, options())
+    prompt = Prompt("1", "chat", ("Hi", "And you?"), "Be brief.")
+    dialogue, word = Dialogue(0, "", True, np.zeros(8), prompt=prompt), tokenizer.encode(" good")[0]
+    writer.start(dialogue, "")
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    assert dialogue.messages == [system, question] and dialogue.ids == tokenizer.encode_chat([system, question])
+    stop = tokenizer.encode(" yes")[0]
+    assert stop not in writer.special
+    monkeypatch.setattr(tokenizer, "eos_ids", (2, stop))
+    assert not writer.take(dialogue, word, 0.0) and not writer.take(dialogue, stop, 0.0)
+    assert [m["content"] for m in dialogue.messages] == ["Be brief.", "Hi", "good", "And you?"]
+    assert dialogue.num_turns == 1
+    assert not writer.take(dialogue, word, 0.0) and writer.take(dialogue, 2, 0.0)
+    assert [m["role"] for m in dialogue.messages] == ["system", *["user", "assistant"] * 2]
+
+
+def test_a_refused_prompt_is_dropped_with_its_reason(tokenizer):
+    writer = Writer(tokenizer, options())
+    for turns, system, kept in ((("\ud83d",), "Be brief.", 0), (("Hi", "\ud83d"), None, 2)):
+        dialogue = Dialogue(0, "", True, np.zeros(8), prompt=Prompt("1", "chat", turns, system))
+        writer.start(dialogue, "")
+        if kept:
+            writer.take(dialogue, tokenizer.encode(" good")[0], 0.0)
+            assert writer.take(dialogue, 2, 0.0)
+        assert len(dialogue.messages) == kept
+        assert "half a character" in (dialogue.cut if kept else dialogue.dropped)
+
+
+def test_a_conversation_that_training_would_leave_out_is_dropped(tokenizer, monkeypatch):
+    def refuse(messages):
+        raise ValueError("the history is rewritten")
+
+    writer, dialogue = (
+        Writer(tokenizer, options()),
+        Dialogue(0, "", True, np.zeros(8), prompt=Prompt("1", "c", ("Hi",))),
+    )
+    monkeypatch.setattr(tokenizer, "encode_with_mask", refuse)
+    writer.start(dialogue, "")
+    assert not writer.take(dialogue, tokenizer.encode(" good")[0], 0.0) and writer.take(dialogue, 2, 0.0)
+    assert (dialogue.dropped, dialogue.messages) == ("conversation refused: the history is rewritten", [])
+
+
 def test_a_temperature_samples_every_reply_unless_a_greedy_share_is_given():
     shares = [
         (Options(**given).temperature, Options(**given).greedy_share)

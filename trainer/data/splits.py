@@ -72,7 +72,10 @@ def split_text(
     if vocab_size is not None:
         check_vocabulary(data, vocab_size)
     sha256 = hashlib.sha256(data.token_ids.tobytes() + data.mask.tobytes()).hexdigest()
-    split = split_held_out(data, min(config.held_out, max(1, len(data) // 10)))
+    try:
+        split = split_held_out(data, min(config.held_out, max(1, len(data) // 10)))
+    except ValueError as error:
+        raise ValueError(f"{', '.join(report.files)}: {error}") from error
     return Splits(tokenizer, *split, report, sha256, max_length)
 
 
@@ -125,7 +128,9 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(rest)
     if config is None:
         raise ValueError("--list-heads is train.py's")
-    talks = held_out_conversations(config, load_splits(config))
+    splits = load_splits(config)
+    print(splits.report.summary(), file=sys.stderr)
+    talks = held_out_conversations(config, splits)
     with open(given.out, "w", encoding="utf-8") as file:
         for talk in talks:
             record = share_gpt(talk.messages, talk.id, talk.category)

@@ -88,7 +88,7 @@ def encoded(
                     yield talk, *tokenizer.encode_with_mask(talk.messages)
                 except ValueError as error:
                     report.refused += 1
-                    report.left_out.count(f"refused: {error}", talk.where)
+                    report.left_out.count(error, talk.where)
 
 
 def encode_conversations(
