@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from backbone.templates import ConversationError
 from backbone.tokenizer import BATCH, ChatTokenizer
 from trainer.data.conversations import Conversation, DataReport, read_conversations
 from trainer.data.plain_text import holds_text, is_plain_text, read_blocks
@@ -79,16 +80,13 @@ def encoded(
     counted in ``report``."""
     conversations = iter(conversations)
     while batch := list(islice(conversations, BATCH)):
-        try:
-            found = list(tokenizer.encode_many_with_mask(talk.messages for talk in batch))
-            yield from ((talk, *each) for talk, each in zip(batch, found, strict=True))
-        except ValueError:  # one of them at least: which?
-            for talk in batch:
-                try:
-                    yield talk, *tokenizer.encode_with_mask(talk.messages)
-                except ValueError as error:
-                    report.refused += 1
-                    report.left_out.count(error, talk.where)
+        reasons: dict[int, ConversationError] = {}
+        found = list(tokenizer.encode_many_with_mask((talk.messages for talk in batch), reasons.__setitem__))
+        for index, error in reasons.items():
+            report.refused += 1
+            report.left_out.count(error, batch[index].where)
+        usable = (talk for index, talk in enumerate(batch) if index not in reasons)
+        yield from ((talk, *each) for talk, each in zip(usable, found, strict=True))
 
 
 def encode_conversations(
