@@ -115,6 +115,16 @@ def _token_ids(value: Any, key: str, where: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def stop_ids(directory: str | Path) -> tuple[int, ...]:
+    """The tokens that end a text, as transformers resolves them: those of generation_config.json if it names any, else
+    those of config.json; empty where neither does. Raises ValueError naming the file."""
+    for path in (Path(directory) / GENERATION_CONFIG, Path(directory) / CONFIG):
+        ids = _token_ids(read_json(path).get("eos_token_id"), "eos_token_id", str(path)) if path.exists() else ()
+        if ids:
+            return ids
+    return ()
+
+
 def _family(raw: dict, where: str) -> str:
     """The family, llama or mistral. Raises ValueError for an unsupported architecture."""
     supported = "supported: " + ", ".join(sorted(set(ARCHITECTURES) - {"LLaMAForCausalLM"}))
@@ -129,19 +139,26 @@ def _family(raw: dict, where: str) -> str:
     return model_type
 
 
-def _rope(raw: dict, where: str) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (older)."""
-    key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+def _rope(raw: dict, max_positions: int, where: str) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (older).
+
+    As in transformers, a ``rope_scaling`` that is not empty replaces ``rope_parameters``, its base included: tools that
+    extend a context write it beside what they found. A base of its own comes first, then the one at the top.
+    """
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     given = raw.get(key) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: {key} is {given!r}, expected an object with rope_type")
+        raise ValueError(f"{where}: {key} is {given!r:.80}, expected an object with rope_type")
     theta_holder = given if given.get("rope_theta") is not None else raw
     theta = _number(theta_holder, "rope_theta", where, default=10000.0)
     inner = f"{where}, {key}"
-    rope_type = given.get("rope_type", given.get("type", "default"))
+    rope_type = next((given[name] for name in ("rope_type", "type") if given.get(name) is not None), "default")
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"{inner}: rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if given.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise ValueError(f"{inner}: rope_type {rope_type!r:.80} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    nested = next((name for name, value in given.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise ValueError(f"{inner}: {nested!r:.80} has settings of its own; expected the same for all layers")
+    if any(holder.get("partial_rotary_factor") not in (None, 1, 1.0) for holder in (given, raw)):
         raise ValueError(f"{where}: partial_rotary_factor below 1 is not supported; expected 1.0 or none")
     if rope_type == "default":
         return theta, None
@@ -151,7 +168,9 @@ def _rope(raw: dict, where: str) -> tuple[float, dict[str, Any] | None]:
             scaling[name] = _number(given, name, inner)
         if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
             raise ValueError(f"{inner}: high_freq_factor must be above low_freq_factor")
-        scaling["original_max_position_embeddings"] = _count(given, "original_max_position_embeddings", inner)
+        original = "original_max_position_embeddings"
+        holder = raw if raw.get(original) is not None else given  # transformers' order
+        scaling[original] = _count(holder, original, inner, default=max_positions)
     return theta, scaling
 
 
@@ -164,7 +183,7 @@ def parse_config(
     """
     family = _family(raw, where)
     defaults = FAMILY_DEFAULTS[family]
-    activation = raw.get("hidden_act", "silu")
+    activation = raw.get("hidden_act") or "silu"
     if activation != "silu":
         raise ValueError(f"{where}: hidden_act {activation!r} is not supported; expected 'silu'")
     for key in ("attention_bias", "mlp_bias"):
@@ -189,7 +208,7 @@ def parse_config(
             f"{where}: sliding_window {window} is below max_position_embeddings {max_positions}; sliding-window "
             "attention is not supported, expected null or a window that covers every position"
         )
-    theta, scaling = _rope(raw, where)
+    theta, scaling = _rope(raw, max_positions, where)
     bos_ids = _token_ids(raw.get("bos_token_id"), "bos_token_id", where)
     eos_ids = _token_ids(raw.get("eos_token_id"), "eos_token_id", where)
     generation_eos = (generation or {}).get("eos_token_id")

@@ -1,20 +1,25 @@
-"""Chat templates by name, for backbones whose directory has none or the wrong one.
+"""Chat templates: rendering, and those by name, for backbones whose directory has none or the wrong one.
 
-Each is the published prompt format of its family as a Jinja template. It sees ``messages``, ``add_generation_prompt``,
-``bos_token`` and ``eos_token``, and includes the beginning-of-text token, so that the rendered text is tokenized as it
-is.
+Each named one is the published prompt format of its family as a Jinja template. It sees ``messages``,
+``add_generation_prompt``, ``bos_token`` and ``eos_token``, and includes the beginning-of-text token, so that the
+rendered text is tokenized as it is.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
+
+Messages = Sequence[Mapping[str, str]]
 
 # "USER: a ASSISTANT: b</s>USER: c ASSISTANT:" after a system sentence (FastChat, conversation "vicuna_v1.1").
 VICUNA = r"""
@@ -84,22 +89,117 @@ def named_template(name: str) -> str:
     raise ValueError(f"Unknown chat template {name!r}.{hint} Available: {', '.join(TEMPLATES)}")
 
 
+# What a template may raise about messages it is not made for: its own complaints and those of the expressions in it.
+REFUSALS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+class ConversationError(ValueError):
+    """One conversation cannot be rendered or masked; the next one may be. A reader leaves it out and counts it."""
+
+
+class ChatTemplate:
+    """A Jinja template and the special tokens it may write, rendered as transformers' ``apply_chat_template`` does.
+
+    What a template sees is what it sees there: ``tools`` and ``documents`` are None, a special token that the tokenizer
+    does not have is undefined, a message has no keys that are None. Only ``strftime_now`` is another: see ``TODAY``.
+    """
+
+    def __init__(self, text: str, special: Mapping[str, str]) -> None:
+        """special: ``bos_token`` and others, as text. Raises ValueError for a template that does not parse."""
+        self._template = _compile(text)
+        self._tag: _GenerationTag = self._template.environment.extensions[_GenerationTag.identifier]
+        # The templates of this file serve vocabularies without these tokens too.
+        self._special = {"bos_token": "", "eos_token": ""} | dict(special) if text in TEMPLATES.values() else special
+
+    @property
+    def marks_replies(self) -> bool:
+        """Whether its author marked the replies, with ``{% generation %}``."""
+        return self._tag.found
+
+    def render(self, messages: Messages, add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
+        """marks: what to write before and after each ``{% generation %}``. Raises ConversationError where the template
+        refuses the messages."""
+        self._tag.marks = marks
+        try:
+            return self._template.render(
+                messages=[_as_seen(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
+            )
+        except REFUSALS as error:
+            raise ConversationError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _as_seen(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without keys that are None; reasoning, if any, under the names that templates use."""
+    seen = {key: value for key, value in message.items() if value is not None}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in seen:
+            return {"thinking": seen[name], **seen, "reasoning_content": seen[name]}
+    return seen
+
+
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}`` marks the reply in some templates; here its body is rendered."""
+    """``{% generation %}...{% endgeneration %}`` is a reply: writes it between ``marks``."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
 
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.found, self.marks = False, ("", "")
+
     def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        self.found = True
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_between_marks"), [], [], body).set_lineno(line)
+
+    def _between_marks(self, caller: Callable[[], str]) -> str:
+        return self.marks[0] + caller() + self.marks[1]
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace()`` without names that begin with an underscore: those reach Python's own attributes."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # no named argument: ``namespace(self=...)`` is a name like others
+        this, *positional = args
+        jinja2.utils.Namespace.__init__(this)
+        for name, value in dict(*positional, **values).items():
+            this[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace takes no name that begins with _, got {name}")
+        super().__setitem__(name, value)
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML and sorts the keys."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 @functools.lru_cache(maxsize=32)
-def compile_template(text: str) -> jinja2.Template:
+def _compile(text: str) -> jinja2.Template:
     """The template, compiled in a sandbox with the helpers that published chat templates use.
 
     Templates come with downloaded tokenizers: the sandbox keeps them from reaching anything but their arguments.
@@ -108,9 +208,13 @@ def compile_template(text: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag]
     )
+    environment.filters["tojson"] = _to_json
+    environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = TODAY.strftime
     try:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template does not parse, line {error.lineno}: {error.message}") from error
+    except (SyntaxError, RecursionError) as error:  # of the Python that Jinja makes of it
+        raise ValueError(f"the chat template does not compile, it is nested too deeply: {error}") from error

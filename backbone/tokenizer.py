@@ -13,34 +13,32 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # A fork after the tokenizer's threads have run prints a warning unless this is set beforehand.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-import jinja2
-import numpy as np
-
-from backbone.config import BackboneConfig, read_json
-from backbone.templates import TEMPLATES, compile_template, named_template
+from backbone.config import BackboneConfig, read_json, stop_ids
+from backbone.pieces import read_vocabulary
+from backbone.replies import ReplyFinder, Span, mask_of_spans
+from backbone.templates import TEMPLATES, ChatTemplate, ConversationError, Messages, named_template
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
 ROLES = ("system", "user", "assistant")
 # Conversations tokenized in one call: enough for every thread, few enough to keep the offsets small.
 BATCH = 256
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-
-Messages = Sequence[Mapping[str, str]]
 
 
 class ChatTokenizer:
     """A vocabulary and a chat template.
 
     ``vocab_size`` is the highest token id plus one. ``eos_ids`` end a reply: the vocabulary's end token, those of
-    generation_config.json, and the token with which the template ends a turn. ``end_of_turn`` is that ending as
+    ``backbone.config.stop_ids``, and the token with which the template ends a turn. ``end_of_turn`` is that ending as
     text; where it is not a token of this vocabulary (a template of another family) a caller has to stop on the text.
     """
 
@@ -52,10 +50,13 @@ class ChatTokenizer:
         self._special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self.template = template
-        self._compiled = compile_template(template)
+        self._template = ChatTemplate(template, self._special)
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         ends = [token_id for token_id in (tokenizer.eos_token_id, *eos_ids) if token_id is not None]
-        self.end_of_turn = self._probe_end_of_turn()
+        self._replies = ReplyFinder(
+            self._template, self._special.get("bos_token", ""), filter(None, map(self._backend.id_to_token, ends))
+        )
+        self.end_of_turn = self._replies.ending.strip()
         end_id = self._backend.token_to_id(self.end_of_turn)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends + ([] if end_id is None else [end_id])))
         named = json.dumps([template, self._special], sort_keys=True)
@@ -82,7 +83,7 @@ class ChatTokenizer:
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as the backbone reads it. Raises ValueError for messages that are not a conversation."""
         _check_messages(messages)
-        return self._render(messages, add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt)
 
     def encode_chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of the rendered conversation; with the prompt, the assistant's reply comes next."""
@@ -96,16 +97,31 @@ class ChatTokenizer:
             <s> ... USER: Hi ASSISTANT: Hello </s>
             F       F   F F  F       F  T     T         the reply's leading space is part of " Hello"
 
-        Raises ValueError when the template renders the start of a conversation differently in a longer one: then no
-        part of the text is certain to be the assistant's.
+        The mask is what ``{% generation %}`` gives in transformers (``return_assistant_tokens_mask``), also for
+        templates without it. Raises ConversationError for a conversation that the template refuses, or whose replies
+        it rewrites: then no part of the text is certain to be the assistant's.
         """
-        return next(self._encode_batch([messages]))
+        return next(self.encode_many_with_mask([messages]))
 
-    def encode_many_with_mask(self, conversations: Iterable[Messages]) -> Iterator[tuple[list[int], list[bool]]]:
-        """``encode_with_mask`` of each conversation, in order and lazily; much faster than one call each."""
-        batch: list[Messages] = []
-        for messages in conversations:
-            batch.append(messages)
+    def encode_many_with_mask(
+        self,
+        conversations: Iterable[Messages],
+        refused: Callable[[int, ConversationError], None] | None = None,
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """``encode_with_mask`` of each conversation, in order and lazily; much faster than one call each.
+
+        refused: called with the index of a conversation that cannot be encoded and the reason; that one is left out.
+        Without it the reason is raised.
+        """
+        batch: list[tuple[str, list[Span]]] = []
+        for index, messages in enumerate(conversations):
+            try:
+                _check_messages(messages)
+                batch.append(self._replies.find(messages))
+            except ConversationError as error:
+                if refused is None:
+                    raise
+                refused(index, error)
             if len(batch) == BATCH:
                 yield from self._encode_batch(batch)
                 batch = []
@@ -120,87 +136,32 @@ class ChatTokenizer:
                 f"{config.vocab_size}; expected no more than the backbone's: pass its own directory"
             )
 
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        special = {"bos_token": "", "eos_token": ""} | self._special
-        try:
-            return self._compiled.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **special
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-
-    def _probe_end_of_turn(self) -> str:
-        """What the template writes after a reply, without white space: ``</s>``, ``<|eot_id|>``, ..."""
-        reply = "answer"
-        text = self._render([{"role": "user", "content": "question"}, {"role": "assistant", "content": reply}], False)
-        return text[text.rindex(reply) + len(reply) :].strip() if reply in text else ""
-
-    def _reply_spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation, and the character range of each reply in it."""
-        _check_messages(messages)
-        text = self._render(messages, False)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], True)
-            through = text if index + 1 == len(messages) else self._render(messages[: index + 1], False)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise ValueError(
-                    f"the chat template renders turn {index} differently in a longer conversation, so the assistant's "
-                    f"tokens cannot be identified; choose a template by name: {', '.join(TEMPLATES)}"
-                )
-            spans.append((len(before), _end_of_reply(through, len(before), message["content"])))
-        return text, spans
-
-    def _encode_batch(self, batch: Sequence[Messages]) -> Iterator[tuple[list[int], list[bool]]]:
-        rendered = [self._reply_spans(messages) for messages in batch]
-        encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        for (_, spans), encoding in zip(rendered, encodings, strict=True):
-            yield encoding.ids, _mask_of_spans(encoding.offsets, spans)
+    def _encode_batch(self, batch: Sequence[tuple[str, list[Span]]]) -> Iterator[tuple[list[int], list[bool]]]:
+        encodings = self._backend.encode_batch([text for text, _ in batch], add_special_tokens=False)
+        for (_, spans), encoding in zip(batch, encodings, strict=True):
+            yield encoding.ids, mask_of_spans(encoding.offsets, spans)
 
 
 def _check_messages(messages: Messages) -> None:
-    """Raises ValueError unless messages are system (at most one, first), then user, then anything."""
+    """Raises ConversationError unless messages are system (at most one, first), then user, then anything."""
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {index} is {message!r:.80}, expected a role and a content string")
+            raise ConversationError(f"message {index} is {message!r:.80}, expected a role and a content string")
+        if HALF_CHARACTER.search(message["content"]):
+            raise ConversationError(
+                f"message {index} holds half a character (a lone surrogate), which no token can spell"
+            )
         if message.get("role") not in ROLES:
-            raise ValueError(f"message {index} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
+            raise ConversationError(
+                f"message {index} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+            )
         if message["role"] == "system" and index:
-            raise ValueError(f"message {index} is a system message; expected it first or not at all")
+            raise ConversationError(f"message {index} is a system message; expected it first or not at all")
     turns = [message for message in messages if message["role"] != "system"]
     if not turns or turns[0]["role"] != "user":
-        raise ValueError("the conversation does not open with a user message; expected system (optional), user, ...")
-
-
-def _end_of_reply(text: str, start: int, content: str) -> int:
-    """End of the reply that starts at ``start`` in a text that ends with it.
-
-    Some templates write a line break after the end-of-turn token. It is never generated: the reply stops before it.
-    """
-    reply = content.strip()
-    found = text.find(reply, start)
-    ending = text[found + len(reply) :] if found >= 0 else ""
-    return len(text.rstrip()) if ending.strip() else len(text)
-
-
-def _mask_of_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """True for each token that starts inside a span. offsets: (start, end) of each token in characters.
-
-    Some tokenizers leave white space out of the offsets; the gap belongs to the token after it. The bytes of one
-    character may be several tokens, all with that character's offsets.
-
-    >>> _mask_of_spans([(0, 2), (3, 5), (5, 6)], [(2, 6)])
-    [False, True, True]
-    """
-    bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    starts = bounds[:, 0].copy()
-    starts[1:] = np.minimum(starts[1:], bounds[:-1, 1])
-    mask = np.zeros(len(starts), dtype=bool)
-    for first, last in spans:
-        mask |= (starts >= first) & (starts < last)
-    return mask.tolist()
+        raise ConversationError(
+            "the conversation does not open with a user message; expected system (optional), user, ..."
+        )
 
 
 class StreamDecoder:
@@ -258,7 +219,7 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
     settings_path = directory / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.exists() else {}
     if (directory / "tokenizer.json").exists():
-        tokenizer, source = _load_fast(directory), (directory / "tokenizer.json").read_bytes()
+        tokenizer, source = _load_fast(directory, settings), (directory / "tokenizer.json").read_bytes()
     elif (directory / "tokenizer.model").exists():
         tokenizer = _load_sentencepiece(directory, settings)
         source = tokenizer.backend_tokenizer.to_str().encode()
@@ -266,23 +227,37 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
         raise ValueError(f"{directory} holds no tokenizer; expected tokenizer.json or tokenizer.model")
     if text is None:
         text = _own_template(directory, settings)
-    generation_path = directory / "generation_config.json"
-    ends = read_json(generation_path).get("eos_token_id") if generation_path.exists() else None
-    eos_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     try:
-        return ChatTokenizer(tokenizer, text, source, eos_ids)
+        return ChatTokenizer(tokenizer, text, source, stop_ids(directory))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 
 
 def _own_template(directory: Path, settings: dict[str, Any]) -> str:
-    """The template of the directory: ``chat_template.jinja``, else the one in tokenizer_config.json."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    own = settings.get("chat_template")
-    if isinstance(own, list):  # several, by name
-        own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}.get("default")
+    """The template of the directory, as transformers chooses it.
+
+    ``chat_template.jinja`` and ``additional_chat_templates/<name>.jinja`` hide the one in tokenizer_config.json; of
+    several by name it is "default". ``chat_template.json``, a processor's, counts where there is no other. A blank one
+    counts nowhere.
+    """
+    files = [directory / "chat_template.jinja", *sorted((directory / "additional_chat_templates").glob("*.jinja"))]
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    named = {name: text for name, text in texts.items() if text.strip()}
+    if "chat_template" in named:
+        named = {"default": named.pop("chat_template"), **named}
+    own: Any = named or settings.get("chat_template")
+    processor = directory / "chat_template.json"
+    if not own and processor.exists():
+        own = read_json(processor).get("chat_template")
+    if isinstance(own, list):
+        own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}
+    if isinstance(own, dict):
+        if "default" not in own:
+            raise ValueError(
+                f"{directory} has chat templates named {', '.join(map(str, own))}, expected one named default; "
+                f"choose one by name: {', '.join(TEMPLATES)}"
+            )
+        own = own["default"]
     if not isinstance(own, str) or not own.strip():
         raise ValueError(f"{directory} has no chat template; choose one by name: {', '.join(TEMPLATES)}")
     return own
@@ -297,84 +272,66 @@ def _transformers() -> Any:
     return transformers
 
 
-def _load_fast(directory: Path) -> Any:
+def _filled(settings: dict[str, Any]) -> dict[str, Any]:
+    """What transformers must be told where a setting is null and it expects none or a value."""
+    return {"added_tokens_decoder": {}} if settings.get("added_tokens_decoder", {}) is None else {}
+
+
+def _load_fast(directory: Path, settings: dict[str, Any]) -> Any:
     transformers = _transformers()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns about class names that make no difference here
     try:
-        return transformers.PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        return transformers.PreTrainedTokenizerFast.from_pretrained(
+            str(directory), local_files_only=True, **_filled(settings)
+        )
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise ValueError(f"{directory / 'tokenizer.json'} cannot be read: {error}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 
 
-def _text_of(token: Any) -> str | None:
-    """Token text in tokenizer_config.json: a string, or an object with ``content``."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _load_sentencepiece(directory: Path, settings: dict[str, Any]) -> Any:
-    """A Llama-style SentencePiece BPE model as a fast tokenizer.
+    """A Llama-style SentencePiece BPE model as transformers' own LlamaTokenizer, with everything that the directory
+    says of it: ``legacy``, ``add_prefix_space``, and the added tokens with their ``lstrip``, ``rstrip``,
+    ``single_word`` and ``normalized``.
 
-    Spaces become U+2581; unknown characters fall back to byte tokens. ``legacy`` (default true) puts a U+2581 before
-    every piece of text between special tokens, otherwise only at the very start, as transformers does.
+    Only the vocabulary is read here: transformers needs protobuf for that. Raises ValueError naming a token that is
+    not where the directory puts it.
     """
-    import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    path = directory / "tokenizer.model"
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model; expected one, or a tokenizer.json ({error})") from error
-    names = [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]
-    vocab = {name: index for index, name in enumerate(names)}
-    special = [name for i, name in enumerate(names) if pieces.is_control(i) or pieces.is_unknown(i)]
-    merges = _merges(vocab, [i for i, name in enumerate(names) if name not in special and not pieces.is_byte(i)])
-    unknown = names[pieces.unk_id()]
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    space = "\N{LOWER ONE EIGHTH BLOCK}"
-    if settings.get("legacy", True):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
-    for index, token in _added_tokens(directory, settings):
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != index:
-            raise ValueError(f"{directory}: added token {token.content!r} has id {index}, which would leave a gap")
-    roles = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
-    own = {role: names[index] for role, index in roles.items() if index >= 0}
-    own |= {role: _text_of(settings[role]) for role in (*roles, "pad_token") if settings.get(role)}
-    return _transformers().PreTrainedTokenizerFast(tokenizer_object=backend, **own)
-
-
-def _merges(vocab: dict[str, int], ids: list[int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that merges into a piece, the earliest piece first: SentencePiece numbers them in that
-    order."""
-    names = {index: name for name, index in vocab.items()}
-    mergeable = {names[index] for index in ids}
-    return [
-        (name[:cut], name[cut:])
-        for name in (names[index] for index in ids)
-        for cut in range(1, len(name))
-        if name[:cut] in mergeable and name[cut:] in mergeable
-    ]
-
-
-def _added_tokens(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Any]]:
-    """(id, token) that the directory adds to its SentencePiece model, by id."""
     from tokenizers import AddedToken
 
-    added: dict[int, tuple[str, bool]] = {}
+    llama, vocabulary = _transformers().LlamaTokenizer, read_vocabulary(directory / "tokenizer.model")
+
+    class SentencePieceLlama(llama):
+        @classmethod
+        def convert_to_native_format(cls, **given: Any) -> dict[str, Any]:
+            filled = {name: value for name, value in given.items() if value is not None}
+            for name, value in filled.items():
+                if name.endswith("_token") and isinstance(value, dict):  # one that lacks transformers' mark of its type
+                    filled[name] = AddedToken(value["content"], normalized=False, special=True)
+            return {**vocabulary, **filled}
+
+    try:
+        tokenizer = SentencePieceLlama.from_pretrained(str(directory), local_files_only=True, **_filled(settings))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # what it makes of damaged settings
+        raise ValueError(f"{directory}: the tokenizer's settings cannot be used: {error}") from error
+    for index, content in _added_tokens(directory, settings):
+        found = tokenizer.backend_tokenizer.token_to_id(content)
+        if found != index:
+            raise ValueError(
+                f"{directory}: added token {content!r} has id {index}, and the vocabulary puts it at {found}; expected "
+                "ids that follow the model's without a gap"
+            )
+    return tokenizer
+
+
+def _added_tokens(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """(id, text) of the tokens that the directory adds to its SentencePiece model, by id."""
+    added: dict[int, str] = {}
     path = directory / "added_tokens.json"
     for content, index in (read_json(path) if path.exists() else {}).items():
-        added[int(index)] = (content, True)
+        added[int(index)] = content
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
-        added[int(index)] = (token["content"], bool(token.get("special", False)))
-    for index, (content, is_special) in sorted(added.items()):
-        yield index, AddedToken(content, normalized=False, special=is_special)
+        added[int(index)] = token["content"]
+    yield from sorted(added.items())

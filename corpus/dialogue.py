@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corpus.options import MAX_TURNS, Options
-from corpus.prompts import Prompt
-from trainer.data.conversations import HALF_CHARACTER
+from trainer.data.prompts import Prompt
 
 if TYPE_CHECKING:
     from backbone.tokenizer import ChatTokenizer
@@ -40,7 +39,7 @@ class Dialogue:
     greedy: bool
     uniforms: np.ndarray  # (2 * max_length,) float64, the conversation's random numbers
     draws: int = 0
-    questions: tuple[str, ...] | None = None  # the user's turns of a prompt; None: they are sampled
+    prompt: Prompt | None = None  # None: the user's turns are sampled
     messages: list[dict[str, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     fed: int = 0
@@ -51,10 +50,17 @@ class Dialogue:
     num_tokens: int = 0
     loops: bool = False
     dropped: str = ""
+    cut: str = ""  # why it ends before a turn that was begun, "" if none was
+
+    @property
+    def questions(self) -> tuple[str, ...] | None:
+        """The user's turns of the prompt."""
+        return None if self.prompt is None else self.prompt.turns
 
     @property
     def num_turns(self) -> int:
-        return len(self.messages) // 2
+        """Complete ones."""
+        return sum(message["role"] == "assistant" for message in self.messages)
 
     def random(self) -> float:
         """The next of its random numbers, in [0, 1)."""
@@ -106,7 +112,8 @@ class Writer:
     def start(self, dialogue: Dialogue, first_words: str) -> None:
         """Set the tokens that the backbone continues: the template's opening and the first words, or the first
         question of the prompt."""
-        if dialogue.questions is not None:
+        if dialogue.prompt is not None:
+            dialogue.messages = dialogue.prompt.opening()
             self._ask_next(dialogue)
         else:
             self._open_turn(dialogue, first_words)
@@ -171,16 +178,16 @@ class Writer:
         return self._ask(dialogue, text)
 
     def _ask_next(self, dialogue: Dialogue) -> bool:
-        """Ask the prompt's next question. Half a character, left by a cut through the text, makes it unusable."""
-        text = dialogue.questions[dialogue.num_turns]
-        if HALF_CHARACTER.search(text):
-            return self._break_off(dialogue, "prompt garbled")
-        return self._ask(dialogue, text)
+        """Ask the prompt's next question."""
+        return self._ask(dialogue, dialogue.questions[dialogue.num_turns])
 
     def _ask(self, dialogue: Dialogue, text: str) -> bool:
         """Add the user's turn. The tokens become those of the rendered text, whichever were sampled."""
         dialogue.messages.append({"role": "user", "content": text})
-        ids = self.tokenizer.encode_chat(dialogue.messages)
+        try:
+            ids = self.tokenizer.encode_chat(dialogue.messages)
+        except ValueError as error:  # the template refuses it, or a prompt holds half a character
+            return self._break_off(dialogue, f"prompt refused: {error}")
         if len(ids) + TURN_ROOM // 2 > self.options.max_length:
             return self._break_off(dialogue, "prompt too long")
         dialogue.expect(ids)
@@ -191,9 +198,10 @@ class Writer:
 
     def _reply_token(self, dialogue: Dialogue, token: int) -> bool:
         ids = dialogue.ids[dialogue.turn :]
+        if token in self.tokenizer.eos_ids:
+            return self._end_reply(dialogue, ids[:-1])
         if token in self.special:
-            ended = token in self.tokenizer.eos_ids
-            return self._end_reply(dialogue, ids[:-1]) if ended else self._break_off(dialogue, "reply garbled")
+            return self._break_off(dialogue, "reply garbled")
         if len(ids) >= self.options.max_reply_tokens or len(dialogue.ids) >= self.options.max_length - 1:
             if dialogue.num_turns:  # better to end with the last complete turn
                 return self._break_off(dialogue, "reply cut")
@@ -238,14 +246,20 @@ class Writer:
 
     def _break_off(self, dialogue: Dialogue, reason: str) -> bool:
         """The turn is unusable: end the conversation before it, or drop it when this is the first turn."""
-        dialogue.messages = dialogue.messages[: dialogue.num_turns * 2]
+        while dialogue.messages and dialogue.messages[-1]["role"] != "assistant":
+            dialogue.messages.pop()
         if not dialogue.messages:
             dialogue.dropped = reason
             return True
+        dialogue.cut = reason
         return self._finish(dialogue)
 
     def _finish(self, dialogue: Dialogue) -> bool:
-        dialogue.num_tokens = len(self.tokenizer.encode_chat(dialogue.messages, add_generation_prompt=False))
+        """Count the tokens as training will; drop what training would have to leave out."""
+        try:
+            dialogue.num_tokens = len(self.tokenizer.encode_with_mask(dialogue.messages)[0])
+        except ValueError as error:
+            dialogue.messages, dialogue.dropped = [], f"conversation refused: {error}"
         return True
 
 
@@ -266,7 +280,7 @@ def new_dialogues(writer: Writer, prompts: list[Prompt] | None, first: int = 0) 
         first_words = words[int(random.integers(len(words)))]
         dialogue = Dialogue(index, kind, greedy or options.temperature == 0, random.random(2 * options.max_length))
         if prompts is not None:
-            dialogue.category, dialogue.questions = prompts[index].category, prompts[index].turns
+            dialogue.category, dialogue.prompt = prompts[index].category, prompts[index]
         writer.start(dialogue, first_words)
         index += 1
         yield dialogue

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from corpus.dialogue import Dialogue
-from corpus.prompts import Prompt
 from runtime.atomic import atomic_file, check_writable, write_file
 from runtime.records import read_json
+from trainer.data.prompts import Prompt
 
 BEGUN, TALKS = "begun.json", "talks.jsonl"
 # Stored of a conversation that is over; the other fields serve while it is generated.
-STORED = ("index", "category", "greedy", "num_tokens", "loops", "dropped", "messages")
+STORED = ("index", "category", "greedy", "num_tokens", "loops", "dropped", "cut", "messages")
 
 
 def partial_folder(out: Path) -> Path:
@@ -120,7 +120,7 @@ class Journal:
         with open(self._path, "rb") as file:
             for index in range(self.count):
                 try:
-                    stored = json.loads(next(file))
+                    stored = {"cut": "", **json.loads(next(file))}
                     if stored["index"] != index:
                         raise ValueError(f"it holds conversation {stored['index']}")
                     dialogue = Dialogue(uniforms=np.zeros(0), **{name: stored[name] for name in STORED})
@@ -128,7 +128,7 @@ class Journal:
                     raise ValueError(
                         f"{self._path} line {index + 1} is damaged ({error}); delete {self.folder} to start over"
                     ) from error
-                dialogue.questions = prompts[index].turns if prompts is not None else None
+                dialogue.prompt = prompts[index] if prompts is not None else None
                 yield dialogue
 
     def finish(self, out: Path, records: Iterable[dict[str, Any]]) -> None:

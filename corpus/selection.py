@@ -6,6 +6,7 @@ from collections import Counter
 
 from corpus.dialogue import Dialogue
 from corpus.options import MAX_LOOPS, Options
+from trainer.data.turns import short_place
 
 
 class Selection:
@@ -14,10 +15,12 @@ class Selection:
     def __init__(self, options: Options):
         self.options = options
         self.dropped: Counter[str] = Counter()
+        self.first: dict[str, str] = {}  # reason -> the place of the first prompt that was dropped for it
         self.kinds: dict[str, Counter[str]] = {}
         self.replies: set[int] = set()  # hashes: the texts of a large corpus need not stay in memory
         self.openings: set[str] = set()
-        self.generated = self.accepted = self.tokens = self.loops = self.greedy = self.shortened = 0
+        self.generated = self.accepted = self.tokens = self.loops = self.greedy = 0
+        self.shortened: Counter[str] = Counter()
 
     def accept(self, dialogue: Dialogue) -> bool:
         """Count the conversation; False when it does not go into the corpus."""
@@ -25,12 +28,15 @@ class Selection:
         reason = dialogue.dropped or self._reason_against(dialogue)
         if reason:
             self.dropped[reason] += 1
+            if dialogue.prompt is not None:
+                self.first.setdefault(reason, short_place(dialogue.prompt.where))
             return False
         self.accepted += 1
         self.tokens += dialogue.num_tokens
         self.loops += dialogue.loops
         self.greedy += dialogue.greedy
-        self.shortened += dialogue.questions is not None and dialogue.num_turns < len(dialogue.questions)
+        if dialogue.prompt is not None and dialogue.num_turns < len(dialogue.questions):
+            self.shortened[dialogue.cut or "as --max-turns says"] += 1
         kind = self.kinds.setdefault(dialogue.category, Counter())
         kind.update(conversations=1, turns=dialogue.num_turns, tokens=dialogue.num_tokens)
         self.replies.update(hash(m["content"]) for m in dialogue.messages if m["role"] == "assistant")
@@ -39,11 +45,11 @@ class Selection:
     def _reason_against(self, dialogue: Dialogue) -> str:
         """Why a complete conversation is rejected, "" if it is not. Prompts may be repeated as often as they like."""
         opening = dialogue.messages[0]["content"].casefold()
-        if dialogue.questions is None and opening in self.openings:
+        if dialogue.prompt is None and opening in self.openings:
             return "same opening as an earlier one"
         most = self.options.max_loops
         if most is None:
-            most = MAX_LOOPS if dialogue.questions is None else 1.0
+            most = MAX_LOOPS if dialogue.prompt is None else 1.0
         if dialogue.loops and self.loops + 1 > most * (self.accepted + 1):
             return "reply in a loop"
         self.openings.add(opening)
@@ -73,8 +79,15 @@ class Selection:
             )
         if self.shortened:
             lines.append(
-                f"{self.shortened:,} end before the last turn of their prompt: see --max-length, --max-reply-tokens, "
-                "--max-turns"
+                f"{self.shortened.total():,} end before the last turn of their prompt: "
+                f"{', '.join(f'{count:,} {why}' for why, count in self.shortened.most_common())}; see --max-length, "
+                "--max-reply-tokens, --max-turns"
             )
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common()) or "none"
-        return "\n".join([*lines, f"dropped {self.dropped.total():,} of {self.generated:,}: {reasons}"])
+        return "\n".join([*lines, f"dropped {self.dropped.total():,} of {self.generated:,}: {self.reasons()}"])
+
+    def reasons(self) -> str:
+        """Why conversations were dropped, with counts and, for prompts, the first place."""
+        places = {reason: f" (first: {place})" for reason, place in self.first.items()}
+        common = self.dropped.most_common()
+        reasons = ", ".join(f"{count:,} {reason}{places.get(reason, '')}" for reason, count in common)
+        return reasons or "none"

@@ -12,7 +12,6 @@ the same command, and writes the file that it would have written.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,13 +26,13 @@ from corpus.dialogue import OPENINGS, Dialogue, Writer, new_dialogues
 from corpus.journal import Journal, check_begun
 from corpus.lanes import Batch
 from corpus.options import Options
-from corpus.prompts import Prompt, read_prompts
 from corpus.selection import Selection
 from runtime.atomic import check_writable
 from runtime.entry import Parser
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from runtime.options import add_options, option_fields, read_options
 from trainer.data.conversations import share_gpt
+from trainer.data.prompts import Prompt, read_prompts
 
 # Jittor and the tokenizers are loaded where they are used: a mistyped option is reported at once.
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ def _digest(value: Any) -> str:
 
 def terms(options: Options, prompts: list[Prompt] | None) -> dict[str, Any]:
     """What decides every conversation, besides the backbone and its tokenizer, by the option that sets it."""
-    digest = None if prompts is None else _digest([dataclasses.astuple(prompt) for prompt in prompts])
+    asked = [(prompt.turns, prompt.category, prompt.system) for prompt in prompts or ()]
+    digest = None if prompts is None else _digest(asked)
     openings = _digest(OPENINGS) if prompts is None else None
     return {**options.by_flag(), "--prompts": digest, "table of openings": openings}
 
@@ -93,7 +93,7 @@ def write_corpus(
                 progress.show_sometimes()
             if not selection.accepted:
                 journal.discard()  # resuming would not help
-                raise ValueError(f"none of {selection.generated} conversations is usable: {dict(selection.dropped)}")
+                raise ValueError(f"none of {selection.generated} conversations is usable: {selection.reasons()}")
             if top_k is not None:
                 top_k.finish()
         except KeyboardInterrupt:
@@ -149,7 +149,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="take the user's turns from this file (MT-Bench or ShareGPT), a conversation for each record, in order",
+        help="take the system texts and the user's turns from this file (any that bench/run.py reads), a conversation "
+        "for each record, in order",
     )
     add_options(parser, Options)
     parser.add_argument(
@@ -165,13 +166,16 @@ def main(arguments: list[str]) -> int:
     models, out = read_options(BackboneOptions, given), Path(given.out)
     models.check_storage()
     options = read_options(Options, given, continuation=given.continuation)
-    prompts = read_prompts(given.prompts) if given.prompts else None
+    found = read_prompts(given.prompts) if given.prompts else None
+    prompts = None if found is None else list(found.prompts)
     check_writable(out)
     check_begun(out, terms(options, prompts))
     backbone, tokenizer = models.load(), models.load_tokenizer()
     tokenizer.check_fits(backbone.config)
     selection = write_corpus(backbone, tokenizer, options, out, prompts)
     print(selection.summary())
+    if found is not None and any(found.dropped().values()):
+        print(f"of {given.prompts} left out: {found.describe()}")
     print(f"{out}: {out.stat().st_size:,} bytes")
     if options.top_k_probabilities:
         from trainer.features.top_k import top_k_folder

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from backbone.files.lazy import check_finite
 from heads.registry import build
 from runtime.atomic import atomic_directory, sha256_of, write_file
 
@@ -91,7 +92,7 @@ def load_head(directory, backbone):
     """The head of a checkpoint on this backbone, ready to draft, and its config.json.
 
     Raises ValueError for a checkpoint trained on another backbone, for a damaged file, and for parameters that are
-    missing, unexpected or of another shape, each named.
+    missing, unexpected, of another shape or not finite, each named.
     """
     directory = find_checkpoint(directory)
     config = read_config(directory)
@@ -120,7 +121,8 @@ def check_files(directory: Path, hashes: dict[str, str]) -> None:
 
 
 def load_parameters(head, path: Path) -> None:
-    """Fill a head from a safetensors file. Raises ValueError naming every parameter that does not fit."""
+    """Fill a head from a safetensors file. Raises ValueError naming every parameter that does not fit, and one that is
+    not finite."""
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:
@@ -135,6 +137,8 @@ def load_parameters(head, path: Path) -> None:
             problems.append(f"{name} is {tensors[name].dtype}, expected {own[name].dtype}")
     if problems:
         raise ValueError(f"{path} does not fit head {type(head).__name__}: {'; '.join(problems[:10])}")
+    for name in own:
+        check_finite(f"{path}: {name}", tensors[name])
     for name, parameter in own.items():
         parameter.update(tensors[name])
     head.forget_packed()

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from backbone.files.lazy import check_finite
 from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters
 from runtime.atomic import atomic_directory, sha256_of
 from runtime.records import read_json
@@ -85,7 +86,8 @@ def list_states(out: Path) -> list[Path]:
 
 
 def newest_state(out: Path) -> State | None:
-    """The newest state of a run, None when it has none. Raises ValueError naming a damaged file and what to do."""
+    """The newest state of a run, None when it has none. Raises ValueError naming a damaged file, or an array that is
+    not finite, and what to do."""
     found = list_states(out)
     if not found:
         return None
@@ -97,6 +99,9 @@ def newest_state(out: Path) -> State | None:
         if meta["format"] != FORMAT:
             raise ValueError(f"{path} has format {meta['format']}, this version reads {FORMAT}")
         check_files(directory, meta["files"])
+        for file in meta["files"]:
+            for name, array in load_file(directory / file).items():
+                check_finite(f"{directory / file}: {name}", array)
     except (OSError, ValueError) as error:
         earlier = f"resume from step {_step_of(found[-2])}" if len(found) > 1 else "start over"
         raise ValueError(f"{error}; delete {directory} to {earlier}") from error

@@ -73,6 +73,24 @@ def in_memory(array: np.ndarray) -> LazyTensor:
     return LazyTensor(array.dtype, array.shape, lambda start, stop: array[start:stop] if array.shape else array)
 
 
+def finite(name: str, tensor: LazyTensor) -> LazyTensor:
+    """The tensor; reading raises ValueError naming it where a number is not finite."""
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        rows = tensor.read_rows(start, stop)
+        check_finite(name, rows)
+        return rows
+
+    return LazyTensor(tensor.dtype, tensor.shape, read_rows)
+
+
+def check_finite(name: str, numbers: np.ndarray) -> None:
+    """Raises ValueError naming a tensor with numbers that are not finite: nothing computed with it means anything."""
+    bad = int(np.size(numbers) - np.count_nonzero(np.isfinite(numbers)))
+    if bad:
+        raise ValueError(f"{name} holds {bad} number(s) that are not finite (nan or infinite); check the file")
+
+
 def contiguous_stride(shape: Shape) -> Shape:
     """Elements from one index to the next along each axis, last axis fastest: (2, 3, 4) -> (12, 4, 1)."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -133,7 +133,7 @@ class _Params:
         self.multiple_of = None if raw.get("multiple_of") is None else self._number("multiple_of", int)
         multiplier = raw.get("ffn_dim_multiplier")
         self.multiplier = None if multiplier is None else self._number("ffn_dim_multiplier", float)
-        self.scaled = raw.get("use_scaled_rope", False)
+        self.scaled = False if raw.get("use_scaled_rope") is None else raw["use_scaled_rope"]
         if not isinstance(self.scaled, bool):
             raise ValueError(f"{where}: use_scaled_rope is {self.scaled!r}, expected true or false")
         if self.dim % self.heads or self.dim // self.heads % 2 or self.heads % self.kv_heads:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from backbone.files.layout import PICKLE
-from backbone.files.lazy import LazyTensor
+from backbone.files.lazy import LazyTensor, finite
 from backbone.formats.cast import FLOATS, KEEP, Rounding, cast
 from backbone.formats.source import Source, open_source, recognize
 from backbone.formats.targets import FOLDERS, Job, write_pickle_file
@@ -121,8 +121,8 @@ def convert(
     """Write the backbone at ``path`` to ``out`` in format ``to``. note: called with a line about progress.
 
     Everything that can be checked beforehand is checked first. Raises ValueError for sources that are damaged or
-    incomplete, for what the format cannot hold, for numbers that the dtype cannot hold and for a full disk; then
-    ``out`` is unchanged.
+    incomplete, for what the format cannot hold, for numbers that are not finite or that the dtype cannot hold and for a
+    full disk; then ``out`` is unchanged.
     """
     path, out, started = Path(path), Path(out), time.monotonic()
     if to not in FOLDERS:
@@ -132,7 +132,7 @@ def convert(
     for line in source.notes:
         note(line)
     dtype, rounding = _wanted_dtype(source, to, options.dtype), Rounding()
-    tensors = source.tensors
+    tensors = {name: finite(f"{path}: {name}", tensor) for name, tensor in source.tensors.items()}
     if dtype != KEEP:
         tensors = {name: cast(name, tensor, FLOATS[dtype], rounding) for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())

@@ -17,6 +17,7 @@ from backbone.cache import BatchCache, KVCache
 from backbone.model import Backbone
 from backbone.tokenizer import ChatTokenizer
 from bench.record.prompts import Prompt
+from bench.record.schema import Failure
 from decoding.drafter import ChainDrafter, make_drafter
 from decoding.generate import (
     Generation,
@@ -30,6 +31,7 @@ from decoding.options import Acceptance
 from decoding.rules import Rule
 from decoding.tree import DynamicTree, Tree
 from heads.base import Head
+from trainer.data.turns import short_place
 
 # The sides: the original backbone alone, the backbone that the head adapted alone, the head.
 BASELINE, ADAPTED, HEAD = "baseline", "adapted", "head"
@@ -93,6 +95,13 @@ class Setup:
             "stop_strings": (ending,) if is_text else (),
             "tokenizer": self.tokenizer if is_text else None,
         }
+
+    def reply_text(self, generation: Generation) -> str:
+        """A reply as a later turn reads it. A stop token is no part of it, though it may be an ordinary word."""
+        if generation.text is not None:
+            return generation.text.strip()
+        ids = generation.token_ids
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.tokenizer.eos_ids else ids).strip()
 
     def decode(self, prompt_ids: Sequence[int], side: str, rule: Rule | None = None) -> Generation:
         """One reply, greedy without a rule."""
@@ -197,7 +206,7 @@ class Conversation:
 
     def __init__(self, setup: Setup, prompt: Prompt, index: int):
         self.setup, self.prompt, self.index = setup, prompt, index
-        self.attempt, self.messages = Attempt(Stretch(), Stretch(), Stretch()), []
+        self.attempt, self.messages = Attempt(Stretch(), Stretch(), Stretch()), prompt.opening()
 
     def ask(self, turn: int) -> list[int] | None:
         """The prompt's tokens up to this turn; None once the conversation is over. Raises ValueError if the first turn
@@ -225,8 +234,7 @@ class Conversation:
                 attempt.difference = Difference(prompt_ids, expected.token_ids, given[HEAD].token_ids, before, position)
         for side, generation in given.items():
             getattr(attempt, side).generations.append(generation)
-        reply = self.setup.tokenizer.decode(baseline.token_ids) if baseline.text is None else baseline.text
-        self.messages.append({"role": "assistant", "content": reply.strip()})
+        self.messages.append({"role": "assistant", "content": self.setup.reply_text(baseline)})
 
 
 def attempt_all(setup: Setup, prompts: Sequence[Prompt], first: int, head_first: bool) -> list[Attempt]:
@@ -249,5 +257,24 @@ def attempt_all(setup: Setup, prompts: Sequence[Prompt], first: int, head_first:
 
 
 def check_prompt(setup: Setup, prompt: Prompt) -> None:
-    """Raises ValueError if the first turn does not fit into the cache or makes no prompt."""
+    """Raises ValueError if the first turn does not fit into the cache, or if any turn makes no prompt: the template
+    refuses it, or it holds half a character. Later turns are tried with a stand-in for the replies."""
+    messages = prompt.opening()
+    for turn in prompt.turns:
+        messages.append({"role": "user", "content": turn})
+        setup.tokenizer.render(messages)
+        messages.append({"role": "assistant", "content": "-"})
     Conversation(setup, prompt, 0).ask(0)
+
+
+def usable_prompts(setup: Setup, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Failure]]:
+    """The prompts that can be decoded, and why the others cannot."""
+    usable, failures = [], []
+    for prompt in prompts:
+        try:
+            check_prompt(setup, prompt)
+            usable.append(prompt)
+        except ValueError as error:
+            place = f" ({short_place(prompt.where)})" if prompt.where else ""
+            failures.append(Failure(prompt_id=prompt.prompt_id, error=f"{error}{place}"))
+    return usable, failures

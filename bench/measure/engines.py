@@ -59,6 +59,7 @@ def compare_engines(options: HybridOptions, prompts: PromptSet) -> dict[str, Any
     """Both engines over all prompts; the record, JSON-ready. Raises ValueError for a head that torch cannot serve."""
     import runtime
     from backbone.tokenizer import EMBEDDED
+    from bench.measure.attempts import usable_prompts
     from bench.measure.side_by_side import Measurement
     from bench.measure.warmup import warm_up
     from heads.checkpoint import find_checkpoint
@@ -74,6 +75,12 @@ def compare_engines(options: HybridOptions, prompts: PromptSet) -> dict[str, Any
     with deferred_interrupts():
         for engine in ENGINES:
             warm_up(sides[engine].setup)
+        usable, failures = usable_prompts(sides[JITTOR].setup, prompts.prompts)
+        for failure in failures:
+            note(f"warning: prompt {failure.prompt_id} is left out: {failure.error}")
+        if not usable:
+            raise ValueError(f"no prompt could be decoded; {failures[0].prompt_id}: {failures[0].error}")
+        prompts = dataclasses.replace(prompts, prompts=tuple(usable))
         for index, prompt in enumerate(prompts.prompts):
             for engine in ENGINES if index % 2 == 0 else ENGINES[::-1]:
                 decode(sides[engine], prompt, index, head_first=index // 2 % 2 == 1)
@@ -177,7 +184,7 @@ def add_logit_gaps(difference: dict[str, Any], prompts: PromptSet, sides: dict[s
     turn, difference["logit_gap"] = difference["turn"], {}
     for engine in ENGINES:
         setup, talk = sides[engine].setup, sides[engine].conversations[index]
-        prompt_ids = setup.tokenizer.encode_chat(talk.messages[: 2 * turn + 1])
+        prompt_ids = setup.tokenizer.encode_chat(talk.messages[: len(talk.prompt.opening()) + 2 * turn + 1])
         text = getattr(talk.attempt, WAYS[difference["way"]]).generations[turn].token_ids
         gap = logit_gap(setup.backbone, prompt_ids, text, difference["position"])
         difference["logit_gap"][engine] = gap

@@ -33,14 +33,21 @@ class PromptOptions:
         return " + ".join(project_path(file) for file in self.prompts or [DEFAULT_PROMPTS])
 
     def read_prompts(self, seed: int = 0) -> PromptSet:
-        """The prompts, of one file or several. Raises as ``bench.record.prompts.load_prompts`` does."""
+        """The prompts, of one file or several, with a note on records that were left out. Raises as
+        ``bench.record.prompts.load_prompts`` does."""
         files = self.prompts or [DEFAULT_PROMPTS]
         if len(files) == 1:
-            return load_prompts(files[0], self.num_prompts, seed)
-        joined = join_prompt_sets([load_prompts(file) for file in files])
-        if self.num_prompts is None:
-            return joined
-        return dataclasses.replace(joined, prompts=tuple(spread(joined.prompts, self.num_prompts, seed)))
+            found = load_prompts(files[0], self.num_prompts, seed)
+        else:
+            found = join_prompt_sets([load_prompts(file) for file in files])
+            if self.num_prompts is not None:
+                found = dataclasses.replace(found, prompts=tuple(spread(found.prompts, self.num_prompts, seed)))
+        if found.notes:
+            from bench.tables.terminal import note  # late: rich, which --help does not need
+
+            for line in found.notes:
+                note(f"note: {line}")
+        return found
 
 
 @dataclass

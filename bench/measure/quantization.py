@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from backbone.model import Backbone
-from bench.measure.attempts import BASELINE, Setup
+from bench.measure.attempts import BASELINE, Conversation, Setup, usable_prompts
 from bench.record.prompts import Prompt
 from bench.record.schema import Quantization
 from decoding.generate import first_difference
@@ -44,11 +44,10 @@ def perplexity(backbone: Backbone, data: TokenizedData) -> float:
 
 
 def greedy_texts(setup: Setup, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The tokens of each prompt's first reply; none for a prompt that does not fit into the cache."""
+    """The tokens of the first reply to each prompt that can be decoded."""
     texts = []
-    for prompt in prompts:
-        ids = setup.tokenizer.encode_chat([{"role": "user", "content": prompt.turns[0]}])
-        texts.append(setup.decode(ids, BASELINE).token_ids if len(ids) <= setup.cache.max_length else [])
+    for prompt in usable_prompts(setup, prompts)[0]:
+        texts.append(setup.decode(Conversation(setup, prompt, 0).ask(0), BASELINE).token_ids)
         check_interrupt()
     return texts
 

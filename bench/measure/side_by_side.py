@@ -24,8 +24,8 @@ from bench.measure.attempts import (
     Setup,
     Stretch,
     attempt_all,
-    check_prompt,
     sum_timers,
+    usable_prompts,
 )
 from bench.measure.warmup import kernels_since, loaded_kernels, warm_up
 from bench.record.metrics import agreement, comparable_rows
@@ -92,14 +92,10 @@ def measure(setup: Setup, prompts: Sequence[Prompt], on_prompt: Callable[[Measur
             warm_up(setup)
             kernels = loaded_kernels()
             for first in range(0, len(prompts), setup.batch_size):
-                group = []
-                for prompt in prompts[first : first + setup.batch_size]:
-                    try:
-                        check_prompt(setup, prompt)
-                        group.append(prompt)
-                    except ValueError as error:
-                        result.failures.append(Failure(prompt_id=prompt.prompt_id, error=str(error)))
-                        on_prompt(result)
+                group, failures = usable_prompts(setup, prompts[first : first + setup.batch_size])
+                for failure in failures:
+                    result.failures.append(failure)
+                    on_prompt(result)
                 if group:
                     measure_prompts(setup, group, first, result, on_prompt)
                 check_interrupt()

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.measure.attempts import ADAPTED, BASELINE, Setup
+from bench.measure.attempts import ADAPTED, BASELINE, Setup, usable_prompts
 from bench.record.prompts import Prompt, PromptSet, spread
+from bench.tables.terminal import note
 from decoding.acceptance import RankedText
 from decoding.generate import generate_autoregressive
 from runtime.interrupt import check_interrupt
 from trainer.config import EMBEDDED_CORPUS, TrainConfig
+from trainer.data.prompts import prompt_of
 from trainer.data.splits import held_out_conversations, split_text
 from trainer.data.tokens import TokenizedData
 from trainer.features.cache import OnlineFeatures
@@ -42,12 +44,7 @@ def held_out_prompts(tokenizer, max_positions: int, num_prompts: int | None) -> 
     """
     config = TrainConfig(data=[str(EMBEDDED_CORPUS)])
     splits = split_text(config, tokenizer, max_positions)
-    prompts = [
-        Prompt(
-            talk.id, talk.category, tuple(message["content"] for message in talk.messages if message["role"] == "user")
-        )
-        for talk in held_out_conversations(config, splits)
-    ]
+    prompts = [prompt_of(talk) for talk in held_out_conversations(config, splits)]
     if num_prompts is not None:
         prompts = spread(prompts, num_prompts)
     sha256 = hashlib.sha256(EMBEDDED_CORPUS.read_bytes()).hexdigest()
@@ -55,13 +52,17 @@ def held_out_prompts(tokenizer, max_positions: int, num_prompts: int | None) -> 
 
 
 def decode_texts(setup: Setup, prompts: Sequence[Prompt], on_prompt=lambda: None) -> list[GreedyText]:
-    """Decode every turn of every prompt token by token, with the histories of a measurement.
+    """Decode every turn of every prompt that can be decoded, token by token, with the histories of a measurement.
 
     A turn whose prompt does not fit into the cache ends its conversation. on_prompt: called after each prompt.
     """
     texts, num_after = [], setup.head.num_depths
+    prompts, failures = usable_prompts(setup, prompts)
+    for failure in failures:
+        note(f"warning: prompt {failure.prompt_id} is left out: {failure.error}")
+        on_prompt()
     for prompt in prompts:
-        messages = []
+        messages = prompt.opening()
         for turn in prompt.turns:
             messages.append({"role": "user", "content": turn})
             prompt_ids = setup.tokenizer.encode_chat(messages)
@@ -74,8 +75,7 @@ def decode_texts(setup: Setup, prompts: Sequence[Prompt], on_prompt=lambda: None
                 more = generate_autoregressive(setup.decoder, text, max_new_tokens=num_after, cache=setup.cache)
                 after = more.token_ids
             texts.append(GreedyText(prompt.prompt_id, prompt_ids, own.token_ids, after))
-            reply = setup.tokenizer.decode(baseline.token_ids) if baseline.text is None else baseline.text
-            messages.append({"role": "assistant", "content": reply.strip()})
+            messages.append({"role": "assistant", "content": setup.reply_text(baseline)})
         on_prompt()
         check_interrupt()
     return texts

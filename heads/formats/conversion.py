@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backbone.files.lazy import LazyTensor
+from backbone.files.lazy import LazyTensor, finite
 from backbone.formats.cast import FLOATS, KEEP
 from backbone.formats.convert import ConvertOptions
 from heads.formats.contents import FLOAT32, Casting, Target, with_own_lm_heads
@@ -84,6 +84,7 @@ def convert(source: Path, to: str, out: Path, options: ConvertOptions) -> int:
         raise ValueError(f"--out {out} is the source; choose another")
     casting = Casting(_dtype(options.dtype, writer.dtype, found.tensors))
     weights = reader.read(found, target)
+    weights.tensors = {name: finite(f"{found.file}: {name}", tensor) for name, tensor in weights.tensors.items()}
     if options.merge:
         weights = with_own_lm_heads(weights, target)
     writer.write(weights, out, casting, target)

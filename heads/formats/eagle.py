@@ -73,7 +73,7 @@ class Eagle(PublishedFormat):
         options = default_options(HEAD, **{NORM: False})
         notes.append(f"EAGLE-1 has no fixed depth: num_depths is {options['num_depths']}, our default")
         pieces, absent = self.table(options, target.config), []
-        if not found.config.get("bias", True):
+        if found.config.get("bias") not in (None, True):  # null decides nothing: EAGLE-1 has one by default
             absent = [piece for piece in pieces if piece.theirs == BIAS]
             pieces = [piece for piece in pieces if piece.theirs != BIAS]
         expect(found.file, tensors, {piece.theirs: piece.shape for piece in pieces})
@@ -141,7 +141,9 @@ class Eagle(PublishedFormat):
         drawn = inputs.of(c.hidden_size, c.vocab_size, COMPARED_DEPTHS)
         ends = exact(target.embedding), exact(target.lm_head)
         hidden = drawn.hidden.astype(np.float64)
-        return equations.eagle(tensors, found.config, hidden, drawn.token_ids, *ends, COMPARED_DEPTHS)
+        rotary = parse_config(found.config)  # whichever spelling the file has
+        config = {**found.config, "rope_theta": rotary.rope_theta, "rope_scaling": rotary.rope_scaling}
+        return equations.eagle(tensors, config, hidden, drawn.token_ids, *ends, COMPARED_DEPTHS)
 
 
 def scaling_of(config: BackboneConfig, where: str) -> str | None:

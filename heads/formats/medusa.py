@@ -203,7 +203,7 @@ class VLLMMedusa(MedusaFormat):
                 f"{found.file}: its heads score {scored} tokens of {vocabulary} (truncated_vocab_size with a "
                 f"token_map); our {HEAD} head scores all of them, so it cannot be converted"
             )
-        if config.get("logit_scale", 1.0) != 1.0:
+        if config.get("logit_scale") not in (None, 1.0):
             raise ValueError(f"{found.file}: its logit_scale is {config['logit_scale']}; ours is always 1")
         return super().conflicts(found, options)
 
@@ -279,8 +279,8 @@ class TensorRTMedusa(MedusaFormat):
     def conflicts(self, found, options):
         config = found.config
         mapping, quantization = (value if isinstance(value := config.get(key), dict) else {} for key in SECTIONS)
-        ranks = mapping.get("world_size", 1)
-        if ranks != 1:
+        ranks = mapping.get("world_size")
+        if ranks not in (None, 1):
             raise ValueError(
                 f"{found.file}: it is split over {ranks} ranks; convert it with --tp_size 1 --pp_size 1 first"
             )
@@ -289,7 +289,7 @@ class TensorRTMedusa(MedusaFormat):
             raise ValueError(
                 f"{found.file}: its weights are quantized ({quantized}); expected float32, float16 or bfloat16"
             )
-        if config.get("hidden_act", SILU) != SILU:
+        if config.get("hidden_act") not in (None, SILU):
             raise ValueError(
                 f"{found.file}: its activation is {config['hidden_act']}, ours is {SILU}, so it cannot be converted"
             )

@@ -79,6 +79,11 @@ def compare_tensors(first: Side, second: Side) -> list[Row]:
     return rows
 
 
+def same_numbers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where two arrays hold the same, nan included."""
+    return (a == b) | (np.isnan(a) & np.isnan(b))
+
+
 def difference(a: LazyTensor, b: LazyTensor) -> tuple[float, float, bool]:
     """Largest difference, largest magnitude of a, and whether b is a cast to its dtype."""
     largest, magnitude, exact = 0.0, 0.0, True
@@ -86,8 +91,8 @@ def difference(a: LazyTensor, b: LazyTensor) -> tuple[float, float, bool]:
         given, found = widened(a.read_rows(*rows)), b.read_rows(*rows)
         with np.errstate(over="ignore", invalid="ignore"):
             exact &= np.array_equal(given.astype(b.dtype), found, equal_nan=True)
-            # np.maximum propagates nan
-            largest = np.maximum(largest, np.abs(given - widened(found)).max(initial=0))
+            apart = np.where(same_numbers(given, widened(found)), 0, np.abs(given - widened(found)))
+            largest = np.maximum(largest, apart.max(initial=0))  # np.maximum propagates nan
         magnitude = np.maximum(magnitude, np.abs(given).max(initial=0))
     return float(largest), float(magnitude), bool(exact)
 
@@ -114,8 +119,9 @@ def verify(first: Side, second: Side, tolerance: float | None, inputs: Inputs | 
     lines.append(f"logits, {inputs.rows} positions of seed {inputs.seed}, tolerance {allowed:g} of the largest:")
     for depth, (a, b) in enumerate(zip(*logits, strict=False)):
         largest = float(np.abs(a).max())
-        gap = float(np.abs(a.astype(np.float64) - b).max())
-        fits = gap <= allowed * largest  # false for nan
+        with np.errstate(invalid="ignore"):  # what is not finite on both sides alike is no difference
+            gap = float(np.where(same_numbers(a, b), 0, np.abs(a.astype(np.float64) - b)).max())
+        fits = gap == 0 or gap <= allowed * largest  # false for nan
         within &= fits
         figures = f"largest difference {gap:.3g}, largest logit {largest:.3g}"
         lines.append(f"  depth {depth}: {figures}{'' if fits else '  DIFFERS'}")

@@ -1,5 +1,8 @@
 """A small random backbone, text for it, and tensors of every type that a checkpoint may hold."""
 
+import json
+import random
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -90,3 +93,28 @@ def assert_same():
             np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_directory(tmp_path_factory):
+    """A small SentencePiece model with Llama's settings, and no tokenizer.json."""
+    import sentencepiece
+
+    directory = tmp_path_factory.mktemp("pieces")
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "them", "then", "assistant", "user"]
+    order = random.Random(0)
+    (directory / "text").write_text("\n".join(" ".join(order.choices(words, k=8)) for _ in range(300)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text"),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        split_digits=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory

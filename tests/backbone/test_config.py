@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from backbone.config import parse_config, read_config, rope_inverse_frequencies
+from backbone.config import parse_config, read_config, rope_inverse_frequencies, stop_ids
 from backbone.formats.containers import write_pickle
 from backbone.tokenizer import EMBEDDED
 from tests.backbone.models import LLAMA_3_ROPE
@@ -61,6 +61,51 @@ def test_end_tokens_of_the_generation_config_are_added_once(tmp_path):
         assert read_config(tmp_path).eos_ids == expected
 
 
+def test_texts_end_at_the_tokens_that_transformers_takes(tmp_path):
+    """Those of generation_config.json if it names any, else those of config.json."""
+    assert stop_ids(tmp_path) == ()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [2, 16]}))
+    assert stop_ids(tmp_path) == (2, 16)
+    for ends, expected in ((9, (9,)), ([7, 8], (7, 8)), (None, (2, 16)), ([], (2, 16))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert stop_ids(tmp_path) == expected
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is '</s>'"):
+        stop_ids(tmp_path)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": LINEAR, "rope_parameters": PLAIN},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {}, "rope_theta": 5e5},
+        {"rope_scaling": {**LINEAR, "rope_theta": 7e4}, "rope_parameters": PLAIN, "rope_theta": 3e4},
+        {"rope_scaling": {}, "rope_parameters": {**PLAIN, **LINEAR}},
+        {"rope_scaling": None, "rope_parameters": None, "rope_theta": 3e4},
+        {"rope_scaling": {**LLAMA_3_ROPE, "original_max_position_embeddings": 64}, "rope_parameters": PLAIN},
+        {"rope_scaling": {k: v for k, v in LLAMA_3_ROPE.items() if k[:8] != "original"}},
+        {"rope_scaling": LLAMA_3_ROPE, "original_max_position_embeddings": 128},
+    ],
+)
+def test_of_two_rope_settings_the_one_that_transformers_takes_counts(settings):
+    from transformers import LlamaConfig
+
+    pytest.importorskip("torch")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    raw = {**LLAMA_1, "max_position_embeddings": 1024, **settings}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw)))).inv_freq.numpy()
+    ours = rope_inverse_frequencies(parse_config(raw))
+    assert np.allclose(ours, theirs, rtol=1e-6, atol=0)
+    if settings.get("rope_scaling"):  # the control: the other setting gives other angles
+        other = {**raw, "rope_scaling": None}
+        assert not np.allclose(rope_inverse_frequencies(parse_config(other)), theirs, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_defaults_for_silent_configs_are_those_of_transformers(family):
     from transformers import LlamaConfig, MistralConfig
@@ -97,6 +142,10 @@ def test_mistral_window_must_cover_every_position():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' is not supported; supported: default, linear"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}}, "'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": {}}, "'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'full_attention' has settings of its own"),
+        ({"rope_parameters": {"partial_rotary_factor": None}, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is None"),
         ({"rope_scaling": {k: v for k, v in LLAMA_3_ROPE.items() if k != "low_freq_factor"}}, "low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -17,9 +17,9 @@ from backbone.tokenizer import load_tokenizer
 from corpus.journal import BEGUN, TALKS, Journal, check_begun, partial_folder
 from corpus.lanes import Batch
 from corpus.options import Options
-from corpus.prompts import Prompt
 from corpus.write import main, terms, write_corpus
 from runtime.entry import run_entry
+from trainer.data.prompts import Prompt
 from trainer.features import top_k
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def test_a_run_killed_while_it_finishes_is_finished_by_the_next(backbone, tokeni
 
 
 def test_a_corpus_of_prompts_is_resumed(backbone, tokenizer, tmp_path):
-    prompts = [Prompt((f"What is {n} plus {n}?", "And twice that?"), "math") for n in range(8)]
+    prompts = [Prompt(str(n), "math", (f"What is {n} plus {n}?", "And twice that?")) for n in range(8)]
     given = {"num_conversations": None, "max_turns": None, "temperature": 1.0, "top_k_probabilities": 0}
     complete, out = tmp_path / "complete.jsonl", tmp_path / "corpus.jsonl"
     write_corpus(backbone, tokenizer, options(**given), complete, prompts)
@@ -234,5 +234,5 @@ def test_a_damaged_journal_is_refused_with_file_and_line(backbone, tokenizer, ou
 
 def test_a_corpus_without_a_usable_conversation_leaves_nothing(backbone, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"none of 1 conversations is usable: .*prompt too long"):
-        write_corpus(backbone, tokenizer, options(), tmp_path / "x.jsonl", [Prompt(("word " * 600,))])
+        write_corpus(backbone, tokenizer, options(), tmp_path / "x.jsonl", [Prompt("1", "chat", ("word " * 600,))])
     assert list(tmp_path.iterdir()) == []

@@ -9,11 +9,11 @@ import pytest
 from corpus.dialogue import Dialogue, Writer, in_loop
 from corpus.lanes import Batch
 from corpus.options import Options
-from corpus.prompts import Prompt
 from corpus.write import main, write_corpus
 from ops.select import argmax
 from runtime.entry import run_entry
 from trainer.data.conversations import load_conversations
+from trainer.data.prompts import Prompt
 from trainer.data.tokens import encode_conversations
 from trainer.features.teacher import open_teacher
 from trainer.features.top_k import top_k_folder
@@ -95,9 +95,9 @@ def test_the_trainer_finds_its_tokens_in_the_top_k_files(backbone, tokenizer, tm
 
 def test_greedy_replies_are_those_of_a_loop_of_one_token_at_a_time(backbone, tokenizer, tmp_path):
     prompts = [
-        Prompt(("I need a hotel in Paris.", "For two nights.")),
-        Prompt(("How are you?",)),
-        Prompt(("Tom has 3 apples and buys 4 more. How many apples has he?",)),
+        Prompt("1", "chat", ("I need a hotel in Paris.", "For two nights.")),
+        Prompt("2", "chat", ("How are you?",)),
+        Prompt("3", "chat", ("Tom has 3 apples and buys 4 more. How many apples has he?",)),
     ]
     path = tmp_path / "replies.jsonl.gz"
     write_corpus(backbone, tokenizer, Options(batch_size=2, greedy_share=1.0), path, prompts)
@@ -116,11 +116,11 @@ def test_greedy_replies_are_those_of_a_loop_of_one_token_at_a_time(backbone, tok
 def test_a_reply_is_truncated_at_its_limit_and_a_later_truncated_turn_is_left_out(tokenizer):
     writer = Writer(tokenizer, options(max_reply_tokens=3))
     word = tokenizer.encode(" good")[0]
-    dialogue = Dialogue(0, "", True, np.zeros(8), questions=("Hi", "And you?"))
+    dialogue = Dialogue(0, "", True, np.zeros(8), prompt=Prompt("1", "chat", ("Hi", "And you?")))
     writer.start(dialogue, "")
     assert [writer.take(dialogue, word, 0.0) for _ in range(3)] == [False, False, True]
     assert dialogue.messages[1]["content"] == "good good good" and not dialogue.dropped
-    dialogue = Dialogue(0, "", True, np.zeros(8), questions=("Hi", "And you?"))
+    dialogue = Dialogue(0, "", True, np.zeros(8), prompt=Prompt("1", "chat", ("Hi", "And you?")))
     writer.start(dialogue, "")
     writer.take(dialogue, word, 0.0)
     assert not writer.take(dialogue, tokenizer.eos_ids[0], 0.0)  # on to the second question
@@ -239,7 +239,7 @@ def test_the_command_line_answers_every_prompt_in_order(tmp_path, capsys, backbo
     path.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
     assert run_entry(main, ["--prompts", str(path), "--temperature", "0", "--out", str(out)]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [r["id"] for r in records] == ["talk-0", "talk-1", "talk-2", "talk-5"]
+    assert [r["id"] for r in records] == ["question-0", "question-1", "question-2", "question-5"]
     for record in records:
         index = int(record["id"].split("-")[1])
         values = [turn["value"] for turn in record["conversations"]]
@@ -248,7 +248,51 @@ def test_the_command_line_answers_every_prompt_in_order(tmp_path, capsys, backbo
         assert values[1] == greedy_reply(backbone, tokenizer, messages, 192)
     report = capsys.readouterr().out
     assert "4 conversations, 10 turns" in report and "4 with greedy replies" in report
-    assert "dropped 2 of 6: " in report and "1 prompt garbled" in report and "1 prompt too long" in report
+    assert "dropped 2 of 6: 1 prompt refused: message 0 holds half a character" in report
+    assert "(first: prompts.jsonl line 4), 1 prompt too long (first: prompts.jsonl line 5)" in report
+
+
+def test_system_texts_are_part_of_the_corpus_and_stop_tokens_that_are_words_end_a_reply(tokenizer, monkeypatch):
+    writer = Writer(tokenizer, options())
+    prompt = Prompt("1", "chat", ("Hi", "And you?"), "Be brief.")
+    dialogue, word = Dialogue(0, "", True, np.zeros(8), prompt=prompt), tokenizer.encode(" good")[0]
+    writer.start(dialogue, "")
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    assert dialogue.messages == [system, question] and dialogue.ids == tokenizer.encode_chat([system, question])
+    stop = tokenizer.encode(" yes")[0]
+    assert stop not in writer.special
+    monkeypatch.setattr(tokenizer, "eos_ids", (2, stop))
+    assert not writer.take(dialogue, word, 0.0) and not writer.take(dialogue, stop, 0.0)
+    assert [m["content"] for m in dialogue.messages] == ["Be brief.", "Hi", "good", "And you?"]
+    assert dialogue.num_turns == 1
+    assert not writer.take(dialogue, word, 0.0) and writer.take(dialogue, 2, 0.0)
+    assert [m["role"] for m in dialogue.messages] == ["system", *["user", "assistant"] * 2]
+
+
+def test_a_refused_prompt_is_dropped_with_its_reason(tokenizer):
+    writer = Writer(tokenizer, options())
+    for turns, system, kept in ((("\ud83d",), "Be brief.", 0), (("Hi", "\ud83d"), None, 2)):
+        dialogue = Dialogue(0, "", True, np.zeros(8), prompt=Prompt("1", "chat", turns, system))
+        writer.start(dialogue, "")
+        if kept:
+            writer.take(dialogue, tokenizer.encode(" good")[0], 0.0)
+            assert writer.take(dialogue, 2, 0.0)
+        assert len(dialogue.messages) == kept
+        assert "half a character" in (dialogue.cut if kept else dialogue.dropped)
+
+
+def test_a_conversation_that_training_would_leave_out_is_dropped(tokenizer, monkeypatch):
+    def refuse(messages):
+        raise ValueError("the history is rewritten")
+
+    writer, dialogue = (
+        Writer(tokenizer, options()),
+        Dialogue(0, "", True, np.zeros(8), prompt=Prompt("1", "c", ("Hi",))),
+    )
+    monkeypatch.setattr(tokenizer, "encode_with_mask", refuse)
+    writer.start(dialogue, "")
+    assert not writer.take(dialogue, tokenizer.encode(" good")[0], 0.0) and writer.take(dialogue, 2, 0.0)
+    assert (dialogue.dropped, dialogue.messages) == ("conversation refused: the history is rewritten", [])
 
 
 def test_a_temperature_samples_every_reply_unless_a_greedy_share_is_given():

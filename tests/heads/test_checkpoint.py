@@ -1,6 +1,7 @@
 """Checkpoints of every head: they come back bit for bit, appear atomically, and are refused when they do not fit."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,6 +72,19 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved):
         save_checkpoint(directory, head, {"head": object()}, {})
     assert weights_sha256(directory) == before
     assert [path.name for path in directory.parent.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_parameter_that_is_not_finite_is_named(saved, backbone, number):
+    head, directory = saved
+    skip_without_parameters(head)
+    name, parameter = next((n, p) for n, p in head.named_parameters() if str(p.dtype) == "float32")
+    numbers = parameter.numpy()
+    numbers.reshape(-1)[-1] = number
+    parameter.update(numbers)
+    save_checkpoint(directory, head, json.loads((directory / "config.json").read_text()), {})
+    with pytest.raises(ValueError, match=f"head.safetensors: {re.escape(name)} holds 1 number.* not finite"):
+        load_head(directory, backbone)
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(saved):

@@ -10,8 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from heads.checkpoint import config_digest
+from runtime.atomic import sha256_of
 from tests.trainer.runs import NUM_STEPS, OPTIONS, start, training_data
 from trainer import state as states
 from trainer.features.cache import OnlineFeatures
@@ -139,6 +143,21 @@ def test_a_damaged_state_is_refused_by_name(finished, tmp_path, file, harm):
     with pytest.raises(ValueError, match=rf"{file}.*(is missing|is damaged|malformed).*delete .*start over"):
         newest_state(tmp_path / "run")
     assert newest_state(finished).step == NUM_STEPS  # the control
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "optimizer.safetensors", "average.safetensors"])
+def test_a_state_that_is_not_finite_is_refused_by_name(finished, tmp_path, file):
+    shutil.copytree(finished, tmp_path / "run")
+    directory = list_states(tmp_path / "run")[-1]
+    arrays = load_file(directory / file)
+    name = next(name for name, array in arrays.items() if array.dtype == np.float32)
+    arrays[name] = np.full_like(arrays[name], np.nan)
+    save_file(arrays, directory / file)
+    meta = json.loads((directory / "state.json").read_text())
+    meta["files"][file] = sha256_of(directory / file)
+    (directory / "state.json").write_text(json.dumps({**meta, "digest": config_digest(meta)}))
+    with pytest.raises(ValueError, match=rf"{file}: .* not finite .*; delete .* to start over"):
+        newest_state(tmp_path / "run")
 
 
 def damage(path, harm):

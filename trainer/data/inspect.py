@@ -65,6 +65,10 @@ def inspect(options: InspectOptions, file: Any = None) -> None:
     for name, number in report.as_dict().items():
         if isinstance(number, int):
             console.print(f"{name:12} {number:>13,}")
+    for reason, each in report.as_dict().get("left_out", {}).items():
+        console.print(f"left out     {each['records']:>13,}  {reason}, first: {each['first']}", markup=False)
+    for name, number in report.left_out.fields.items():
+        console.print(f"unread field {number:>13,}  {name}", markup=False)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,8 +14,8 @@ from runtime.records import read_json
 
 # pyarrow 26 needs NumPy 2, Jittor 1.3.11 NumPy 1; 25.0.1 is the newest that works with both.
 INSTALL = "pip install pyarrow==25.0.1"
-COLUMNS = ("conversations", "messages", "text")  # the first of these in a table is read
-FURTHER = ("id", "category")
+COLUMNS = ("conversations", "messages", "text")  # a table has one of these
+FURTHER = ("system", "system_prompt", "tools", "id", "category")
 ROWS = 1024  # of a Parquet file, turned into Python objects at a time
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
@@ -26,7 +26,7 @@ def is_table(path: str | Path) -> bool:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, record) of a table, rows counted from 0. A record has the first column of ``COLUMNS``, its id and category.
+    """(row, record) of a table, rows counted from 0. A record has the columns of ``COLUMNS`` and ``FURTHER``.
 
     Turns that are stored as columns, {"from": [..], "value": [..]}, are returned as a list. One batch is in memory at a
     time. Raises ValueError naming the file that is broken, missing, or has none of the columns; the available splits,
@@ -37,7 +37,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except ImportError as error:
         raise ValueError(f"{path} is read with pyarrow, which is not usable here ({error}): {INSTALL}") from error
     row = 0
-    for file in _files(path):
+    for file in table_files(path):
         try:
             for records in _parquet(file) if file.suffix == ".parquet" else _stream(file):
                 yield from enumerate(map(_turn_columns, records), start=row)
@@ -48,13 +48,27 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def unread_columns(path: str | Path) -> list[str]:
+    """The columns of a readable table that ``read_rows`` leaves out."""
+    import pyarrow
+    from pyarrow import parquet
+
+    file = table_files(path)[0]
+    if file.suffix == ".parquet":
+        names = parquet.read_schema(file).names
+    else:
+        with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+            names = stream.schema.names
+    return [name for name in names if name not in (*COLUMNS, *FURTHER)]
+
+
 def _folder_and_split(path: str | Path) -> tuple[Path, str | None]:
     """The parts of ``FOLDER:split``; a path that exists has no split."""
     folder, colon, split = str(path).rpartition(":")
     return (Path(folder), split) if colon and folder and not Path(path).exists() else (Path(path), None)
 
 
-def _files(path: str | Path) -> list[Path]:
+def table_files(path: str | Path) -> list[Path]:
     """The files that hold a table, in order."""
     folder, split = _folder_and_split(path)
     if not folder.is_dir():
@@ -110,10 +124,9 @@ def _stream(file: Path) -> Iterator[list[dict[str, Any]]]:
 
 def _columns(file: Path, names: Iterable[str]) -> list[str]:
     names = list(names)
-    wanted = next((name for name in COLUMNS if name in names), None)
-    if wanted is None:
+    if not set(COLUMNS) & set(names):
         raise ValueError(f"{file} has the columns {', '.join(names) or 'none'}; expected one of {', '.join(COLUMNS)}")
-    return [wanted, *(name for name in FURTHER if name in names)]
+    return [name for name in (*COLUMNS, *FURTHER) if name in names]
 
 
 def _turn_columns(record: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from backbone.tokenizer import ChatTokenizer
-from trainer.data.conversations import HALF_CHARACTER, DataReport, located_records, read_text
+from backbone.tokenizer import HALF_CHARACTER, ChatTokenizer
+from trainer.data.conversations import DataReport
+from trainer.data.records import located_records, read_text
+from trainer.data.turns import EMPTY, HALF, Unusable, kind_of, turns_of
 
 SUFFIXES = (".txt", ".txt.gz", ".raw")  # the last is that of WikiText's own files
 SHORTEST = 3  # tokens of a block: logits at position t score token t + 2 first, so fewer carry no label
@@ -38,52 +40,69 @@ def is_plain_text(path: str | Path) -> bool:
     return str(path).lower().endswith(SUFFIXES)
 
 
+def holds_text(record: Any) -> bool | None:
+    """Whether a record is a text, not a conversation; None where it is neither. A field that is null or empty says so
+    only where no other is filled."""
+    if not isinstance(record, dict):
+        return None
+    if turns_of(record) not in EMPTY:
+        return False
+    return True if "text" in record else None if turns_of(record) is None else False
+
+
 def read_texts(path: str | Path, report: DataReport) -> Iterator[Iterable[str]]:
     """The texts of a file, each in pieces to be joined: all of a plain text, or the field ``text`` of every record.
 
-    Texts that are blank or hold half a character are counted in ``report`` and dropped. Raises ValueError naming the
-    file, and line or row, for a record of another shape, and when nothing is left.
+    Texts that are blank, hold half a character or are no texts are counted in ``report`` and dropped. Raises ValueError
+    naming the file when nothing is left.
     """
     report.files.append(str(path))
     usable = 0
-    for text in _plain_text(path) if is_plain_text(path) else _text_records(path):
+    for where, text in _plain_text(path) if is_plain_text(path) else _text_records(path):
         report.read += 1
         report.texts += 1
         if text is None:
             report.blank += 1
-        elif isinstance(text, str) and HALF_CHARACTER.search(text):
+            report.left_out.count("without text", where)
+        elif isinstance(text, Unusable):
             report.malformed += 1
+            report.left_out.count(text, where)
         else:
             usable += 1
-            yield [text] if isinstance(text, str) else text
+            yield text
     if not usable:
+        because = f": {report.left_out.describe()}" if report.left_out.reasons else ""
         raise ValueError(
-            f"no usable text in {path}: {report.read} read, {report.blank} blank, {report.malformed} malformed; "
-            "expected text"
+            f"no usable text in {path}: {report.read} read, {report.blank} blank, {report.malformed} malformed"
+            f"{because}; expected text"
         )
 
 
-def _plain_text(path: str | Path) -> Iterator[Iterable[str] | None]:
-    """The text of a file as an iterable of pieces, None where it is blank."""
+def _plain_text(path: str | Path) -> Iterator[tuple[str, Iterable[str] | None]]:
+    """The place and the text of a file as an iterable of pieces, None where it is blank."""
     pieces, start = read_text(Path(path)), []
     for piece in pieces:
         start.append(piece)
         if piece.strip():
-            yield chain(start, pieces)
+            yield str(path), chain(start, pieces)
             return
-    yield None
+    yield str(path), None
 
 
-def _text_records(path: str | Path) -> Iterator[str | None]:
-    """The text of each record, None where it is blank or null."""
+def _text_records(path: str | Path) -> Iterator[tuple[str, Iterable[str] | Unusable | None]]:
+    """The place and the text of each record: None where it is blank or null, the reason where it is unusable."""
     for where, record in located_records(path):
-        if not isinstance(record, dict) or "text" not in record:
-            keys = f"the keys {', '.join(map(str, record))}" if isinstance(record, dict) else ""
-            raise ValueError(f"{where}: expected an object with text, got {keys or f'a {type(record).__name__}'}")
-        text = record["text"]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{where}: text is a {type(text).__name__}, expected a string")
-        yield text if text is not None and text.strip() else None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            yield where, Unusable(f"{kind_of(record)} instead of an object")
+        elif holds_text(record) is not True:
+            yield where, Unusable("a record without text among texts")
+        elif text is not None and not isinstance(text, str):
+            yield where, Unusable(f"{kind_of(text)} instead of a text")
+        elif text and HALF_CHARACTER.search(text):
+            yield where, Unusable(HALF)
+        else:
+            yield where, [text] if text and text.strip() else None
 
 
 # Windows -------------------------------------------------------------------------------------------------------------

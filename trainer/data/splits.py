@@ -22,7 +22,7 @@ from backbone.tokenizer import EMBEDDED, ChatTokenizer
 from runtime.entry import Parser, run_entry
 from trainer.config import EMBEDDED_CORPUS, TextOptions, parse
 from trainer.data.conversations import Conversation, DataReport, load_conversations, share_gpt
-from trainer.data.tokens import TokenizedData, check_vocabulary, load_data
+from trainer.data.tokens import TokenizedData, check_vocabulary, encoded, load_data
 
 SPLIT_SEED = 0  # of every run, whatever its own seed is, so that runs can be compared
 
@@ -72,7 +72,10 @@ def split_text(
     if vocab_size is not None:
         check_vocabulary(data, vocab_size)
     sha256 = hashlib.sha256(data.token_ids.tobytes() + data.mask.tobytes()).hexdigest()
-    split = split_held_out(data, min(config.held_out, max(1, len(data) // 10)))
+    try:
+        split = split_held_out(data, min(config.held_out, max(1, len(data) // 10)))
+    except ValueError as error:
+        raise ValueError(f"{', '.join(report.files)}: {error}") from error
     return Splits(tokenizer, *split, report, sha256, max_length)
 
 
@@ -83,6 +86,11 @@ def split_held_out(data: TokenizedData, count: int, seed: int = SPLIT_SEED) -> t
     on what else they hold, and copies of a conversation stay on one side; the held-out part may be larger by those. It
     is scored as it is: all its weights are 1. Raises ValueError where one side would be empty.
     """
+    if len(data) < 2:
+        raise ValueError(
+            f"there is only {len(data)} sequence to train on, and one is held out to score; expected at least 2: add "
+            "data"
+        )
     if not 0 < count < len(data):
         raise ValueError(f"cannot hold out {count} of {len(data)} conversations; expected 1 to {len(data) - 1}")
     key = seed.to_bytes(8, "little", signed=True)
@@ -102,10 +110,9 @@ def held_out_conversations(config: TextOptions, splits: Splits) -> list[Conversa
     """The held-out conversations, in the order of the files. Plain text has none, which raises ValueError."""
     chosen = {splits.held_out.conversation(index)[0].tobytes() for index in range(len(splits.held_out))}
     talks, _ = load_conversations(data_files(config))
-    encoded = splits.tokenizer.encode_many_with_mask([talk.messages for talk in talks])
     found = [
         talk
-        for talk, (token_ids, _) in zip(talks, encoded, strict=True)
+        for talk, token_ids, _ in encoded(talks, splits.tokenizer, DataReport())
         if np.array(token_ids[: splits.max_length], np.int32).tobytes() in chosen
     ]
     if not found:
@@ -121,7 +128,9 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(rest)
     if config is None:
         raise ValueError("--list-heads is train.py's")
-    talks = held_out_conversations(config, load_splits(config))
+    splits = load_splits(config)
+    print(splits.report.summary(), file=sys.stderr)
+    talks = held_out_conversations(config, splits)
     with open(given.out, "w", encoding="utf-8") as file:
         for talk in talks:
             record = share_gpt(talk.messages, talk.id, talk.category)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from backbone.tokenizer import ChatTokenizer
-from trainer.data.conversations import Conversation, DataReport, located_records, read_conversations
-from trainer.data.plain_text import is_plain_text, read_blocks
+from backbone.templates import ConversationError
+from backbone.tokenizer import BATCH, ChatTokenizer
+from trainer.data.conversations import Conversation, DataReport, read_conversations
+from trainer.data.plain_text import holds_text, is_plain_text, read_blocks
+from trainer.data.records import located_records
 
 IGNORE = -100  # label of a position without loss, PyTorch's cross_entropy default
 
@@ -70,6 +73,22 @@ class TokenizedData:
 # Files to tokens ------------------------------------------------------------------------------------------------------
 
 
+def encoded(
+    conversations: Iterable[Conversation], tokenizer: ChatTokenizer, report: DataReport
+) -> Iterator[tuple[Conversation, list[int], list[bool]]]:
+    """Each conversation with its token ids and its mask, lazily. One that the chat template refuses is left out and
+    counted in ``report``."""
+    conversations = iter(conversations)
+    while batch := list(islice(conversations, BATCH)):
+        reasons: dict[int, ConversationError] = {}
+        found = list(tokenizer.encode_many_with_mask((talk.messages for talk in batch), reasons.__setitem__))
+        for index, error in reasons.items():
+            report.refused += 1
+            report.left_out.count(error, batch[index].where)
+        usable = (talk for index, talk in enumerate(batch) if index not in reasons)
+        yield from ((talk, *each) for talk, each in zip(usable, found, strict=True))
+
+
 def encode_conversations(
     conversations: Iterable[Conversation],
     tokenizer: ChatTokenizer,
@@ -81,41 +100,50 @@ def encode_conversations(
     """Token ids and mask of each conversation, truncated to ``max_length`` tokens.
 
     loss_on: "assistant", or "all": every token but the beginning-of-text token at position 0. A conversation with no
-    token in the loss left is dropped. Truncations, drops and tokens are counted in ``report``. Raises ValueError when
-    nothing is left.
+    token in the loss left, or that the chat template refuses, is dropped. Truncations, drops and tokens are counted in
+    ``report``. Raises ValueError when nothing is left.
     """
     assert max_length > 0 and loss_on in ("assistant", "all"), (max_length, loss_on)
     report = DataReport() if report is None else report
-    report.truncated = report.too_long = 0
+    report.truncated = report.too_long = report.refused = 0
     bos = tokenizer.bos_id
 
     def truncated() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for token_ids, mask in tokenizer.encode_many_with_mask(talk.messages for talk in conversations):
+        for talk, token_ids, mask in encoded(conversations, tokenizer, report):
             if loss_on == "all":
                 mask = [token_ids[0] != bos] + [True] * (len(token_ids) - 1)
             if not any(mask[:max_length]):
                 report.too_long += 1
+                report.left_out.count(f"without a token in the loss among the first {max_length}", talk.where)
                 continue
             report.truncated += len(token_ids) > max_length
             yield np.array(token_ids[:max_length], dtype=np.int32), np.array(mask[:max_length], dtype=np.bool_)
 
     data = TokenizedData.of(truncated())
     if not len(data):
+        files = ", ".join(report.files) or "memory"
+        if report.refused:
+            raise ValueError(f"no conversation of {files} can be used: {report.left_out.describe()}; see --template")
         raise ValueError(
-            f"none of {report.too_long} conversations from {', '.join(report.files) or 'memory'} has a token in the "
-            f"loss among its first {max_length}; raise max_length"
+            f"none of {report.too_long} conversations from {files} has a token in the loss among its first "
+            f"{max_length}; raise max_length"
         )
     report.kept, report.tokens, report.loss_tokens = len(data), len(data.token_ids), int(data.mask.sum())
     return data
 
 
-def holds_text(path: str | Path) -> bool:
-    """Whether a file holds text: by its name, or because its first record has ``text`` and no turns."""
+def is_text_file(path: str | Path) -> bool:
+    """Whether a file holds text: by its name, or by its first record that is a text or a conversation."""
     if is_plain_text(path):
         return True
+    empty = True
     for _, record in located_records(path):
-        return isinstance(record, dict) and "text" in record and not {"conversations", "messages"} & record.keys()
-    raise ValueError(f"{path} is empty; expected records with conversations, messages or text")
+        found, empty = holds_text(record), False
+        if found is not None:
+            return found
+    if empty:
+        raise ValueError(f"{path} is empty; expected records with conversations, messages or text")
+    return False
 
 
 def load_data(
@@ -138,7 +166,7 @@ def load_data(
     report, parts = DataReport(), []
     for path in files:
         part = DataReport()
-        if holds_text(path):
+        if is_text_file(path):
             parts.append(TokenizedData.of(read_blocks(path, tokenizer, min(block_size, max_length), part)))
         else:
             talks = read_conversations([path], part)

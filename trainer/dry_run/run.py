@@ -60,6 +60,7 @@ def dry_run(setting: Setting) -> int:
     plan = plan_run(setting, run_directory(setting.config))
     found = estimate(plan, measure_step(setting))
     if runtime.is_main():
+        print(setting.splits.report.summary())
         print(table(found))
         print(found.to_json())
     return 0 if found.can_finish else USER_MISTAKE

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     layers, fingerprint, root = layers_of(given.heads, backbone), splits.tokenizer.fingerprint, Path(config.cache_dir)
     names, parts = array_names(layers), []
     with Watch(0) as watch:
+        watch.say(splits.report.summary())
         for part, data in (("training", splits.training), ("held out", splits.held_out)):
             started = time.perf_counter()
             store = feature_store(backbone, fingerprint, data, root)

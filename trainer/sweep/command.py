@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     from trainer.data.splits import load_splits
 
     splits = load_splits(sweep.base)  # the same for all trials; mistakes in the text are reported before the first
+    say(splits.report.summary())
     from trainer.session import prepare, train
 
     run_trials(sweep, study, lambda config, on_score: train(config, on_score, prepare(config, splits))[0])

@@ -121,6 +121,33 @@ def test_verify_sees_one_wrong_number_and_one_that_is_none(tmp_path, capsys):
         assert lines[0].startswith("model.layers.1.mlp.up_proj.weight")
 
 
+def test_a_backbone_that_is_not_finite_is_refused_by_name(tmp_path):
+    origin = write_model(tmp_path / "origin", raw_config())
+    state = load_file(origin / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][2, 3] = float("nan")
+    save_file(state, origin / "model.safetensors")
+    for to in ("safetensors", "hf-bin", "meta", "jittor-pkl"):
+        with pytest.raises(ValueError, match=r"origin: model\.layers\.1\.mlp\.up_proj\.weight holds 1 number"):
+            convert(origin, to, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_rope_scaling_beside_rope_parameters_is_kept_or_refused(tmp_path):
+    both = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    llama_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for scaling in ({"rope_type": "linear", "factor": 4.0}, {**llama_3, "original_max_position_embeddings": 8}):
+        name = scaling["rope_type"]
+        origin = write_model(tmp_path / name, {**raw_config(), **both, "rope_scaling": scaling})
+        if name == "linear":
+            with pytest.raises(ValueError, match="no field for rope scaling"):
+                convert(origin, "meta", tmp_path / "out")
+            continue
+        convert(origin, "meta", tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "params.json").read_text())["use_scaled_rope"] is True
+        assert read_config(tmp_path / "out") == read_config(origin) and read_config(origin).rope_scaling == scaling
+        assert verify(origin, None, tmp_path / "out", "meta")
+
+
 def test_a_number_too_large_for_float16_is_refused_by_name(tmp_path):
     origin = write_model(tmp_path / "origin", raw_config(), torch.float32)
     state = load_file(origin / "model.safetensors")

@@ -169,6 +169,29 @@ def test_what_does_not_fit_the_cache_is_named_and_the_rest_measured(folder, tmp_
     assert record.data.dropped["turns_past_the_cache"] == 2 and "2 later turn(s)" in err
 
 
+def test_a_prompt_that_makes_none_in_any_turn_is_a_failure_and_the_others_are_measured(folder, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out.json"
+    records = [
+        {"question_id": "a", "turns": ["Hello there"]},
+        {"question_id": "b", "turns": ["nice \ud83d day"]},
+        {"question_id": "c", "turns": ["Hello", "and \ud83d"]},
+        {"id": "d", "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hello"}]},
+        {"id": "e", "conversations": [{"from": "human", "value": "Hello"}, {"from": "bing", "value": "Hi"}]},
+    ]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, _, err = run(folder, "--prompts", prompts, "--out", out)
+    assert status == 0, err
+    record = Record.read(out)
+    assert [(row.prompt_id, row.turns) for row in record.per_prompt] == [("a", 1), ("d", 1)]
+    tokenizer, user = load_tokenizer(), {"role": "user", "content": "Hello"}
+    with_system = tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, user])
+    assert record.per_prompt[1].prompt_tokens == len(with_system) != len(tokenizer.encode_chat([user]))
+    assert [failure.prompt_id for failure in record.failures] == ["b", "c"]
+    assert record.failures[0].error.startswith("message 0 holds half a character")
+    assert record.failures[1].error.endswith("(p.jsonl line 3)")
+    assert record.data.dropped["a turn from 'bing'"] == 1 and "a turn from 'bing' (1, first in p.jsonl line 5)" in err
+
+
 def test_both_sides_end_alike_where_the_cache_is_full_and_nothing_that_fits_is_an_error(folder, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", (["Tell me a story about a fox."],))
     length = len(load_tokenizer().encode_chat([{"role": "user", "content": "Tell me a story about a fox."}]))

@@ -21,6 +21,8 @@ class Fakes:
         self.sides = ("baseline", "head", "adapted") if adapts else ("baseline", "head")
         self.max_length, self.acceptance, self.batch_size = 99, Acceptance(), 1
 
+    reply_text, eos_ids = bench.measure.attempts.Setup.reply_text, (99,)
+
     def encode_chat(self, messages):
         self.conversations.append([message["content"] for message in messages])
         return [1] * len(messages)
@@ -46,6 +48,13 @@ def test_the_history_holds_the_replies_of_the_baseline_for_every_side(adapts):
         assert attempt.difference is None  # the head's tokens are those of its own backbone
     else:
         assert attempt.difference.expected_ids == [11] and attempt.difference.head_ids == [21]
+
+
+def test_a_stop_token_is_no_part_of_the_reply_that_a_later_turn_reads():
+    setup = Fakes()
+    for ids, text in (([11, 99], "[11]"), ([11], "[11]"), ([], "[]")):
+        assert setup.reply_text(Generation(ids, None, "stop", 1)) == text
+    assert setup.reply_text(Generation([11, 99], " as text ", "stop", 1)) == "as text"
 
 
 def test_the_sides_take_turns_in_going_first(monkeypatch):

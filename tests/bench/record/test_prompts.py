@@ -79,17 +79,17 @@ def test_text_that_only_looks_like_json_stays_text(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"question_id": 1, "turns": ["a"]}\n\n{"question_id": 2, "turns": ["b"\n', ":3: malformed JSON"),
-        ('[\n{"question_id": 1, "turns": ["a"]},\n{"question_id" 2}]', ":3: malformed JSON"),
-        ('{\n"question_id": 1,\n"turns": ["a"]\n', ":4: malformed JSON"),
-        ('{"question_id": 1, "turns": ["a"]}\n{"text": "b", "label": 1}\n', ":2: unknown shape: .* label, text;"),
-        ('["a", "b"]', "record 1: unknown shape: a str"),
-        ('{"question_id": 1, "turns": ["a", 2]}', ":1: the turns must be a list of strings"),
-        ('{"question_id": 1, "turns": ["a"], "category": 3}', ":1: category must be a string"),
-        ('{"conversations": [{"speaker": "human", "text": "a"}]}', ":1: a message must have from/value"),
-        ('{"conversations": [{"from": "human", "value": null}]}', ":1: a message's value must be a string"),
+        ('{"question_id": 1, "turns": ["a"]}\n\n{"question_id": 2, "turns": ["b"\n', "line 3: not valid JSON"),
+        ('[\n{"question_id": 1, "turns": ["a"]},\n{"question_id" 2}]', "line 3: not valid JSON"),
+        ('{\n"question_id": 1,\n"turns": ["a"]\n', "line 4: not valid JSON"),
+        ('{"text": "b", "label": 1}\n', r"an unknown shape, with the keys label, text \(1, first in prompts line 1\)"),
+        ('["a", "b"]', r"2 record\(s\): a string instead of an object \(2, first in prompts item 0\)"),
+        ('{"question_id": 1, "turns": ["a", 2]}', "turns that are not a list of texts"),
+        ('{"conversations": [{"speaker": "human", "text": "a"}]}', "a turn without a role"),
+        ('{"conversations": [{"from": "human", "value": null}]}', "a turn without text"),
+        ('{"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}', "a turn from 'tool'"),
         (" \n\n", "the file is empty"),
-        ("[]", "no prompt is left"),
+        ("[]", "the file is empty"),
         ('{"question_id": 1, "turns": [" "]}', "no prompt is left"),
     ],
 )
@@ -106,11 +106,11 @@ def test_text_that_is_not_utf8_and_broken_gzip_are_refused(tmp_path):
     latin, broken = tmp_path / "latin", tmp_path / "broken"
     latin.write_bytes(b"fine\nna\xefve\n")
     broken.write_bytes(gzip.compress(b"hello" * 100)[:-9])
-    with pytest.raises(ValueError, match=r"latin:2: not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin is not UTF-8 text: .* at byte 7"):
         load_prompts(latin)
-    with pytest.raises(ValueError, match=r"broken: broken gzip"):
+    with pytest.raises(ValueError, match=r"broken cannot be read"):
         load_prompts(broken)
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(ValueError, match="missing cannot be read"):
         load_prompts(tmp_path / "missing")
 
 
@@ -119,7 +119,7 @@ def test_blank_turns_and_prompts_are_dropped_and_counted(tmp_path):
     records = [question(1, turns=["a", " ", "b"]), question(2, turns=["", "\n"]), silent, question(3)]
     loaded = load_prompts(write_lines(tmp_path / "a", records))
     assert [(prompt.prompt_id, prompt.turns) for prompt in loaded.prompts] == [("1", ("a", "b")), ("3", ("Hello?",))]
-    assert loaded.dropped == {"blank_turns": 3, "blank_prompts": 1, "no_human_turns": 1}
+    assert loaded.dropped == {"blank_turns": 3, "blank_prompts": 1, "no_human_turns": 1, "replies_to_nothing": 1}
 
 
 def test_repeated_ids_become_unique_without_taking_a_name_in_use(tmp_path):
@@ -186,5 +186,5 @@ def test_published_files_are_read_completely(name, num_prompts, num_categories, 
 
 @needs_data
 def test_reference_answers_are_not_taken_for_questions():
-    with pytest.raises(ValueError, match=r":1: unknown shape: .*choices"):
+    with pytest.raises(ValueError, match=r"an unknown shape, with the keys .*choices"):
         load_prompts(DATA / "mt_bench" / "reference_gpt-4.jsonl")

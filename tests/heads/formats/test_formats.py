@@ -8,6 +8,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from backbone.files import lazy
+from backbone.files.lazy import in_memory
 from heads.checkpoint import load_head
 from heads.formats import FORMATS, files, recognize
 from heads.formats.medusa import VLLMMedusa
@@ -187,6 +188,13 @@ def test_verify_finds_a_table_that_maps_names_wrongly_in_both_directions(
     assert run(source, "vllm-medusa", tmp_path / "out", backbone=folder, verify=True) == 1
     output = capsys.readouterr().out
     assert "depth 0: " in output and "DIFFERS" in output.split("depth 0: ")[1].splitlines()[0]
+
+
+def test_the_same_nan_on_both_sides_is_no_difference_and_on_one_is():
+    a = in_memory(np.float32([1, np.nan, np.inf]))
+    assert difference(a, in_memory(np.float32([1, np.nan, np.inf])))[::2] == (0.0, True)
+    largest, _, exact = difference(a, in_memory(np.float32([1, 2, np.inf])))
+    assert np.isnan(largest) and not exact
 
 
 def test_a_long_tensor_is_compared_to_its_end(monkeypatch):

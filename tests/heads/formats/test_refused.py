@@ -62,6 +62,15 @@ def test_a_truncated_single_file_is_named(tmp_path, folder, ours, to):
     refused(path, "gorgon", tmp_path / "out", folder, to)
 
 
+@pytest.mark.parametrize("to", ["gorgon", "medusa", "npz", "jittor-pkl", "vllm-medusa"])
+def test_numbers_that_are_not_finite_are_named(tmp_path, folder, medusa, to):
+    state = torch.load(medusa / "medusa_lm_head.pt")
+    state["1.0.linear.bias"][2] = float("nan")
+    torch.save(state, medusa / "medusa_lm_head.pt")
+    words = r"medusa_lm_head\.pt: .*1.* holds 1 number\(s\) that are not finite"
+    refused(medusa, to, tmp_path / ("out.npz" if to == "npz" else "out.pkl" if "pkl" in to else "out"), folder, words)
+
+
 def test_missing_and_unknown_tensors_are_named(tmp_path, folder, medusa):
     state = torch.load(medusa / "medusa_lm_head.pt")
     del state["0.0.linear.bias"], state["1.1.weight"]

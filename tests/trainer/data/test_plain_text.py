@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from backbone.templates import named_template
 from backbone.tokenizer import EMBEDDED, ChatTokenizer, load_tokenizer
 from tests.trainer.data.made import GOOD, write_lines
-from trainer.data import conversations
+from trainer.data import records
 from trainer.data.conversations import DataReport
 from trainer.data.plain_text import CONTEXT, Window, _meet, pack, read_blocks, read_texts, text_tokens, windows
 from trainer.data.tokens import TokenizedData, check_vocabulary, load_data
@@ -170,7 +170,7 @@ def test_blocks_by_hand():
 
 @pytest.mark.parametrize("name", ["novel.txt", "novel.txt.gz", "NOVEL.TXT", "wiki.train.raw"])
 def test_decoding_the_blocks_of_a_file_gives_its_text(tmp_path, monkeypatch, tokenizer, name):
-    monkeypatch.setattr(conversations, "CHUNK_BYTES", 5)  # cuts characters in two
+    monkeypatch.setattr(records, "CHUNK_BYTES", 5)  # cuts characters in two
     text = "\n = Title = \r\n\nWords, 12 @-@ 3 words. Ünïcödé 語\N{GRINNING FACE}.\n" * 9
     content = b"\xef\xbb\xbf" + text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -216,14 +216,13 @@ def test_records_with_text_are_joined_and_counted(tmp_path, tokenizer):
         ("a.txt", b"12345\xe8\xaa", "a.txt is not UTF-8 text: unexpected end of data at byte 5"),
         ("a.txt.gz", gzip.compress(b"text" * 100)[:-9], "a.txt.gz cannot be read"),
         ("a.jsonl", b"", "a.jsonl is empty; expected records with conversations, messages or text"),
-        ("a.jsonl", b'{"text": "a b c"}\n[]', "a.jsonl line 2: expected an object with text, got a list"),
-        ("a.jsonl", b'{"text": ["a"]}', "a.jsonl line 1: text is a list, expected a string"),
+        ("a.jsonl", b'{"text": ["a"]}', r"1 malformed: a list instead of a text \(1, first in a.jsonl line 1\)"),
         ("a.jsonl", b'{"text": null}\n{"text": " "}', "no usable text in .*a.jsonl: 2 read, 2 blank"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "no usable text in .*a.jsonl: 1 read, 0 blank, 1 malformed"),
     ],
 )
 def test_files_without_text_are_refused_by_name(tmp_path, monkeypatch, tokenizer, name, content, complaint):
-    monkeypatch.setattr(conversations, "CHUNK_BYTES", 2)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 2)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
         load_data([tmp_path / name], tokenizer, max_length=64, block_size=64)
@@ -288,7 +287,7 @@ def test_loss_on_all_leaves_out_only_the_beginning_token(mixed, tokenizer, monke
 
 def test_a_text_is_read_on_demand(tmp_path, monkeypatch):
     """Texts larger than memory: the end of the file is not read before the first windows are taken."""
-    monkeypatch.setattr(conversations, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 4)
     (tmp_path / "a.txt").write_bytes(b"some words and\n" * 9 + b"\xff")
     found = windows(next(iter(read_texts(tmp_path / "a.txt", DataReport()))), size=30, context=10)
     assert next(found).text == "some words and\n" * 2 + "some words"

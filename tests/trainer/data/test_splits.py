@@ -38,3 +38,8 @@ def test_held_out_conversations_are_scored_once_whatever_their_weight():
 def test_impossible_splits_are_refused(count):
     with pytest.raises(ValueError, match="expected 1 to 49"):
         split_held_out(numbered([3] * 50), count)
+
+
+def test_a_single_sequence_is_too_few_and_said_so():
+    with pytest.raises(ValueError, match=r"only 1 sequence to train on, and one is held out .* at least 2"):
+        split_held_out(numbered([3]), 1)

@@ -1,5 +1,6 @@
 """Conversations become tokens with a mask; batches, weights and labels are pure functions of them."""
 
+import shutil
 from itertools import chain, pairwise
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.data.made import MESSAGES, conversations_of, numbered
+from backbone.tokenizer import EMBEDDED, load_tokenizer
+from tests.trainer.data.made import GOOD, MESSAGES, conversations_of, numbered, talk, write_lines
 from trainer.data.conversations import Conversation, DataReport
 from trainer.data.tokens import (
     IGNORE,
@@ -15,6 +17,7 @@ from trainer.data.tokens import (
     batches,
     encode_conversations,
     labelled_positions,
+    load_data,
     repeats,
     targets,
 )
@@ -47,6 +50,31 @@ def test_long_conversations_are_truncated_and_those_left_without_an_answer_dropp
     assert len(data) == 1 and (report.kept, report.too_long) == (1, 1)
     with pytest.raises(ValueError, match=r"none of 1 conversations from d\.jsonl has a token in the loss .* first 3"):
         encode_conversations([Conversation(MESSAGES)], tokenizer, 3, report)
+
+
+STRICT = """{% if messages[0].role == 'system' %}{{ raise_exception('no system texts here') }}{% endif %}
+{%- for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}"""
+
+
+def test_a_conversation_that_the_template_refuses_is_left_out_counted_and_named(tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "strict", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "strict" / "chat_template.jinja").write_text(STRICT)
+    tokenizer, refused = load_tokenizer(tmp_path / "strict"), talk("s:Be brief.", "h:Hi", "g:Hello")
+    path, options = tmp_path / "d.jsonl", {"max_length": 64, "block_size": 64}
+    data, report = load_data([write_lines(path, GOOD, refused, GOOD, GOOD)], tokenizer, **options)
+    assert (len(data), report.read, report.refused, report.kept) == (3, 4, 1, 3)
+    expected = tokenizer.encode_with_mask(MESSAGES)
+    assert [tuple(map(list, data.conversation(index))) for index in range(3)] == [expected] * 3
+    assert (
+        "dropped 1 refused; left out: the chat template refuses this conversation: no system texts here (1, first"
+        in (report.summary())
+    )
+    assert list(report.as_dict()["left_out"].values()) == [{"records": 1, "first": "d.jsonl line 2"}]
+    with pytest.raises(
+        ValueError, match=r"no conversation of .*d\.jsonl can be used: .*no system texts.*; see --template"
+    ):
+        load_data([write_lines(path, refused, refused)], tokenizer, **options)
 
 
 def test_select_takes_conversations_in_order():

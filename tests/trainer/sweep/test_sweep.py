@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 import trainer.sweep.command
 from trainer.config import TrainConfig, parse
+from trainer.data.conversations import DataReport
 from trainer.sweep.command import finish, importances
 from trainer.sweep.space import Choices, Range, apply, check_keys, make_space
 from trainer.sweep.study import count_trials, open_study, parse_sweep, run_trials
@@ -326,7 +327,7 @@ def test_the_learning_rate_is_what_matters_to_the_stand_in(make_sweep):
 
 
 def test_the_command_runs_the_trials_on_one_split_and_ends_with_the_best_as_json(space_file, monkeypatch, capsys):
-    training, splits, given = Training(), object(), []
+    training, splits, given = Training(), SimpleNamespace(report=DataReport()), []
     monkeypatch.setattr("trainer.data.splits.load_splits", lambda config: splits)
     monkeypatch.setattr("trainer.session.prepare", lambda config, its: given.append(its))
     monkeypatch.setattr("trainer.session.train", lambda config, on_score, setting: (training(config, on_score), None))

@@ -1,0 +1,95 @@
+"""Files to records: JSON lists and lines, gzipped or not, and the tables of ``trainer.data.parquet``.
+
+What a record means is decided by ``trainer.data.turns``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from trainer.data.parquet import is_table, read_rows
+
+CHUNK_BYTES = 1 << 20  # read at a time
+UNFINISHED = ("{", "[", ",", ":")  # a line that ends so is not a complete record
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """The text of a file, gzipped or not, piece by piece, with its line ends unchanged and without a byte order mark.
+
+    Raises ValueError for a file that cannot be read, and naming the first byte that is not UTF-8.
+    """
+    decoder, taken = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    try:
+        with open(path, "rb") as file:
+            stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            while piece := stream.read(CHUNK_BYTES):
+                taken += len(piece)
+                yield decoder.decode(piece)
+            yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        place = taken - len(error.object) + error.start
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {place}; expected text or JSON") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def located_records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(where, record) of JSON lines, a JSON list, a datasets folder or a Parquet file.
+
+    ``where`` names the file and the line, item (counted from 0) or row. JSON lines and tables are read on demand; an
+    object may take several lines, as pretty-printers write it: up to a line that begins with its closing brace. Raises
+    ValueError naming the file and the line where JSON is broken.
+    """
+    if is_table(path):
+        yield from ((f"{path} row {row}", record) for row, record in read_rows(path))
+        return
+    pieces, start = read_text(Path(path)), ""
+    for piece in pieces:
+        start += piece
+        if start.strip():
+            break
+    if start.lstrip().startswith("["):
+        items = _parse(path, 1, start + "".join(pieces))
+        yield from ((f"{path} item {number}", record) for number, record in enumerate(items))
+        return
+    lines = enumerate(_lines(chain([start], pieces)), start=1)
+    for number, line in lines:
+        if line.strip():
+            text = _whole_object(line, lines) if line.rstrip().endswith(UNFINISHED) else line
+            yield f"{path} line {number}", _parse(path, number, text)
+
+
+def _whole_object(opening: str, lines: Iterator[tuple[int, str]]) -> str:
+    """A pretty-printed object: the line that opens it, and those up to its closing brace in the first column."""
+    parts = [opening]
+    for _, line in lines:
+        parts.append(line)
+        if line.startswith("}"):
+            break
+    return "\n".join(parts)
+
+
+def _parse(path: str | Path, first_line: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        message = "something follows a complete value" if error.msg == "Extra data" else error.msg
+        place = f"{path} line {line}: not valid JSON ({message}, column {error.colno})"
+        raise ValueError(f"{place}; expected a list, or an object a line") from error
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    """Lines of a text. splitlines() would also break at characters such as U+2028, which JSON may contain."""
+    rest = ""
+    for piece in pieces:
+        *complete, rest = (rest + piece).split("\n")
+        yield from complete
+    yield rest
