@@ -16,7 +16,7 @@ WHEELS ?= wheels
 WHEELS_FOR ?= 3.11 3.12
 WHEELS_OF ?= requirements.txt requirements-dev.txt requirements-cuda.txt
 
-.PHONY: quickstart test test-fast lint setup setup-dev comparison expected report setup-cuda doctor wheels gpu-check clean
+.PHONY: interrupts quickstart test test-fast lint setup setup-dev comparison expected report setup-cuda doctor wheels gpu-check clean
 
 quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the baseline
 	$(RUN) train.py --head $(QUICK_HEAD) --max-steps $(QUICK_STEPS) --features online --out runs/quickstart --overwrite

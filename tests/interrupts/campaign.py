@@ -10,6 +10,8 @@ saving. A run that ends before its signal does not count. Exits with status 1 if
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import itertools
 import json
 import os
 import random
@@ -37,9 +39,13 @@ from runtime.atomic import write_file  # noqa: E402
 from runtime.entry import run_entry  # noqa: E402
 from runtime.options import option, parse_options  # noqa: E402
 from runtime.provenance import provenance  # noqa: E402
+from trainer.config import EMBEDDED_CORPUS  # noqa: E402
 from trainer.state import newest_state  # noqa: E402
 
-STEPS = "--max-steps 24 --score-every 8 --save-every 6 --held-out 8 --features online --overwrite".split()
+DATA = "talks.jsonl.gz"
+CONVERSATIONS = 1000  # of the embedded corpus: reading all of it would take most of a run
+STEPS = ["--max-steps", "24", "--score-every", "8", "--save-every", "6", "--held-out", "8", "--features", "online", "--overwrite"]
+HEADS = ("mlp", "hydra", "lora")
 PATIENCE = 600  # seconds
 
 
@@ -48,8 +54,8 @@ class Options:
     """The options of the campaign."""
 
     runs: int = option(200, "runs that are interrupted", metavar="N", above=0)
-    heads: list[str] = option(["mlp", "hydra", "lora"], "heads that are trained in turn", metavar="NAME")
-    ranks: list[int] = option([1, 2], "numbers of ranks, in turn", metavar="N")
+    heads: list[str] = option([], "heads that are trained in turn; without: mlp, hydra and lora", metavar="NAME")
+    ranks: list[int] = option([], "numbers of ranks, in turn; without: 1 and 2", metavar="N")
     at_once: int = option(1, "runs at the same time", metavar="N", above=0)
     seed: int = option(0, "of the moments", metavar="N")
     out: str | None = option(None, "write the figures as JSON", metavar="FILE")
@@ -74,6 +80,7 @@ class Training:
 
     def __init__(self, head: str, ranks: int, out: Path):
         words = [sys.executable, "train.py", "--head", head, "--ranks", str(ranks), "--out", str(out), *STEPS]
+        words += ["--data", str(out.parent / DATA)]
         environment = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             words,
@@ -165,7 +172,7 @@ def interrupt(head: str, ranks: int, moment: float, out: Path) -> Ending | None:
 
 def campaign(options: Options, folder: Path) -> dict:
     """The record: counts, every fault, and the moments."""
-    kinds = [(head, ranks) for ranks in options.ranks for head in options.heads]
+    kinds = [(head, ranks) for ranks in options.ranks or [1, 2] for head in options.heads or HEADS]
     lengths = {kind: length(*kind, folder) for kind in kinds}
     draw = random.Random(options.seed)
     endings: list[Ending] = []
@@ -208,6 +215,8 @@ def main(arguments) -> int:
     """The command line."""
     options = parse_options(Options, "campaign.py", __doc__, arguments)
     with tempfile.TemporaryDirectory() as folder:
+        with gzip.open(EMBEDDED_CORPUS, "rt") as corpus, gzip.open(Path(folder) / DATA, "wt") as file:
+            file.writelines(itertools.islice(corpus, CONVERSATIONS))
         record = campaign(options, Path(folder))
     if options.out:
         write_file(options.out, json.dumps(record, indent=1) + "\n")
