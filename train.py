@@ -8,11 +8,11 @@ mpirun -np 2 python train.py --head mlp --out DIR
 
 from __future__ import annotations
 
-import json
 import sys
 
 from heads.registry import available, head_class, summary
 from runtime.entry import INTERRUPTED, run_entry
+from runtime.files.documents import to_json
 from trainer.config import parse
 
 
@@ -58,7 +58,7 @@ def main(arguments) -> int:
         "train_s": round(result.train_s, 1),
     }
     if runtime.is_main():
-        print(json.dumps(summary_line))
+        print(to_json(summary_line))
     return INTERRUPTED if result.interrupted else 0
 
 

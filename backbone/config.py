@@ -6,7 +6,6 @@ backbone that ignores a setting gives wrong numbers instead of an error.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from backbone.files.layout import META, PICKLE_FILE, container, layouts
 from backbone.files.layout import META_PARAMS as PARAMS
 from backbone.files.meta import open_meta
 from backbone.files.pickle_file import open_pickle_file
+from runtime.files.documents import read_object
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -69,23 +69,6 @@ class BackboneConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding rotates pairs of coordinates")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError naming the file when there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; expected a Hugging Face model directory with {path.name}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def _number(raw: dict, key: str, where: str, default: float | None = None) -> float:
@@ -243,17 +226,17 @@ def read_raw_config(path: str | Path, meta: bool | None = None) -> RawConfig:
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; expected a Hugging Face model directory with config.json")
     generation_path = path / GENERATION_CONFIG
-    generation = read_json(generation_path) if generation_path.exists() else None
+    generation = read_object(generation_path) if generation_path.exists() else None
     has_config = (path / CONFIG).exists()
     if meta is None:
         meta = layouts(path)[:1] == [META] or ((path / PARAMS).exists() and not has_config)
     if not meta:
-        return RawConfig(read_json(path / CONFIG), generation, str(path / CONFIG))
-    found = open_meta(path, read_json(path / PARAMS))
+        return RawConfig(read_object(path / CONFIG), generation, str(path / CONFIG))
+    found = open_meta(path, read_object(path / PARAMS))
     derived = RawConfig(found.config, generation, str(path / PARAMS), tuple(found.notes), tuple(found.assumed))
     if not has_config:
         return derived
-    raw = RawConfig(read_json(path / CONFIG), generation, str(path / CONFIG), derived.notes)
+    raw = RawConfig(read_object(path / CONFIG), generation, str(path / CONFIG), derived.notes)
     _check_agreement(raw, derived)
     return raw
 

@@ -10,12 +10,13 @@ It needs no network and no torch: ``tokenizer.json`` is read as it is, and a dir
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from runtime.files.documents import identity, read_object
 
 # A fork after the tokenizer's threads have run prints a warning unless this is set beforehand.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -23,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import jinja2
 import numpy as np
 
-from backbone.config import BackboneConfig, read_json
+from backbone.config import BackboneConfig
 from backbone.templates import TEMPLATES, compile_template, named_template
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
@@ -58,7 +59,7 @@ class ChatTokenizer:
         self.end_of_turn = self._probe_end_of_turn()
         end_id = self._backend.token_to_id(self.end_of_turn)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends + ([] if end_id is None else [end_id])))
-        named = json.dumps([template, self._special], sort_keys=True)
+        named = identity([template, self._special], sort_keys=True)
         self.fingerprint = hashlib.sha256(hashlib.sha256(source).digest() + named.encode()).hexdigest()[:16]
 
     @property
@@ -256,7 +257,7 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; expected one with tokenizer.json or tokenizer.model")
     settings_path = directory / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.exists() else {}
+    settings = read_object(settings_path) if settings_path.exists() else {}
     if (directory / "tokenizer.json").exists():
         tokenizer, source = _load_fast(directory), (directory / "tokenizer.json").read_bytes()
     elif (directory / "tokenizer.model").exists():
@@ -267,7 +268,7 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
     if text is None:
         text = _own_template(directory, settings)
     generation_path = directory / "generation_config.json"
-    ends = read_json(generation_path).get("eos_token_id") if generation_path.exists() else None
+    ends = read_object(generation_path).get("eos_token_id") if generation_path.exists() else None
     eos_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     try:
         return ChatTokenizer(tokenizer, text, source, eos_ids)
@@ -372,7 +373,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[i
 
     added: dict[int, tuple[str, bool]] = {}
     path = directory / "added_tokens.json"
-    for content, index in (read_json(path) if path.exists() else {}).items():
+    for content, index in (read_object(path) if path.exists() else {}).items():
         added[int(index)] = (content, True)
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
         added[int(index)] = (token["content"], bool(token.get("special", False)))

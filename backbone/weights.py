@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from backbone.config import BackboneConfig, read_json
+from backbone.config import BackboneConfig
 from backbone.files.layout import (
     BIN,
     META,
@@ -38,6 +37,7 @@ from backbone.files.lazy import LazyTensor, Refused, Shape, damaged, stored
 from backbone.files.meta import open_meta
 from backbone.files.pickle_file import open_pickle_file
 from backbone.files.torch_file import open_torch_file
+from runtime.files.documents import identity, parse_json, read_object
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -65,14 +65,6 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise Refused(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
-    return found
-
-
 def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
     """Tensors of one ``*.safetensors`` file, in file order. Raises ValueError naming the file when it is damaged.
 
@@ -83,17 +75,18 @@ def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
     try:
         with safe_open(path, framework="numpy"), open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length), object_pairs_hook=_each_once)
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in SAFETENSORS_DTYPES:
-                raise Refused(f"tensor {name} has type {entry['dtype']}, which has no NumPy equivalent")
-            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-            tensors[name] = stored(path, dtype, shape, 8 + length + entry["data_offsets"][0])
-        return tensors
+            text = file.read(length).decode()
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise damaged(path, error) from error
+    header = parse_json(text, path, each_once=True)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise damaged(path, Refused(f"tensor {name} has type {entry['dtype']}, which has no NumPy equivalent"))
+        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = stored(path, dtype, shape, 8 + length + entry["data_offsets"][0])
+    return tensors
 
 
 def open_file(path: str | Path) -> dict[str, LazyTensor]:
@@ -132,7 +125,7 @@ def _check_inside(index: Path, name: str, shard: object) -> None:
 
 def _files_of_index(index: Path) -> dict[Path, set[str]]:
     """The shards that an index names, and the tensors it places in each."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, expected an object of tensor name to file name")
     shards: dict[Path, set[str]] = {}
@@ -197,7 +190,7 @@ def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[
     path = Path(path)
     layout = layout or next(iter(layouts(path)), None)
     if layout == META:
-        yield from open_meta(path, read_json(path / META_PARAMS)).tensors.items()
+        yield from open_meta(path, read_object(path / META_PARAMS)).tensors.items()
         return
     if layout == PICKLE:
         yield from open_file(path / PICKLE_NAME if path.is_dir() else path).items()
@@ -341,13 +334,13 @@ class Fingerprint:
     """
 
     def __init__(self, config: BackboneConfig) -> None:
-        self._config = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
+        self._config = identity(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
         self._tensors: dict[str, bytes] = {}
 
     def add(self, name: str, tensor: np.ndarray) -> None:
         """Add one tensor; each name once."""
         assert name not in self._tensors, f"{name} was added twice"
-        header = json.dumps([name, tensor.dtype.name, list(tensor.shape)])
+        header = identity([name, tensor.dtype.name, list(tensor.shape)])
         digest = hashlib.sha256(header.encode())
         # reshape(-1) first: bfloat16 has no buffer of its own, its bytes do.
         digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import gzip
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 
 from corpus.dialogue import Dialogue
 from corpus.prompts import Prompt
-from runtime.atomic import atomic_file, check_writable, write_file
-from runtime.records import read_json
+from runtime.atomic import atomic_file, check_writable
+from runtime.files.documents import parse_json, read_json, to_json, write_json
 
 BEGUN, TALKS = "begun.json", "talks.jsonl"
 # Stored of a conversation that is over; the other fields serve while it is generated.
@@ -73,7 +72,7 @@ class Journal:
             check_begun(out, terms)
             if not (self.folder / BEGUN).exists():
                 self._file.truncate(0)
-                write_file(self.folder / BEGUN, json.dumps(terms, indent=2) + "\n")
+                write_json(self.folder / BEGUN, terms)
             self.count = self._recover()
         except BaseException:
             self._file.close()
@@ -109,7 +108,7 @@ class Journal:
     def append(self, dialogue: Dialogue) -> None:
         """Store a conversation; once this returns, killing the process does not lose it."""
         assert dialogue.index == self.count, (dialogue.index, self.count)
-        line = json.dumps({name: getattr(dialogue, name) for name in STORED}, ensure_ascii=False) + "\n"
+        line = to_json({name: getattr(dialogue, name) for name in STORED}) + "\n"
         rest = line.encode()
         while rest:
             rest = rest[self._file.write(rest) :]
@@ -120,7 +119,7 @@ class Journal:
         with open(self._path, "rb") as file:
             for index in range(self.count):
                 try:
-                    stored = json.loads(next(file))
+                    stored = parse_json(next(file).decode(), "it")
                     if stored["index"] != index:
                         raise ValueError(f"it holds conversation {stored['index']}")
                     dialogue = Dialogue(uniforms=np.zeros(0), **{name: stored[name] for name in STORED})
@@ -139,7 +138,7 @@ class Journal:
         with atomic_file(out) as partial, open(partial, "wb") as raw:
             file = gzip.GzipFile("", "wb", 9, raw, mtime=0) if out.suffix == ".gz" else raw
             for record in records:
-                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                file.write((to_json(record) + "\n").encode())
             if file is not raw:
                 file.close()
 

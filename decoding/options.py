@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from decoding.sampling import Sampler
 from decoding.tree import Tree
 from decoding.verify import ALPHA, EPSILON, check_thresholds
+from runtime.files.documents import read_json
 from runtime.options import flag, option
-from runtime.records import read_json
 
 if TYPE_CHECKING:
     from decoding.rules import Rule

@@ -7,7 +7,6 @@ backbone, tokenizer, data, metrics) and ``provenance.json``. Nothing in it is ex
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from heads.registry import build
-from runtime.atomic import atomic_directory, sha256_of, write_file
+from runtime.atomic import atomic_directory, sha256_of
+from runtime.files.documents import identity, plain, read_object, write_json
 
 WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
 
@@ -28,8 +28,8 @@ def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> No
     with atomic_directory(directory) as partial:
         save_parameters(head, partial / WEIGHTS)
         files = {WEIGHTS: sha256_of(partial / WEIGHTS)}
-        (partial / CONFIG).write_text(_config_text({**config, "files": files}))
-        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+        write_json(partial / CONFIG, signed({**config, "files": files}))
+        write_json(partial / PROVENANCE, provenance)
 
 
 def save_parameters(head, path: Path) -> None:
@@ -40,12 +40,13 @@ def save_parameters(head, path: Path) -> None:
 def config_digest(config: dict) -> str:
     """Hash of a config.json's content without its ``digest``."""
     content = {key: value for key, value in config.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(identity(content, sort_keys=True).encode()).hexdigest()
 
 
-def _config_text(config: dict) -> str:
-    config = json.loads(json.dumps(config))  # as it will be read again: integer keys and tuples change
-    return json.dumps({**config, "digest": config_digest(config)}, indent=2) + "\n"
+def signed(config: dict) -> dict:
+    """The content with its ``digest``, as it will be read again: integer keys, tuples and NaN change."""
+    config = plain(config)
+    return {**config, "digest": config_digest(config)}
 
 
 def find_checkpoint(directory) -> Path:
@@ -70,21 +71,18 @@ def latest_checkpoints(runs: Path) -> dict[str, Path]:
 def read_config(directory: Path) -> dict:
     """The config.json of a checkpoint. Raises ValueError naming the file when it is not one of ours."""
     path = Path(directory) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    missing = {"head", "head_config", "backbone"} - set(config) if isinstance(config, dict) else {"an object"}
+    config = read_object(path)
+    missing = {"head", "head_config", "backbone"} - set(config)
     if missing:
         raise ValueError(f"{path} is not a head checkpoint: {', '.join(sorted(missing))} is missing")
     if "digest" in config and config["digest"] != config_digest(config):
         raise ValueError(f"{path} was changed after it was written: its digest does not match")
-    return config
+    return plain(config)  # older ones hold NaN
 
 
 def update_config(directory: Path, changes: dict) -> None:
     """Set some keys of a checkpoint's config.json, all or none of them."""
-    write_file(Path(directory) / CONFIG, _config_text({**read_config(directory), **changes}))
+    write_json(Path(directory) / CONFIG, signed({**read_config(directory), **changes}))
 
 
 def load_head(directory, backbone):

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from backbone.engines import JITTOR, prepare_engine
 from backbone.options import BackboneOptions
 from heads.registry import available, head_class, head_folder, make_config
 from runtime.entry import Parser, suggest
+from runtime.files.documents import read_yaml
 from runtime.options import add_options, check_options, option, option_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,17 +161,6 @@ def _has_type(value, wanted) -> bool:
     if isinstance(value, bool):
         return wanted is bool
     return isinstance(value, int | float if wanted is float else wanted)
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML mapping of options. Raises ValueError naming the file."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options to values")
-    return content
 
 
 def recipe(head: str) -> tuple[str, dict]:

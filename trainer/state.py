@@ -7,7 +7,6 @@ counters, the best score so far, the identity of the run, and the hash of every 
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters
+from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters, signed
 from runtime.atomic import atomic_directory, sha256_of
-from runtime.records import read_json
+from runtime.files.documents import plain, read_json, write_json
 from trainer.config import differences
 
 FORMAT = 1
@@ -64,8 +63,7 @@ def save_state(
                 save_file(average, str(partial / AVERAGE))
             hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
             meta = {"format": FORMAT, "progress": progress, "identity": identity, "files": hashes}
-            meta = json.loads(json.dumps(meta))
-            (partial / META).write_text(json.dumps({**meta, "digest": config_digest(meta)}, indent=1) + "\n")
+            write_json(partial / META, signed(meta), indent=1)
     except (OSError, SafetensorError) as error:
         states = list_states(out)
         earlier = f"--resume continues from step {_step_of(states[-1])}" if states else "there is no earlier state"
@@ -105,7 +103,7 @@ def newest_state(out: Path) -> State | None:
 
 def check_identity(state: State, identity: dict) -> None:
     """Raises ValueError naming everything in which the run of a state differs from this one."""
-    then, now = state.meta["identity"], json.loads(json.dumps(identity))
+    then, now = state.meta["identity"], plain(identity)
     found = []
     for part in sorted(set(then) | set(now)):
         before, after = then.get(part), now.get(part)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import random
 import re
 import zlib
@@ -16,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from runtime.files.documents import parse_json
 
 HUMAN_ROLES = ("human", "user")
 # keys that identify a shape -> (its name in messages, key of the id, key of the text, category without one)
@@ -158,25 +159,20 @@ def _parse(text: str, path: str | Path) -> Iterator[Prompt]:
 def _json_records(text: str, path: str | Path) -> Iterator[tuple[str, object]]:
     """(place in the file, record) of a JSON list, of JSON lines, or of one object over several lines."""
     if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
-        for number, record in enumerate(records, start=1):
+        for number, record in enumerate(parse_json(text, path), start=1):
             yield f"{path}: record {number}", record
         return
     try:
-        yield f"{path}:1", json.loads(text)
-        return
-    except json.JSONDecodeError as error:
+        whole = parse_json(text, path)
+    except ValueError:
         if text.lstrip().split("\n", 1)[0].strip() == "{":  # one object over several lines
-            raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
+            raise
+    else:
+        yield f"{path}:1", whole
+        return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: malformed JSON: {error.msg} (column {error.colno})") from error
+            yield f"{path}:{number}", parse_json(line, path, number)
 
 
 def _prompt_from(record: object, number: int, where: str) -> Prompt:

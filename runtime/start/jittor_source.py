@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from runtime.atomic import atomic_directory
+from runtime.files.documents import identity
 
 WRITTEN_FOR = "1.3.11.0"
 PACKAGES = ("jittor", "jittor_utils")
@@ -132,7 +132,7 @@ def apply_patches(folder: Path, patches: tuple[Patch, ...] = PATCHES, version: s
 def _contents_key(patches: tuple[Patch, ...]) -> str:
     """Hash of the sources and the patches. pip's RECORD holds a hash of every installed file."""
     record = metadata.distribution("jittor").read_text("RECORD") or jittor_version()
-    described = json.dumps([record, [asdict(patch) for patch in patches]])
+    described = identity([record, [asdict(patch) for patch in patches]])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

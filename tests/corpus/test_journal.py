@@ -228,7 +228,7 @@ def test_a_damaged_journal_is_refused_with_file_and_line(backbone, tokenizer, ou
         with pytest.raises(ValueError, match=rf"{TALKS} line [12] is damaged .*delete .*partial"):
             write_corpus(backbone, tokenizer, options(), out)
     (partial_folder(out) / BEGUN).write_text("{")
-    with pytest.raises(ValueError, match=r"malformed JSON: .*; delete .* to start over"):
+    with pytest.raises(ValueError, match=r"not valid JSON .*; delete .* to start over"):
         check_begun(out, {})
 
 

@@ -136,7 +136,7 @@ def test_a_damaged_state_is_refused_by_name(finished, tmp_path, file, harm):
     shutil.copytree(finished, tmp_path / "run")
     path = list_states(tmp_path / "run")[-1] / file
     damage(path, harm)
-    with pytest.raises(ValueError, match=rf"{file}.*(is missing|is damaged|malformed).*delete .*start over"):
+    with pytest.raises(ValueError, match=rf"{file}.*(is missing|is damaged|not valid JSON).*delete .*start over"):
         newest_state(tmp_path / "run")
     assert newest_state(finished).step == NUM_STEPS  # the control
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from runtime.files.documents import parse_json
 from trainer.data.parquet import is_table, read_rows
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -139,11 +139,7 @@ def located_records(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(path: str | Path, first_line: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"{path} line {line}: not valid JSON ({error.msg}, column {error.colno})") from error
+    return parse_json(text, path, first_line)
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:

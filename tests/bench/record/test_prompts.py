@@ -79,9 +79,9 @@ def test_text_that_only_looks_like_json_stays_text(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"question_id": 1, "turns": ["a"]}\n\n{"question_id": 2, "turns": ["b"\n', ":3: malformed JSON"),
-        ('[\n{"question_id": 1, "turns": ["a"]},\n{"question_id" 2}]', ":3: malformed JSON"),
-        ('{\n"question_id": 1,\n"turns": ["a"]\n', ":4: malformed JSON"),
+        ('{"question_id": 1, "turns": ["a"]}\n\n{"question_id": 2, "turns": ["b"\n', " line 3: not valid JSON"),
+        ('[\n{"question_id": 1, "turns": ["a"]},\n{"question_id" 2}]', " line 3: not valid JSON"),
+        ('{\n"question_id": 1,\n"turns": ["a"]\n', " line 4: not valid JSON"),
         ('{"question_id": 1, "turns": ["a"]}\n{"text": "b", "label": 1}\n', ":2: unknown shape: .* label, text;"),
         ('["a", "b"]', "record 1: unknown shape: a str"),
         ('{"question_id": 1, "turns": ["a", 2]}', ":1: the turns must be a list of strings"),
