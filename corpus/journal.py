@@ -8,7 +8,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import gzip
 import shutil
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,7 @@ from corpus.dialogue import Dialogue
 from corpus.prompts import Prompt
 from runtime.atomic import atomic_file, check_writable
 from runtime.files.documents import parse_json, read_json, to_json, write_json
+from runtime.files.lock import locked
 
 BEGUN, TALKS = "begun.json", "talks.jsonl"
 # Stored of a conversation that is over; the other fields serve while it is generated.
@@ -64,35 +65,24 @@ class Journal:
         terms (see ``check_begun``) and while another process writes it."""
         check_writable(out)
         self.folder = partial_folder(out)
-        self.folder.mkdir(exist_ok=True)
         self._path = self.folder / TALKS
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
-        try:
-            self._lock()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder))
+            self._file = stack.enter_context(open(self._path, "ab", buffering=0))
             check_begun(out, terms)
             if not (self.folder / BEGUN).exists():
                 self._file.truncate(0)
                 write_json(self.folder / BEGUN, terms)
             self.count = self._recover()
-        except BaseException:
-            self._file.close()
-            raise
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.count:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is writing {self.folder}; wait for it or choose another --out"
-            ) from error
+        with self._stack:
+            if not self.count:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _recover(self) -> int:
         """Cut off an incomplete last line; returns the number of lines."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from heads.registry import build
-from runtime.atomic import atomic_directory, sha256_of
+from runtime.atomic import atomic_directory, naming, sha256_of
 from runtime.files.documents import identity, plain, read_object, write_json
 
 WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
@@ -25,7 +25,7 @@ def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> No
 
     config: JSON-ready; see docs/DESIGN.md for its keys. Raises OSError where the directory cannot be written.
     """
-    with atomic_directory(directory) as partial:
+    with naming(directory), atomic_directory(directory) as partial:
         save_parameters(head, partial / WEIGHTS)
         files = {WEIGHTS: sha256_of(partial / WEIGHTS)}
         write_json(partial / CONFIG, signed({**config, "files": files}))
@@ -34,7 +34,15 @@ def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> No
 
 def save_parameters(head, path: Path) -> None:
     """All parameters and buffers of a head as safetensors."""
-    save_file({name: np.ascontiguousarray(p.numpy()) for name, p in head.named_parameters()}, str(path))
+    save_arrays({name: np.ascontiguousarray(p.numpy()) for name, p in head.named_parameters()}, path)
+
+
+def save_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Arrays by name as safetensors. Raises OSError where they cannot be written, as on a full disk."""
+    try:
+        save_file(arrays, str(path))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def config_digest(config: dict) -> str:

@@ -17,7 +17,7 @@ import psutil
 import runtime
 from heads.base import Stage
 from heads.checkpoint import save_checkpoint, update_config
-from runtime.atomic import write_file
+from runtime.atomic import naming, write_file
 from runtime.files.documents import parse_json, to_json
 from runtime.interrupt import acknowledge_interrupt, check_interrupt, deferred_interrupts
 from trainer.config import TrainConfig
@@ -100,7 +100,7 @@ class Run:
         """Restore a state, and remove later steps from the log."""
         counters = state.meta["progress"]
         state.restore_head(self.head)
-        self.best = Score(**counters["best"]) if counters["best"] else None
+        self.best = Score.restore(counters["best"]) if counters["best"] else None
         session = {**self.sessions[0], "first_step": counters["step"], "last_step": counters["step"]}
         for name in COUNTERS:
             setattr(self, name, counters[name])
@@ -122,7 +122,7 @@ class Run:
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
         if runtime.is_main():
-            with open(self.out / LOG, "a", encoding="utf-8") as file:
+            with naming(self.out / LOG), open(self.out / LOG, "a", encoding="utf-8") as file:
                 file.write(to_json(record) + "\n")
 
     def score(self, data: TokenizedData, source) -> Score:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters, signed
+from heads.checkpoint import check_files, config_digest, load_parameters, save_arrays, save_parameters, signed
 from runtime.atomic import atomic_directory, sha256_of
 from runtime.files.documents import plain, read_json, write_json
 from trainer.config import differences
@@ -58,16 +57,16 @@ def save_state(
     try:
         with atomic_directory(directory) as partial:
             save_parameters(head, partial / HEAD)
-            save_file(optimizer, str(partial / OPTIMIZER))
+            save_arrays(optimizer, partial / OPTIMIZER)
             if average is not None:
-                save_file(average, str(partial / AVERAGE))
+                save_arrays(average, partial / AVERAGE)
             hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
             meta = {"format": FORMAT, "progress": progress, "identity": identity, "files": hashes}
             write_json(partial / META, signed(meta), indent=1)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         states = list_states(out)
-        earlier = f"--resume continues from step {_step_of(states[-1])}" if states else "there is no earlier state"
-        raise OSError(f"{directory} cannot be written: {error}; {earlier}") from error
+        then = f"--resume, from step {_step_of(states[-1])}" if states else "start over: there is no earlier state"
+        raise OSError(f"{directory} cannot be written: {error.strerror or error}; mend that, then {then}") from error
     for old in list_states(out)[:-keep]:
         shutil.rmtree(old)
     return directory

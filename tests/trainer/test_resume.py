@@ -1,6 +1,5 @@
 """A killed run is resumed to the weights of an uninterrupted one; damaged files are refused by name."""
 
-import errno
 import json
 import os
 import shutil
@@ -11,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from heads import checkpoint
 from tests.trainer.runs import NUM_STEPS, OPTIONS, start, training_data
-from trainer import state as states
 from trainer.features.cache import OnlineFeatures
 from trainer.state import check_identity, list_states, newest_state
 
@@ -164,18 +164,19 @@ def test_a_state_of_a_run_with_other_options_is_refused(finished):
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_state(backbone, tmp_path, monkeypatch):
-    real = states.save_file
+    real, full_at = checkpoint.save_file, ["step-00000008"]
 
     def full(arrays, path):
-        if "step-00000008" in path:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if full_at[0] in path:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")  # of the library, no OSError
         real(arrays, path)
 
-    monkeypatch.setattr(states, "save_file", full)
-    with pytest.raises(
-        OSError, match=r"step-00000008 cannot be written: .*No space left.*--resume continues from step 4"
-    ):
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"step-00000008 cannot be written: .*No space left.*then --resume, from step 4$"):
         start(backbone, tmp_path / "run")
+    for full_at[0], told in (("step-00000004", "no earlier state$"), ("checkpoint", "write .*checkpoint: .*No space")):
+        with pytest.raises(OSError, match=told):
+            start(backbone, tmp_path / "early")
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step-00000004"]
     monkeypatch.undo()
     start(backbone, tmp_path / "run", state=newest_state(tmp_path / "run"))
