@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from heads.registry import build
 from runtime.atomic import atomic_directory, naming, sha256_of
 from runtime.files.documents import identity, plain, read_object, write_json
+from runtime.files.regular import open_regular
+from runtime.files.shown import MOST, shown
 
 WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
 
@@ -80,12 +82,27 @@ def read_config(directory: Path) -> dict:
     """The config.json of a checkpoint. Raises ValueError naming the file when it is not one of ours."""
     path = Path(directory) / CONFIG
     config = read_object(path)
-    missing = {"head", "head_config", "backbone"} - set(config)
-    if missing:
-        raise ValueError(f"{path} is not a head checkpoint: {', '.join(sorted(missing))} is missing")
+    check_config(config, str(path))
     if "digest" in config and config["digest"] != config_digest(config):
         raise ValueError(f"{path} was changed after it was written: its digest does not match")
     return plain(config)  # older ones hold NaN
+
+
+def check_config(config: object, where: str) -> None:
+    """Raises ValueError for what is not the content of the config.json of a head's checkpoint."""
+    kinds = {"head": str, "head_config": dict, "backbone": dict, "files": dict, "metrics": dict}
+    config = {"files": {}, "metrics": {}, **config} if isinstance(config, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{where} is not that of a head: {', '.join(wrong)} missing or of the wrong type")
+    check_hashes(config["files"], where)
+
+
+def check_hashes(files: dict, where: str) -> None:
+    """Raises ValueError for what is not a hash by the name of a file in the same folder."""
+    for name, digest in files.items():
+        if name != Path(name).name or not isinstance(digest, str):
+            raise ValueError(f"{where}: files holds {shown({name: digest})}, expected sha256 by the name of a file")
 
 
 def update_config(directory: Path, changes: dict) -> None:
@@ -104,7 +121,7 @@ def load_head(directory, backbone):
     trained_on = config["backbone"]
     if trained_on.get("fingerprint") != backbone.fingerprint:
         raise ValueError(
-            f"{directory} was trained on backbone {trained_on.get('fingerprint')} ({trained_on.get('path')}), "
+            f"{directory} was trained on backbone {_named(trained_on)}, "
             f"this is {backbone.fingerprint} ({backbone.path or 'embedded'}); pass --backbone with the right one"
         )
     head = build(config["head"], config["head_config"], backbone)
@@ -112,6 +129,11 @@ def load_head(directory, backbone):
     check_files(directory, config.get("files", {}))
     head.eval()
     return head, config
+
+
+def _named(backbone: dict) -> str:
+    """Fingerprint and path of the backbone of a checkpoint."""
+    return " ".join(str(backbone.get(key))[:MOST] for key in ("fingerprint", "path"))
 
 
 def check_files(directory: Path, hashes: dict[str, str]) -> None:
@@ -125,12 +147,18 @@ def check_files(directory: Path, hashes: dict[str, str]) -> None:
             raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}..., expected {expected[:16]}...")
 
 
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What ``save_arrays`` wrote. Raises ValueError naming a file that is something else."""
+    try:
+        open_regular(path).close()
+        return load_file(str(path))
+    except (OSError, SafetensorError, KeyError, TypeError) as error:  # the last two for types that NumPy does not have
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
 def load_parameters(head, path: Path) -> None:
     """Fill a head from a safetensors file. Raises ValueError naming every parameter that does not fit."""
-    try:
-        tensors = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    tensors = load_arrays(path)
     own = dict(head.named_parameters())
     problems = [f"missing {name}" for name in sorted(set(own) - set(tensors))]
     problems += [f"unexpected {name}" for name in sorted(set(tensors) - set(own))]

@@ -178,6 +178,8 @@ def train(
         if state is not None:
             check_identity(state, setting.identity)
         first, num_steps = state.step if state else 0, setting.num_steps
+        if first > num_steps:
+            raise ValueError(f"{state.directory} is of step {first}, the run has {num_steps}; delete it to resume")
         if main:
             card(config, setting.backbone, setting.head, setting.splits.report, num_steps, out)
         events = stack.enter_context(Events(out, first)) if config.tensorboard and main else None

@@ -12,7 +12,7 @@ import runtime
 from backbone.files.layout import PICKLE_FILE, container
 from backbone.formats.cast import FLOATS
 from backbone.formats.containers import write_pickle
-from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_files, read_config, save_checkpoint
+from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_config, check_files, read_config, save_checkpoint
 from heads.formats.base import Format
 from heads.formats.contents import FLOAT32, Casting, HeadWeights, Target, expect, widen
 from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz
@@ -44,7 +44,6 @@ class Checkpoint(OwnFormat):
         folder = found.file.parent
         config = read_config(folder)
         check_files(folder, config.get("files", {}))
-        check_config(config, str(folder / CONFIG))
         texts = {name: (folder / name).read_text("utf-8") for name in TEXTS if (folder / name).is_file()}
         return HeadWeights(config["head"], config["head_config"], found.tensors, config, texts, found.notes)
 
@@ -129,16 +128,6 @@ class Npz(Container):
         arrays |= {name: np.array(text) for name, text in self.entries(weights, target).items()}
         with atomic_file(out) as path, open(path, "wb") as file:
             np.savez(file, **arrays)
-
-
-def check_config(config: object, where: str) -> None:
-    """Raises ValueError for what is not the config.json of a head's checkpoint."""
-    kinds = {"head": str, "head_config": dict, "backbone": dict}
-    wrong = [
-        key for key, kind in kinds.items() if not isinstance(config, dict) or not isinstance(config.get(key), kind)
-    ]
-    if wrong:
-        raise ValueError(f"{where} is not that of a head: {', '.join(wrong)} missing or of the wrong type")
 
 
 def completed(weights: HeadWeights, target: Target) -> tuple[dict, dict[str, str]]:
