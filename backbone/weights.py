@@ -38,6 +38,7 @@ from backbone.files.meta import open_meta
 from backbone.files.pickle_file import open_pickle_file
 from backbone.files.torch_file import open_torch_file
 from runtime.files.documents import identity, parse_json, read_object
+from runtime.files.shown import MOST, shown
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -45,6 +46,7 @@ LM_HEAD = "lm_head.weight"
 ROTARY_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
 NAMES_LISTED = 10
+MOST_NAME = 256  # bytes of a file's name, and its end
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -83,7 +85,8 @@ def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise damaged(path, Refused(f"tensor {name} has type {entry['dtype']}, which has no NumPy equivalent"))
+            reason = f"tensor {name[:MOST]} has type {entry['dtype']}, which has no NumPy equivalent"
+            raise damaged(path, Refused(reason))
         dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
         tensors[name] = stored(path, dtype, shape, 8 + length + entry["data_offsets"][0])
     return tensors
@@ -113,8 +116,9 @@ def open_file(path: str | Path) -> dict[str, LazyTensor]:
 
 def _check_inside(index: Path, name: str, shard: object) -> None:
     """Raises ValueError when an index names a file outside its folder, by path or through a link."""
-    outside = f"{index} places {name} in {shard!r}, outside its own folder; expected "
-    if not isinstance(shard, str) or "\\" in shard or PurePosixPath(shard).name != shard or shard in ("", ".."):
+    outside = f"{index} places {name[:MOST]} in {shown(shard)}, outside its own folder; expected "
+    bare = isinstance(shard, str) and shard.isprintable() and len(shard.encode()) < MOST_NAME
+    if not bare or "\\" in shard or PurePosixPath(shard).name != shard or shard in ("", ".."):
         raise ValueError(f"{outside}a bare file name")
     folder, target = index.parent.resolve(), (index.parent / shard).resolve()
     # Hugging Face's download cache: snapshots/<revision>/ links to blobs/ of the same model.
@@ -201,7 +205,7 @@ def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[
         _check_index(file, listed, found)
         for name, tensor in found.items():
             if name in seen:
-                raise ValueError(f"{file}: {name} is in another file as well; expected every tensor once")
+                raise ValueError(f"{file}: {name[:MOST]} is in another file as well; expected every tensor once")
             seen.add(name)
             yield name, tensor
 
@@ -256,7 +260,7 @@ def expected_shapes(config: BackboneConfig) -> dict[str, Shape]:
 
 def _listed(names: list[str]) -> str:
     more = len(names) - NAMES_LISTED
-    return ", ".join(names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(name[:MOST] for name in names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_names(found: Mapping[str, Shape], expected_shapes: Mapping[str, Shape]) -> None:
@@ -274,7 +278,7 @@ def check_names(found: Mapping[str, Shape], expected_shapes: Mapping[str, Shape]
     if extra:
         problems.append(f"{len(extra)} extra: {_listed(extra)}")
     misshapen = [
-        f"{name} is {tuple(found[name])}, expected {tuple(expected_shapes[name])}"
+        f"{name[:MOST]} is {tuple(found[name])}, expected {tuple(expected_shapes[name])}"
         for name in sorted(names & expected_shapes.keys())
         if tuple(found[name]) != tuple(expected_shapes[name])
     ]

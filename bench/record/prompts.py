@@ -6,7 +6,6 @@ record becomes a ``Prompt``: the user's turns, in order, with a category to spre
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import random
 import re
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.files.documents import parse_json
+from runtime.files.regular import open_regular, unpack
+from runtime.files.shown import shown
 
 HUMAN_ROLES = ("human", "user")
 # keys that identify a shape -> (its name in messages, key of the id, key of the text, category without one)
@@ -63,7 +64,8 @@ def load_prompts(path: str | Path, num_prompts: int | None = None, seed: int = 0
     Raises ValueError, naming the file and the line or record, for malformed JSON, text that is not UTF-8, an
     unknown shape and a file without a prompt; OSError if the file cannot be read.
     """
-    raw = Path(path).read_bytes()
+    with open_regular(path) as file:
+        raw = file.read()
     text = _decode(raw, path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
@@ -133,11 +135,10 @@ def _unique_ids(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 def _decode(raw: bytes, path: str | Path) -> str:
     """The file's text, unzipped if it begins with gzip's two bytes."""
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: broken gzip data: {error}") from error
+    try:
+        raw = unpack(raw, path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: broken gzip data: {error}") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -182,42 +183,36 @@ def _prompt_from(record: object, number: int, where: str) -> Prompt:
         raise ValueError(f"{where}: unknown shape: a {type(record).__name__}, not an object; known shapes are {known}")
     shape = next((keys for keys in KNOWN_SHAPES if all(key in record for key in keys)), None)
     if shape is None:
-        found = ", ".join(sorted(record)) or "none"
+        found = ", ".join(sorted(record))[:200] or "none"
         raise ValueError(f"{where}: unknown shape: the record's keys are {found}; known shapes are {known}")
     _, id_key, text_key, category = KNOWN_SHAPES[shape]
     if record.get("category") is not None:
         category = record["category"]
     if not isinstance(category, str):
-        raise ValueError(f"{where}: category must be a string, got {category!r}")
+        raise ValueError(f"{where}: category must be a string, got {shown(category)}")
     turns = record[text_key]
     if text_key == "conversations":
         turns = _human_turns(turns, where)
     elif text_key != "turns":
         turns = [turns]
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise ValueError(f"{where}: the turns must be a list of strings, got {_short(turns)}")
+        raise ValueError(f"{where}: the turns must be a list of strings, got {shown(turns)}")
     return Prompt(str(record.get(id_key, number)), category, tuple(turns))
 
 
 def _human_turns(messages: object, where: str) -> list[str]:
     """The user's turns of a conversation of from/value or role/content messages."""
     if not isinstance(messages, list):
-        raise ValueError(f"{where}: conversations must be a list of messages, got {_short(messages)}")
+        raise ValueError(f"{where}: conversations must be a list of messages, got {shown(messages)}")
     turns = []
     for message in messages:
         pairs = (("from", "value"), ("role", "content"))
         keys = next((pair for pair in pairs if isinstance(message, dict) and all(key in message for key in pair)), None)
         if keys is None:
-            raise ValueError(f"{where}: a message must have from/value or role/content, got {_short(message)}")
+            raise ValueError(f"{where}: a message must have from/value or role/content, got {shown(message)}")
         speaker, content = message[keys[0]], message[keys[1]]
         if not isinstance(content, str):
-            raise ValueError(f"{where}: a message's {keys[1]} must be a string, got {_short(content)}")
+            raise ValueError(f"{where}: a message's {keys[1]} must be a string, got {shown(content)}")
         if speaker in HUMAN_ROLES:
             turns.append(content)
     return turns
-
-
-def _short(value: object) -> str:
-    """A value for an error message, cut at 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import gzip
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files.documents import parse_json
+from runtime.files.regular import open_regular, unpacked
+from runtime.files.shown import shown
 from trainer.data.parquet import is_table, read_rows
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -102,8 +103,8 @@ def read_text(path: Path) -> Iterator[str]:
     """
     decoder, taken = codecs.getincrementaldecoder("utf-8-sig")(), 0
     try:
-        with open(path, "rb") as file:
-            stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        with open_regular(path) as file:
+            stream = unpacked(file, path)
             while piece := stream.read(CHUNK_BYTES):
                 taken += len(piece)
                 yield decoder.decode(piece)
@@ -124,16 +125,17 @@ def located_records(path: str | Path) -> Iterator[tuple[str, Any]]:
     if is_table(path):
         yield from ((f"{path} row {row}", record) for row, record in read_rows(path))
         return
-    pieces, start = read_text(Path(path)), ""
+    pieces, start, first_line = read_text(Path(path)), "", 1
     for piece in pieces:
-        start += piece
-        if start.strip():
+        if piece.strip():
+            start = piece
             break
+        first_line += piece.count("\n")
     if start.lstrip().startswith("["):
-        items = _parse(path, 1, start + "".join(pieces))
+        items = _parse(path, first_line, start + "".join(pieces))
         yield from ((f"{path} item {number}", record) for number, record in enumerate(items))
         return
-    for number, line in enumerate(_lines(chain([start], pieces)), start=1):
+    for number, line in enumerate(_lines(chain([start], pieces)), start=first_line):
         if line.strip():
             yield f"{path} line {number}", _parse(path, number, line)
 
@@ -158,7 +160,7 @@ def read_messages(record: Any, where: str) -> list[dict[str, str]]:
     turns = record.get("conversations", record.get("messages"))
     if not isinstance(turns, list):
         raise ValueError(
-            f"{where}: expected a list under conversations or messages, got the keys {', '.join(map(str, record))}"
+            f"{where}: expected a list under conversations or messages, got the keys {shown(list(record), 200)}"
         )
     messages = []
     for number, turn in enumerate(turns):
@@ -166,9 +168,9 @@ def read_messages(record: Any, where: str) -> list[dict[str, str]]:
             raise ValueError(f"{where}: turn {number} is a {type(turn).__name__}, expected an object")
         role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"{where}: turn {number} is from {role!r}, expected one of {', '.join(ROLES)}")
+            raise ValueError(f"{where}: turn {number} is from {shown(role)}, expected one of {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise ValueError(f"{where}: turn {number} holds {content!r:.40}, expected text under value or content")
+            raise ValueError(f"{where}: turn {number} holds {shown(content, 40)}, expected text under value or content")
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
