@@ -159,9 +159,8 @@ def read_messages(record: Any, where: str) -> list[dict[str, str]]:
         raise ValueError(f"{where}: got a {type(record).__name__}, expected an object with conversations or messages")
     turns = record.get("conversations", record.get("messages"))
     if not isinstance(turns, list):
-        raise ValueError(
-            f"{where}: expected a list under conversations or messages, got the keys {shown(list(record), 200)}"
-        )
+        keys = ", ".join(map(str, record))[:200]
+        raise ValueError(f"{where}: expected a list under conversations or messages, got the keys {keys}")
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
