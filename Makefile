@@ -16,7 +16,8 @@ WHEELS ?= wheels
 WHEELS_FOR ?= 3.11 3.12
 WHEELS_OF ?= requirements.txt requirements-dev.txt requirements-cuda.txt
 
-.PHONY: interrupts quickstart test test-fast lint setup setup-dev comparison expected report setup-cuda doctor wheels gpu-check clean
+.PHONY: quickstart test test-fast fuzz interrupts lint setup setup-dev comparison expected report setup-cuda doctor
+.PHONY: wheels gpu-check clean
 
 quickstart: setup  ## train a head for two minutes, decode with a tree, compare with the baseline
 	$(RUN) train.py --head $(QUICK_HEAD) --max-steps $(QUICK_STEPS) --features online --out runs/quickstart --overwrite
@@ -28,6 +29,13 @@ test: setup-dev  ## the default test suite
 
 test-fast: setup-dev  ## under two minutes: no other process, no emulated GPU, no compiler
 	$(RUN) -m pytest --fast
+
+fuzz: setup-dev  ## hostile files for every reader: INPUTS=10000 or MINUTES=60; JSON=FILE for the figures
+	$(RUN) -m tests.fuzz.campaign $(if $(INPUTS),--inputs $(INPUTS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
+
+interrupts: setup-dev  ## Ctrl-C at random moments of real trainings (RUNS)
+	$(RUN) tests/interrupts/campaign.py $(if $(RUNS),--runs $(RUNS)) --out results/interrupts.json
 
 lint: setup-dev
 	$(RUN) -m ruff check .

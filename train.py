@@ -8,11 +8,11 @@ python train.py --head mlp --out DIR --ranks 2
 
 from __future__ import annotations
 
-import json
 import sys
 
 from heads.registry import available, head_class, summary
 from runtime.entry import INTERRUPTED, run_entry
+from runtime.files.documents import to_json
 from runtime.ranks import barrier, start_ranks
 from runtime.start.bootstrap import under_mpi
 from trainer.config import parse
@@ -62,7 +62,7 @@ def main(arguments) -> int:
         "train_s": round(result.train_s, 1),
     }
     if runtime.is_main():
-        print(json.dumps(summary_line))
+        print(to_json(summary_line))
     if result.interrupted:
         barrier()  # the first rank that leaves with a status ends the others
     return INTERRUPTED if result.interrupted else 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from backbone.formats import FORMATS, ConvertOptions, convert, recognize, verify
 from backbone.formats.cast import FLOATS, KEEP
 from backbone.formats.shards import parse_size
 from runtime.entry import run_entry, suggest
+from runtime.files.documents import to_json
 from runtime.options import option, parse_options
 
 DIFFERENT = 1  # exit status
@@ -113,7 +113,7 @@ def convert_backbone(options: Options, settings: ConvertOptions) -> int:
     same = None
     if options.verify:
         same = verify(options.source, done.source_format, options.out, options.to, options.tolerance)
-    print(json.dumps({**done.as_dict(), "verified": same}))
+    print(to_json({**done.as_dict(), "verified": same}))
     return DIFFERENT if same is False else 0
 
 

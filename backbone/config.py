@@ -6,7 +6,6 @@ backbone that ignores a setting gives wrong numbers instead of an error.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,8 +18,12 @@ from backbone.files.layout import META, PICKLE_FILE, container, layouts
 from backbone.files.layout import META_PARAMS as PARAMS
 from backbone.files.meta import open_meta
 from backbone.files.pickle_file import open_pickle_file
+from runtime.files.documents import read_object
+from runtime.files.shown import shown
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+# Far above any backbone, and so small that what is made from them fits: a name per layer, a product of two sizes.
+MOST_LAYERS, MOST_COUNT, MOST_NUMBER = 10_000, 2**31 - 1, 1e18
 ROPE_TYPES = ("default", "linear", "llama3")
 # Defaults of the two families where config.json has no value (those of their transformers configurations).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -71,29 +74,12 @@ class BackboneConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding rotates pairs of coordinates")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError naming the file when there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; expected a Hugging Face model directory with {path.name}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def _number(raw: dict, key: str, where: str, default: float | None = None) -> float:
     value = raw.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{where}: {key} is {value!r}, expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_NUMBER:
+        raise ValueError(f"{where}: {key} is {shown(value)}, expected a positive number up to {MOST_NUMBER:g}")
     return float(value)
 
 
@@ -101,8 +87,9 @@ def _count(raw: dict, key: str, where: str, default: int | None = None) -> int:
     value = raw.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where}: {key} is {value!r}, expected a positive whole number")
+    most = MOST_LAYERS if key == "num_hidden_layers" else MOST_COUNT
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{where}: {key} is {shown(value)}, expected a positive whole number up to {most:,}")
     return value
 
 
@@ -110,8 +97,8 @@ def _token_ids(value: Any, key: str, where: str) -> tuple[int, ...]:
     """One id, a list of ids or null, as a tuple."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-            raise ValueError(f"{where}: {key} is {value!r}, expected a token id or a list of token ids")
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id <= MOST_COUNT:
+            raise ValueError(f"{where}: {key} is {shown(value)}, expected a token id or a list of token ids")
     return tuple(ids)
 
 
@@ -119,7 +106,7 @@ def stop_ids(directory: str | Path) -> tuple[int, ...]:
     """The tokens that end a text, as transformers resolves them: those of generation_config.json if it names any, else
     those of config.json; empty where neither does. Raises ValueError naming the file."""
     for path in (Path(directory) / GENERATION_CONFIG, Path(directory) / CONFIG):
-        ids = _token_ids(read_json(path).get("eos_token_id"), "eos_token_id", str(path)) if path.exists() else ()
+        ids = _token_ids(read_object(path).get("eos_token_id"), "eos_token_id", str(path)) if path.exists() else ()
         if ids:
             return ids
     return ()
@@ -128,14 +115,17 @@ def stop_ids(directory: str | Path) -> tuple[int, ...]:
 def _family(raw: dict, where: str) -> str:
     """The family, llama or mistral. Raises ValueError for an unsupported architecture."""
     supported = "supported: " + ", ".join(sorted(set(ARCHITECTURES) - {"LLaMAForCausalLM"}))
-    for architecture in raw.get("architectures") or []:
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"{where}: architecture {architecture!r} is not supported; {supported}")
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"{where}: architectures is {shown(architectures)}, expected a list; {supported}")
+    for architecture in architectures:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            raise ValueError(f"{where}: architecture {shown(architecture)} is not supported; {supported}")
     model_type = raw.get("model_type")
-    if model_type is None and raw.get("architectures"):
-        model_type = ARCHITECTURES[raw["architectures"][0]]
-    if model_type not in FAMILY_DEFAULTS:
-        raise ValueError(f"{where}: model_type {model_type!r} is not supported; {supported}")
+    if model_type is None and architectures:
+        model_type = ARCHITECTURES[architectures[0]]
+    if not isinstance(model_type, str) or model_type not in FAMILY_DEFAULTS:
+        raise ValueError(f"{where}: model_type {shown(model_type)} is not supported; {supported}")
     return model_type
 
 
@@ -148,16 +138,16 @@ def _rope(raw: dict, max_positions: int, where: str) -> tuple[float, dict[str, A
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     given = raw.get(key) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: {key} is {given!r:.80}, expected an object with rope_type")
+        raise ValueError(f"{where}: {key} is {shown(given)}, expected an object with rope_type")
     theta_holder = given if given.get("rope_theta") is not None else raw
     theta = _number(theta_holder, "rope_theta", where, default=10000.0)
     inner = f"{where}, {key}"
     rope_type = next((given[name] for name in ("rope_type", "type") if given.get(name) is not None), "default")
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"{inner}: rope_type {rope_type!r:.80} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise ValueError(f"{inner}: rope_type {shown(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}")
     nested = next((name for name, value in given.items() if isinstance(value, dict)), None)
     if nested is not None:
-        raise ValueError(f"{inner}: {nested!r:.80} has settings of its own; expected the same for all layers")
+        raise ValueError(f"{inner}: {shown(nested)} has settings of its own; expected the same for all layers")
     if any(holder.get("partial_rotary_factor") not in (None, 1, 1.0) for holder in (given, raw)):
         raise ValueError(f"{where}: partial_rotary_factor below 1 is not supported; expected 1.0 or none")
     if rope_type == "default":
@@ -185,10 +175,12 @@ def parse_config(
     defaults = FAMILY_DEFAULTS[family]
     activation = raw.get("hidden_act") or "silu"
     if activation != "silu":
-        raise ValueError(f"{where}: hidden_act {activation!r} is not supported; expected 'silu'")
+        raise ValueError(f"{where}: hidden_act {shown(activation)} is not supported; expected 'silu'")
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
-            raise ValueError(f"{where}: {key} is {raw[key]!r}; backbones with biases are not supported, expected false")
+            raise ValueError(
+                f"{where}: {key} is {shown(raw[key])}; backbones with biases are not supported, expected false"
+            )
     if raw.get("quantization_config"):
         raise ValueError(f"{where}: quantization_config is set; expected float16, bfloat16 or float32 weights")
 
@@ -203,6 +195,8 @@ def parse_config(
     longest = raw.get("max_sequence_length") or defaults["max_position_embeddings"]
     max_positions = _count(raw, "max_position_embeddings", where, default=longest)
     window = raw.get("sliding_window", defaults["sliding_window"])
+    if family == "mistral" and window is not None:
+        window = _count({"sliding_window": window}, "sliding_window", where)
     if family == "mistral" and window is not None and window < max_positions:
         raise ValueError(
             f"{where}: sliding_window {window} is below max_position_embeddings {max_positions}; sliding-window "
@@ -262,17 +256,17 @@ def read_raw_config(path: str | Path, meta: bool | None = None) -> RawConfig:
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; expected a Hugging Face model directory with config.json")
     generation_path = path / GENERATION_CONFIG
-    generation = read_json(generation_path) if generation_path.exists() else None
+    generation = read_object(generation_path) if generation_path.exists() else None
     has_config = (path / CONFIG).exists()
     if meta is None:
         meta = layouts(path)[:1] == [META] or ((path / PARAMS).exists() and not has_config)
     if not meta:
-        return RawConfig(read_json(path / CONFIG), generation, str(path / CONFIG))
-    found = open_meta(path, read_json(path / PARAMS))
+        return RawConfig(read_object(path / CONFIG), generation, str(path / CONFIG))
+    found = open_meta(path, read_object(path / PARAMS))
     derived = RawConfig(found.config, generation, str(path / PARAMS), tuple(found.notes), tuple(found.assumed))
     if not has_config:
         return derived
-    raw = RawConfig(read_json(path / CONFIG), generation, str(path / CONFIG), derived.notes)
+    raw = RawConfig(read_object(path / CONFIG), generation, str(path / CONFIG), derived.notes)
     _check_agreement(raw, derived)
     return raw
 

@@ -10,7 +10,6 @@ It needs no network and no torch: ``tokenizer.json`` is read as it is, and a dir
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,16 +19,16 @@ from typing import Any
 # A fork after the tokenizer's threads have run prints a warning unless this is set beforehand.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-from backbone.config import BackboneConfig, read_json, stop_ids
+from backbone.config import BackboneConfig, stop_ids
 from backbone.pieces import read_vocabulary
 from backbone.replies import ReplyFinder, Span, mask_of_spans
 from backbone.templates import TEMPLATES, ChatTemplate, ConversationError, Messages, named_template
+from runtime.files.documents import HALF_CHARACTER, identity, read_object
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
 ROLES = ("system", "user", "assistant")
 # Conversations tokenized in one call: enough for every thread, few enough to keep the offsets small.
 BATCH = 256
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -59,7 +58,7 @@ class ChatTokenizer:
         self.end_of_turn = self._replies.ending.strip()
         end_id = self._backend.token_to_id(self.end_of_turn)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ends + ([] if end_id is None else [end_id])))
-        named = json.dumps([template, self._special], sort_keys=True)
+        named = identity([template, self._special], sort_keys=True)
         self.fingerprint = hashlib.sha256(hashlib.sha256(source).digest() + named.encode()).hexdigest()[:16]
 
     @property
@@ -217,7 +216,7 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; expected one with tokenizer.json or tokenizer.model")
     settings_path = directory / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.exists() else {}
+    settings = read_object(settings_path) if settings_path.exists() else {}
     if (directory / "tokenizer.json").exists():
         tokenizer, source = _load_fast(directory, settings), (directory / "tokenizer.json").read_bytes()
     elif (directory / "tokenizer.model").exists():
@@ -248,7 +247,7 @@ def _own_template(directory: Path, settings: dict[str, Any]) -> str:
     own: Any = named or settings.get("chat_template")
     processor = directory / "chat_template.json"
     if not own and processor.exists():
-        own = read_json(processor).get("chat_template")
+        own = read_object(processor).get("chat_template")
     if isinstance(own, list):
         own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}
     if isinstance(own, dict):
@@ -330,7 +329,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> Iterator[tuple[i
     """(id, text) of the tokens that the directory adds to its SentencePiece model, by id."""
     added: dict[int, str] = {}
     path = directory / "added_tokens.json"
-    for content, index in (read_json(path) if path.exists() else {}).items():
+    for content, index in (read_object(path) if path.exists() else {}).items():
         added[int(index)] = content
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
         added[int(index)] = token["content"]

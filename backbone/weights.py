@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from backbone.config import BackboneConfig, read_json
+from backbone.config import BackboneConfig
 from backbone.files.layout import (
     BIN,
     META,
@@ -38,6 +37,8 @@ from backbone.files.lazy import LazyTensor, Refused, Shape, damaged, stored
 from backbone.files.meta import open_meta
 from backbone.files.pickle_file import open_pickle_file
 from backbone.files.torch_file import open_torch_file
+from runtime.files.documents import identity, parse_json, read_object
+from runtime.files.shown import MOST, shown
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -45,6 +46,7 @@ LM_HEAD = "lm_head.weight"
 ROTARY_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|bin)$")
 NAMES_LISTED = 10
+MOST_NAME = 256  # bytes of a file's name, and its end
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -65,14 +67,6 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise Refused(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
-    return found
-
-
 def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
     """Tensors of one ``*.safetensors`` file, in file order. Raises ValueError naming the file when it is damaged.
 
@@ -83,17 +77,19 @@ def open_safetensors_file(path: str | Path) -> dict[str, LazyTensor]:
     try:
         with safe_open(path, framework="numpy"), open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length), object_pairs_hook=_each_once)
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in SAFETENSORS_DTYPES:
-                raise Refused(f"tensor {name} has type {entry['dtype']}, which has no NumPy equivalent")
-            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-            tensors[name] = stored(path, dtype, shape, 8 + length + entry["data_offsets"][0])
-        return tensors
+            text = file.read(length).decode()
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise damaged(path, error) from error
+    header = parse_json(text, path, each_once=True)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            reason = f"tensor {name[:MOST]} has type {entry['dtype']}, which has no NumPy equivalent"
+            raise damaged(path, Refused(reason))
+        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = stored(path, dtype, shape, 8 + length + entry["data_offsets"][0])
+    return tensors
 
 
 def open_file(path: str | Path) -> dict[str, LazyTensor]:
@@ -120,8 +116,9 @@ def open_file(path: str | Path) -> dict[str, LazyTensor]:
 
 def _check_inside(index: Path, name: str, shard: object) -> None:
     """Raises ValueError when an index names a file outside its folder, by path or through a link."""
-    outside = f"{index} places {name} in {shard!r}, outside its own folder; expected "
-    if not isinstance(shard, str) or "\\" in shard or PurePosixPath(shard).name != shard or shard in ("", ".."):
+    outside = f"{index} places {name[:MOST]} in {shown(shard)}, outside its own folder; expected "
+    bare = isinstance(shard, str) and shard.isprintable() and len(shard.encode()) < MOST_NAME
+    if not bare or "\\" in shard or PurePosixPath(shard).name != shard or shard in ("", ".."):
         raise ValueError(f"{outside}a bare file name")
     folder, target = index.parent.resolve(), (index.parent / shard).resolve()
     # Hugging Face's download cache: snapshots/<revision>/ links to blobs/ of the same model.
@@ -132,7 +129,7 @@ def _check_inside(index: Path, name: str, shard: object) -> None:
 
 def _files_of_index(index: Path) -> dict[Path, set[str]]:
     """The shards that an index names, and the tensors it places in each."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, expected an object of tensor name to file name")
     shards: dict[Path, set[str]] = {}
@@ -197,7 +194,7 @@ def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[
     path = Path(path)
     layout = layout or next(iter(layouts(path)), None)
     if layout == META:
-        yield from open_meta(path, read_json(path / META_PARAMS)).tensors.items()
+        yield from open_meta(path, read_object(path / META_PARAMS)).tensors.items()
         return
     if layout == PICKLE:
         yield from open_file(path / PICKLE_NAME if path.is_dir() else path).items()
@@ -208,7 +205,7 @@ def open_tensors(path: str | Path, layout: str | None = None) -> Iterator[tuple[
         _check_index(file, listed, found)
         for name, tensor in found.items():
             if name in seen:
-                raise ValueError(f"{file}: {name} is in another file as well; expected every tensor once")
+                raise ValueError(f"{file}: {name[:MOST]} is in another file as well; expected every tensor once")
             seen.add(name)
             yield name, tensor
 
@@ -263,7 +260,7 @@ def expected_shapes(config: BackboneConfig) -> dict[str, Shape]:
 
 def _listed(names: list[str]) -> str:
     more = len(names) - NAMES_LISTED
-    return ", ".join(names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(name[:MOST] for name in names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_names(found: Mapping[str, Shape], expected_shapes: Mapping[str, Shape]) -> None:
@@ -281,7 +278,7 @@ def check_names(found: Mapping[str, Shape], expected_shapes: Mapping[str, Shape]
     if extra:
         problems.append(f"{len(extra)} extra: {_listed(extra)}")
     misshapen = [
-        f"{name} is {tuple(found[name])}, expected {tuple(expected_shapes[name])}"
+        f"{name[:MOST]} is {tuple(found[name])}, expected {tuple(expected_shapes[name])}"
         for name in sorted(names & expected_shapes.keys())
         if tuple(found[name]) != tuple(expected_shapes[name])
     ]
@@ -341,13 +338,13 @@ class Fingerprint:
     """
 
     def __init__(self, config: BackboneConfig) -> None:
-        self._config = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
+        self._config = identity(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"))
         self._tensors: dict[str, bytes] = {}
 
     def add(self, name: str, tensor: np.ndarray) -> None:
         """Add one tensor; each name once."""
         assert name not in self._tensors, f"{name} was added twice"
-        header = json.dumps([name, tensor.dtype.name, list(tensor.shape)])
+        header = identity([name, tensor.dtype.name, list(tensor.shape)])
         digest = hashlib.sha256(header.encode())
         # reshape(-1) first: bfloat16 has no buffer of its own, its bytes do.
         digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))

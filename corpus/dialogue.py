@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corpus.options import MAX_TURNS, Options
+from runtime.files.documents import read_json
 from trainer.data.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ TURN_ROOM = 48  # tokens that must be left for a further turn to be worth starti
 
 # How a conversation may open: kind -> (weight, first words), which the backbone continues; in "free" it chooses the
 # first word too. The weights give every kind at least an eighth of the tokens.
-OPENINGS: dict[str, tuple[float, list[str]]] = json.loads(Path(__file__).with_name("openings.json").read_text())
+OPENINGS: dict[str, tuple[float, list[str]]] = read_json(Path(__file__).with_name("openings.json"))
 
 USER, REPLY, DECIDE = "user", "reply", "decide"
 

@@ -8,9 +8,8 @@ uninterrupted run.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import gzip
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from corpus.dialogue import Dialogue
-from runtime.atomic import atomic_file, check_writable, write_file
-from runtime.records import read_json
+from runtime.atomic import atomic_file, check_writable
+from runtime.files.documents import parse_json, read_json, to_json, write_json
+from runtime.files.lock import locked
 from trainer.data.prompts import Prompt
 
 BEGUN, TALKS = "begun.json", "talks.jsonl"
@@ -65,35 +65,24 @@ class Journal:
         terms (see ``check_begun``) and while another process writes it."""
         check_writable(out)
         self.folder = partial_folder(out)
-        self.folder.mkdir(exist_ok=True)
         self._path = self.folder / TALKS
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in __exit__
-        try:
-            self._lock()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder))
+            self._file = stack.enter_context(open(self._path, "ab", buffering=0))
             check_begun(out, terms)
             if not (self.folder / BEGUN).exists():
                 self._file.truncate(0)
-                write_file(self.folder / BEGUN, json.dumps(terms, indent=2) + "\n")
+                write_json(self.folder / BEGUN, terms)
             self.count = self._recover()
-        except BaseException:
-            self._file.close()
-            raise
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.count:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is writing {self.folder}; wait for it or choose another --out"
-            ) from error
+        with self._stack:
+            if not self.count:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _recover(self) -> int:
         """Cut off an incomplete last line; returns the number of lines."""
@@ -109,7 +98,7 @@ class Journal:
     def append(self, dialogue: Dialogue) -> None:
         """Store a conversation; once this returns, killing the process does not lose it."""
         assert dialogue.index == self.count, (dialogue.index, self.count)
-        line = json.dumps({name: getattr(dialogue, name) for name in STORED}, ensure_ascii=False) + "\n"
+        line = to_json({name: getattr(dialogue, name) for name in STORED}) + "\n"
         rest = line.encode()
         while rest:
             rest = rest[self._file.write(rest) :]
@@ -120,7 +109,7 @@ class Journal:
         with open(self._path, "rb") as file:
             for index in range(self.count):
                 try:
-                    stored = {"cut": "", **json.loads(next(file))}
+                    stored = {"cut": "", **parse_json(next(file).decode(), "it")}
                     if stored["index"] != index:
                         raise ValueError(f"it holds conversation {stored['index']}")
                     dialogue = Dialogue(uniforms=np.zeros(0), **{name: stored[name] for name in STORED})
@@ -139,7 +128,7 @@ class Journal:
         with atomic_file(out) as partial, open(partial, "wb") as raw:
             file = gzip.GzipFile("", "wb", 9, raw, mtime=0) if out.suffix == ".gz" else raw
             for record in records:
-                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                file.write((to_json(record) + "\n").encode())
             if file is not raw:
                 file.close()
 

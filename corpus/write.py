@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from corpus.options import Options
 from corpus.selection import Selection
 from runtime.atomic import check_writable
 from runtime.entry import Parser
+from runtime.files.documents import identity
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from runtime.options import add_options, option_fields, read_options
 from trainer.data.conversations import share_gpt
@@ -43,7 +43,7 @@ HOPELESS = 1000  # conversations after which a run without a single usable one g
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(identity(value).encode()).hexdigest()[:16]
 
 
 def terms(options: Options, prompts: list[Prompt] | None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from decoding.sampling import Sampler
 from decoding.tree import Tree
 from decoding.verify import ALPHA, EPSILON, check_thresholds
+from runtime.files.documents import read_json
+from runtime.files.shown import shown
 from runtime.options import flag, option
-from runtime.records import read_json
 
 if TYPE_CHECKING:
     from decoding.rules import Rule
@@ -212,11 +213,11 @@ def parse_tree(text: str, read: Callable[[str], Tree] = read_tree) -> Tree | str
         return text
     if text.startswith(CHAIN):
         count = text.removeprefix(CHAIN)
-        if not (count.isascii() and count.isdigit()):
-            raise ValueError(f"--tree chain:K takes a number of draft tokens from 0, got {text!r}")
+        if not (count.isascii() and count.isdigit() and len(count) < 10):
+            raise ValueError(f"--tree chain:K takes a number of draft tokens from 0, got {shown(text)}")
         return Tree.chain(int(count))
     if not Path(text).exists():
         raise ValueError(
-            f"--tree takes {AUTO}, {DYNAMIC}, {CHAIN}K or a JSON file of rank paths; there is no file {text!r}"
+            f"--tree takes {AUTO}, {DYNAMIC}, {CHAIN}K or a JSON file of rank paths; there is no file {shown(text)}"
         )
     return read(text)

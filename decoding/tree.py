@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.files.shown import shown
+
 # The default acceptance model: how often the backbone's choice is the head's first guess (TOP_1) or among its first
 # five (TOP_5) at depths 1 to 4, given that the depth before was accepted; measured for a gated RNN head after five
 # minutes of training on the embedded backbone (assets/tiny-vicuna/RECIPE.md). Deeper depths count as depth 4.
@@ -20,6 +22,8 @@ TOP_5 = (0.70, 0.64, 0.62, 0.62)
 # the sum over all ranks stays below one; with 1 it would not. The accept lengths predicted for 4, 8, 16, 32, 64 nodes
 # are 1.72 1.96 2.16 2.34 2.50; for that head 1.72 1.99 2.22 2.45 2.66 were measured.
 DECAY = 1.5
+# Far above the largest tree of the literature, 64 nodes: searching for the best tree takes memory for nodes squared.
+MOST_NODES, MOST_RANKS = 2048, 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,8 @@ class Tree:
     ranks: np.ndarray
 
     def __post_init__(self):
+        if len(self.parents) > MOST_NODES:
+            raise ValueError(f"a tree has at most {MOST_NODES:,} nodes, got {len(self.parents):,}")
         parents, ranks = np.array(self.parents, np.int32), np.array(self.ranks, np.int32)
         if parents.ndim != 1 or parents.shape != ranks.shape or len(parents) == 0 or parents[0] != -1 or ranks[0] != 0:
             raise ValueError(f"a tree starts with parent -1 and rank 0, got {parents.tolist()} and {ranks.tolist()}")
@@ -72,17 +78,18 @@ class Tree:
             key = tuple(path)
             if not key:
                 raise ValueError("got an empty path []; the root is implied")
-            if not all(isinstance(r, numbers.Integral) and not isinstance(r, bool) and r >= 0 for r in key):
-                raise ValueError(f"path {list(key)} must hold ranks, integers from 0")
+            whole = all(isinstance(r, numbers.Integral) and not isinstance(r, bool) for r in key)
+            if not whole or not all(0 <= r < MOST_RANKS for r in key):
+                raise ValueError(f"path {shown(list(key))} must hold ranks, integers from 0 to {MOST_RANKS - 1:,}")
             key = tuple(int(r) for r in key)
             if key in nodes:
-                raise ValueError(f"path {list(key)} is given twice")
+                raise ValueError(f"path {shown(list(key))} is given twice")
             nodes[key] = 0
         ordered = sorted(nodes, key=lambda key: (len(key), key))
         index = {(): 0} | {key: i + 1 for i, key in enumerate(ordered)}
         for key in ordered:
             if key[:-1] not in index:
-                raise ValueError(f"path {list(key)} has no parent; add {list(key[:-1])}")
+                raise ValueError(f"path {shown(list(key))} has no parent; add {shown(list(key[:-1]))}")
         return cls([-1, *(index[key[:-1]] for key in ordered)], [0, *(key[-1] for key in ordered)])
 
     @classmethod
@@ -90,6 +97,8 @@ class Tree:
         """The root and ``num_drafts`` tokens after it, each the best guess after the last. ValueError below 0."""
         if num_drafts < 0:
             raise ValueError(f"a chain drafts at least 0 tokens, got {num_drafts}")
+        if num_drafts >= MOST_NODES:
+            raise ValueError(f"a tree has at most {MOST_NODES:,} nodes, got a chain of {shown(num_drafts)}")
         return cls(np.arange(num_drafts + 1) - 1, np.zeros(num_drafts + 1))
 
     @staticmethod
@@ -171,6 +180,8 @@ def default_tree(num_nodes: int = 64, depth: int = 4) -> Tree:
     """
     if num_nodes == 1:
         return Tree.autoregressive()
+    if num_nodes > MOST_NODES:
+        raise ValueError(f"a tree has at most {MOST_NODES:,} nodes, got {shown(num_nodes)}")
     if num_nodes < 1 or depth < 1:
         raise ValueError(f"a tree needs a node and, past the root, a depth of at least 1; got {num_nodes} and {depth}")
     return best_tree(num_nodes, default_acceptance(depth, num_nodes - 1))

@@ -7,7 +7,6 @@ backbone, tokenizer, data, metrics) and ``provenance.json``. Nothing in it is ex
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from backbone.files.lazy import check_finite
 from heads.registry import build
-from runtime.atomic import atomic_directory, sha256_of, write_file
+from runtime.atomic import atomic_directory, naming, sha256_of
+from runtime.files.documents import identity, plain, read_object, write_json
+from runtime.files.regular import open_regular
+from runtime.files.shown import MOST, shown
 
 WEIGHTS, CONFIG, PROVENANCE = "head.safetensors", "config.json", "provenance.json"
 
@@ -26,27 +28,36 @@ def save_checkpoint(directory: Path, head, config: dict, provenance: dict) -> No
 
     config: JSON-ready; see docs/DESIGN.md for its keys. Raises OSError where the directory cannot be written.
     """
-    with atomic_directory(directory) as partial:
+    with naming(directory), atomic_directory(directory) as partial:
         save_parameters(head, partial / WEIGHTS)
         files = {WEIGHTS: sha256_of(partial / WEIGHTS)}
-        (partial / CONFIG).write_text(_config_text({**config, "files": files}))
-        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+        write_json(partial / CONFIG, signed({**config, "files": files}))
+        write_json(partial / PROVENANCE, provenance)
 
 
 def save_parameters(head, path: Path) -> None:
     """All parameters and buffers of a head as safetensors."""
-    save_file({name: np.ascontiguousarray(p.numpy()) for name, p in head.named_parameters()}, str(path))
+    save_arrays({name: np.ascontiguousarray(p.numpy()) for name, p in head.named_parameters()}, path)
+
+
+def save_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Arrays by name as safetensors. Raises OSError where they cannot be written, as on a full disk."""
+    try:
+        save_file(arrays, str(path))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def config_digest(config: dict) -> str:
     """Hash of a config.json's content without its ``digest``."""
     content = {key: value for key, value in config.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(identity(content, sort_keys=True).encode()).hexdigest()
 
 
-def _config_text(config: dict) -> str:
-    config = json.loads(json.dumps(config))  # as it will be read again: integer keys and tuples change
-    return json.dumps({**config, "digest": config_digest(config)}, indent=2) + "\n"
+def signed(config: dict) -> dict:
+    """The content with its ``digest``, as it will be read again: integer keys, tuples and NaN change."""
+    config = plain(config)
+    return {**config, "digest": config_digest(config)}
 
 
 def find_checkpoint(directory) -> Path:
@@ -71,21 +82,33 @@ def latest_checkpoints(runs: Path) -> dict[str, Path]:
 def read_config(directory: Path) -> dict:
     """The config.json of a checkpoint. Raises ValueError naming the file when it is not one of ours."""
     path = Path(directory) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    missing = {"head", "head_config", "backbone"} - set(config) if isinstance(config, dict) else {"an object"}
-    if missing:
-        raise ValueError(f"{path} is not a head checkpoint: {', '.join(sorted(missing))} is missing")
+    config = read_object(path)
+    check_config(config, str(path))
     if "digest" in config and config["digest"] != config_digest(config):
         raise ValueError(f"{path} was changed after it was written: its digest does not match")
-    return config
+    return plain(config)  # older ones hold NaN
+
+
+def check_config(config: object, where: str) -> None:
+    """Raises ValueError for what is not the content of the config.json of a head's checkpoint."""
+    kinds = {"head": str, "head_config": dict, "backbone": dict, "files": dict, "metrics": dict}
+    config = {"files": {}, "metrics": {}, **config} if isinstance(config, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{where} is not that of a head: {', '.join(wrong)} missing or of the wrong type")
+    check_hashes(config["files"], where)
+
+
+def check_hashes(files: dict, where: str) -> None:
+    """Raises ValueError for what is not a hash by the name of a file in the same folder."""
+    for name, digest in files.items():
+        if name != Path(name).name or not isinstance(digest, str):
+            raise ValueError(f"{where}: files holds {shown({name: digest})}, expected sha256 by the name of a file")
 
 
 def update_config(directory: Path, changes: dict) -> None:
     """Set some keys of a checkpoint's config.json, all or none of them."""
-    write_file(Path(directory) / CONFIG, _config_text({**read_config(directory), **changes}))
+    write_json(Path(directory) / CONFIG, signed({**read_config(directory), **changes}))
 
 
 def load_head(directory, backbone):
@@ -99,7 +122,7 @@ def load_head(directory, backbone):
     trained_on = config["backbone"]
     if trained_on.get("fingerprint") != backbone.fingerprint:
         raise ValueError(
-            f"{directory} was trained on backbone {trained_on.get('fingerprint')} ({trained_on.get('path')}), "
+            f"{directory} was trained on backbone {_named(trained_on)}, "
             f"this is {backbone.fingerprint} ({backbone.path or 'embedded'}); pass --backbone with the right one"
         )
     head = build(config["head"], config["head_config"], backbone)
@@ -107,6 +130,11 @@ def load_head(directory, backbone):
     check_files(directory, config.get("files", {}))
     head.eval()
     return head, config
+
+
+def _named(backbone: dict) -> str:
+    """Fingerprint and path of the backbone of a checkpoint."""
+    return " ".join(str(backbone.get(key))[:MOST] for key in ("fingerprint", "path"))
 
 
 def check_files(directory: Path, hashes: dict[str, str]) -> None:
@@ -120,13 +148,19 @@ def check_files(directory: Path, hashes: dict[str, str]) -> None:
             raise ValueError(f"{path} is damaged: its sha256 is {found[:16]}..., expected {expected[:16]}...")
 
 
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What ``save_arrays`` wrote. Raises ValueError naming a file that is something else."""
+    try:
+        open_regular(path).close()
+        return load_file(str(path))
+    except (OSError, SafetensorError, KeyError, TypeError) as error:  # the last two for types that NumPy does not have
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
 def load_parameters(head, path: Path) -> None:
     """Fill a head from a safetensors file. Raises ValueError naming every parameter that does not fit, and one that is
     not finite."""
-    try:
-        tensors = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    tensors = load_arrays(path)
     own = dict(head.named_parameters())
     problems = [f"missing {name}" for name in sorted(set(own) - set(tensors))]
     problems += [f"unexpected {name}" for name in sorted(set(tensors) - set(own))]

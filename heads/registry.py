@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING
 
 import heads
 from runtime.entry import suggest
+from runtime.files.shown import shown
 
 if TYPE_CHECKING:
     from heads.base import Head
 
 FOLDER = Path(__file__).resolve().parent
 VARIABLE = "GORGON_HEADS"
+# Of head options, far above any head: a file that asks for more would fill the memory before anything can be checked.
+MOST_PARTS, MOST_SIZE = 1000, 1 << 24
 
 
 def roots() -> list[Path]:
@@ -135,7 +138,10 @@ def make_config(name: str, options: dict):
             raise suggest(f"option of head {name!r}:", key, fields)
         expected = type(fields[key].default)
         if type(value) is not expected and not (expected is float and type(value) is int):
-            raise ValueError(f"--head.{key} takes {expected.__name__}, got {value!r}")
+            raise ValueError(f"--head.{key} takes {expected.__name__}, got {shown(value)}")
+        most = MOST_PARTS if key.startswith("num_") else MOST_SIZE
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"--head.{key} is {shown(value)}, expected at most {most:,}")
     return config(**options)
 
 

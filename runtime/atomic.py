@@ -55,7 +55,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 def write_file(path: str | Path, content: str | bytes) -> None:
     """Write a file atomically. Raises OSError naming it; what was there before is then untouched."""
-    with _naming(path), atomic_file(path) as partial:
+    with naming(path), atomic_file(path) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
@@ -65,7 +65,7 @@ def check_writable(path: str | Path) -> None:
     Raises OSError saying what is in the way.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -75,7 +75,7 @@ def check_writable(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Turns an OSError of the body into one whose message names the file, with the same errno."""
     try:
         yield

@@ -9,7 +9,6 @@ would compute. The build has a cache of its own; it takes minutes the first time
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 from runtime.entry import Parser, run_entry
+from runtime.files.documents import parse_json, to_json
 from runtime.start.bootstrap import import_jittor, settle
 from runtime.start.choice import Choice
 from runtime.start.toolkit import WHEELS, Toolkit, find_toolkits, remedy
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         "product": product.tolist(),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    print(json.dumps(found))
+    print(to_json(found))
     return 0
 
 
@@ -84,7 +84,7 @@ def compile_core(capabilities: Sequence[int] = CAPABILITIES) -> dict:
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         raise ValueError(f"the CUDA build of Jittor failed: {' | '.join(done.stderr.splitlines()[-30:])}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return parse_json(done.stdout.splitlines()[-1], "runtime.compile_check")
 
 
 if __name__ == "__main__":

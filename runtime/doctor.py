@@ -11,7 +11,6 @@ Exits with status 0 when the chosen device is usable and with 1 when something i
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from runtime.compile_check import CAPABILITIES, compile_core
 from runtime.entry import Parser, run_entry
+from runtime.files.documents import to_json
 from runtime.start.choice import DeviceError, choose_device
 from runtime.start.devices import Driver, find_driver
 from runtime.start.jittor_source import WRITTEN_FOR
@@ -155,7 +155,7 @@ def report(findings: Findings) -> str:
     for missing in findings.missing:
         lines.append(f"{'missing' if missing.needed else 'optional'}: {missing.what}")
         lines.append(f"  install with: {missing.command}")
-    lines += [f"{name}: {json.dumps(answer)}" for name, answer in findings.checks.items()]
+    lines += [f"{name}: {to_json(answer)}" for name, answer in findings.checks.items()]
     return "\n".join(lines)
 
 
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str]) -> int:
         except ValueError as error:
             findings.checks[name] = {"failed": str(error)}
     if options.json:
-        print(json.dumps(asdict(findings) | {"usable": findings.usable}, default=str))
+        print(to_json(asdict(findings) | {"usable": findings.usable}))
     else:
         print(report(findings))
     failed = any("failed" in answer for answer in findings.checks.values())

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 
+from runtime.files.shown import MOST, shown
 from runtime.ranks import leave
 from runtime.start.bootstrap import under_mpi
 
@@ -18,9 +19,9 @@ USER_MISTAKE, INTERRUPTED = 2, 130
 def suggest(kind: str, name: str, available: Iterable[str]) -> ValueError:
     """The error for an unknown name: the nearest known one, and all of them."""
     available = sorted(available)
-    near = difflib.get_close_matches(name, available, 1)
+    near = difflib.get_close_matches(name[:MOST], available, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {kind} {name!r}.{hint} Available: {', '.join(available)}")
+    return ValueError(f"Unknown {kind} {shown(name)}.{hint} Available: {', '.join(available)}")
 
 
 def unknown_option(parser: argparse.ArgumentParser, unknown: list[str]) -> ValueError:

@@ -1,4 +1,4 @@
-"""What every JSON file of the project has in common: a strict schema, one reader, one writer.
+"""What the records of the project have in common: a strict schema, one reader, one writer.
 
 Units stand in the keys, ``null`` is unknown, unknown keys are refused. A field with a default was added later: a file
 without it reads as if it held the default.
@@ -6,28 +6,27 @@ without it reads as if it held the default.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runtime.atomic import write_file
+from runtime.files.documents import identity, plain, read_json, to_json, write_json
+from runtime.files.shown import MOST, shown
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
+MOST_WORDS = 200  # characters of a validator's own message, which may quote a value
 
 
 class OtherKindError(ValueError):
     """The file holds a record of another kind than expected. ``kind``: the kind it names."""
 
     def __init__(self, path: str | Path, kind: Any, wanted: str):
-        super().__init__(f"{path}: its kind is {kind!r}, not {wanted!r}")
+        super().__init__(f"{path}: its kind is {shown(kind)}, not {wanted!r}")
         self.kind = kind
 
 
@@ -52,7 +51,7 @@ class FileRecord(Model):
         if isinstance(data, cls):
             return data
         try:
-            return cls.model_validate_json(json.dumps(data, default=_plain))
+            return cls.model_validate_json(identity(data, default=plain))
         except ValidationError as error:
             raise ValueError(f"{where}: {explain(error)}") from error
         except TypeError as error:
@@ -69,57 +68,26 @@ class FileRecord(Model):
             raise OtherKindError(path, data.get("kind", "missing"), cls.KIND)
         if data.get("schema_version") != cls.VERSION:
             found = data.get("schema_version", "missing")
-            raise ValueError(f"{path}: schema_version is {found!r}; this version of the code reads {cls.VERSION}")
+            raise ValueError(f"{path}: schema_version is {shown(found)}; this version of the code reads {cls.VERSION}")
         return cls.parse(data, path)
 
     def to_json(self, indent: int | None = None) -> str:
         """The record as JSON text, on one line unless ``indent`` is given."""
-        return json.dumps(self.model_dump(mode="json"), indent=indent, ensure_ascii=False, allow_nan=False)
+        return to_json(self, indent)
 
     def write(self, path: str | Path) -> None:
         """Write the file atomically; its folder is made. Raises OSError naming the file."""
-        write_file(path, self.to_json(indent=1) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises ValueError naming the file and the line, OSError when it cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def finite(value: Any) -> Any:
-    """``value`` as JSON types, with None for numbers that are not finite. Raises TypeError for unknown types."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else finite(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
+        write_json(path, self, indent=1)
 
 
 def explain(error: ValidationError, most: int = 3) -> str:
     """The first few problems of a validation error on one line, each with its field."""
     problems = []
     for problem in error.errors()[:most]:
-        field = ".".join(str(part) for part in problem["loc"]) or "record"
-        message = problem["msg"].removeprefix("Value error, ")
+        field = ".".join(str(part) for part in problem["loc"])[:MOST] or "record"
+        message = problem["msg"].removeprefix("Value error, ")[:MOST_WORDS]
         got = problem["input"]
-        shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) and len(repr(got)) < 60 else ""
-        problems.append(f"{field}: {message}{shown}")
+        value = f" (got {shown(got)})" if isinstance(got, str | int | float | bool | None) else ""
+        problems.append(f"{field}: {message}{value}")
     rest = error.error_count() - most
     return "; ".join(problems) + (f"; and {rest} more" if rest > 0 else "")

@@ -22,6 +22,7 @@ MOST_LINES, MOST_FILES = 400, 14
 ENTRIES = {path.stem for path in ROOT.glob("*.py")}
 HEADS = {path.parent.name for path in (ROOT / "heads").glob("*/head.py")}
 REGISTRY = "heads/registry.py"
+DOCUMENTS = "runtime/files/documents.py"
 
 
 def project_files():
@@ -73,6 +74,8 @@ def problems_of(source, path):
         words = name.split(".")
         if words[0] in ("jittor", "jittor_utils") and room != "runtime":
             problems.append(f"{path}:{line} imports {name}; only runtime imports Jittor")
+        if words[0] in ("json", "yaml") and path != DOCUMENTS:
+            problems.append(f"{path}:{line} imports {name}; files are read and written through {DOCUMENTS}")
         if words[0] in BELOW and room and words[0] != room and words[0] not in BELOW[room]:
             problems.append(f"{path}:{line} imports {name}; {room} may import {', '.join(sorted(BELOW[room]))}")
         if room and words[0] in ENTRIES:
@@ -222,6 +225,8 @@ def test_every_file_keeps_the_rules():
     ("path", "source"),
     [
         ("ops/bad.py", "import jittor as jt"),
+        ("train.py", "import json"),
+        ("trainer/bad.py", "def f():\n    from yaml import safe_load"),
         ("trainer/bad.py", "def f():\n    from jittor import nn"),
         ("ops/bad.py", "from backbone.model import Backbone"),
         ("runtime/bad.py", "import ops"),
@@ -255,6 +260,7 @@ def test_a_file_that_breaks_a_rule_is_reported(path, source):
     ("path", "source"),
     [
         ("runtime/good.py", "import jittor"),
+        (DOCUMENTS, "import json"),
         ("trainer/good.py", "from runtime.entry import suggest\nfrom heads.registry import build\nimport numpy"),
         ("heads/mlp/good.py", "from heads.mlp.head import MLPHead\nok = name == 'mlp'"),
         ("heads/mlp/good.py", "from .head import MLPHead"),

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from backbone.engines import JITTOR, prepare_engine
 from backbone.options import BackboneOptions
 from heads.registry import available, head_class, head_folder, make_config
 from runtime.entry import Parser, suggest
+from runtime.files.documents import read_yaml
+from runtime.files.shown import shown
 from runtime.options import add_options, check_options, option, option_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +131,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     """ "name was X, is Y" for every option that differs, except those of the output. A missing one counts as None."""
     names = sorted((set(before) | set(after)) - OUTPUT)
     pairs = [(name, before.get(name), after.get(name)) for name in names]
-    return [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
+    return [f"{name} was {shown(old)}, is {shown(new)}" for name, old, new in pairs if old != new]
 
 
 FIELDS = option_fields(TrainConfig)
@@ -142,7 +142,7 @@ TYPES = typing.get_type_hints(TrainConfig)
 def _set(config: TrainConfig, key: str, value, source: str) -> None:
     """Set one field from YAML, with its type checked."""
     if not isinstance(key, str):
-        raise ValueError(f"{source}: a key must be text, got {key!r}")
+        raise ValueError(f"{source}: a key must be text, got {shown(key)}")
     if key.startswith("head."):
         config.head_options[key.removeprefix("head.")] = value
         return
@@ -151,7 +151,7 @@ def _set(config: TrainConfig, key: str, value, source: str) -> None:
         raise suggest(f"key in {source}:", key, [*FIELDS, "head.<option>"])
     wanted = TYPES[name]
     if not _has_type(value, wanted):
-        raise ValueError(f"{source}: {key} takes {getattr(wanted, '__name__', wanted)}, got {value!r}")
+        raise ValueError(f"{source}: {key} takes {getattr(wanted, '__name__', wanted)}, got {shown(value)}")
     setattr(config, name, float(value) if wanted is float else value)
 
 
@@ -163,17 +163,6 @@ def _has_type(value, wanted) -> bool:
     if isinstance(value, bool):
         return wanted is bool
     return isinstance(value, int | float if wanted is float else wanted)
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML mapping of options. Raises ValueError naming the file."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options to values")
-    return content
 
 
 def recipe(head: str) -> tuple[str, dict]:

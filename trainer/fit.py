@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +17,9 @@ import psutil
 import runtime
 from heads.base import Stage
 from heads.checkpoint import save_checkpoint, update_config
-from runtime.atomic import write_file
+from runtime.atomic import naming, write_file
+from runtime.files.documents import parse_json, to_json
 from runtime.interrupt import acknowledge_interrupt, check_interrupt, deferred_interrupts
-from runtime.records import finite
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenizedData, batches
 from trainer.guard import save_bad_step
@@ -101,7 +100,7 @@ class Run:
         """Restore a state, and remove later steps from the log."""
         counters = state.meta["progress"]
         state.restore_head(self.head)
-        self.best = Score(**counters["best"]) if counters["best"] else None
+        self.best = Score.restore(counters["best"]) if counters["best"] else None
         session = {**self.sessions[0], "first_step": counters["step"], "last_step": counters["step"]}
         for name in COUNTERS:
             setattr(self, name, counters[name])
@@ -114,17 +113,17 @@ class Run:
 
     def _drop_log_after_this_step(self) -> None:
         path, earlier = self.out / LOG, []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # an incomplete line, which a kill leaves
-                if json.loads(line).get("step", self.step + 1) <= self.step:
+        for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # an incomplete line, which a kill leaves
+                if parse_json(line, path).get("step", self.step + 1) <= self.step:
                     earlier.append(line)
         write_file(path, "".join(f"{line}\n" for line in earlier))
 
     def log(self, record: dict) -> None:
         """Append one JSON line to log.jsonl."""
         if runtime.is_main():
-            with open(self.out / LOG, "a") as file:
-                file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+            with naming(self.out / LOG), open(self.out / LOG, "a", encoding="utf-8") as file:
+                file.write(to_json(record) + "\n")
 
     def score(self, data: TokenizedData, source) -> Score:
         """Score the head, with the averaged weights if there are any; save it when it has the best score so far."""

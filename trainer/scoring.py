@@ -26,7 +26,8 @@ MIN_REPLIES = 16  # with fewer of the backbone's own replies, all replies count
 @dataclass
 class Score:
     """What held-out text says. expected_accept_length: tokens per pass; top1, top5: per depth; loss: nats per depth;
-    tree: the paths that give it; stats: what the head reports of itself, see ``Head.describe``."""
+    all three NaN at a depth without a label; tree: the paths that give it; stats: what the head reports of itself, see
+    ``Head.describe``."""
 
     expected_accept_length: float
     top1: list[float]
@@ -34,6 +35,12 @@ class Score:
     loss: list[float]
     tree: list[list[int]]
     stats: dict
+
+    @classmethod
+    def restore(cls, stored: dict) -> Score:
+        """A score as a state stores it: null stands for NaN, the figure of a depth without a label."""
+        by_depth = {key: [np.nan if x is None else x for x in stored[key]] for key in ("top1", "top5", "loss")}
+        return cls(**{**stored, **by_depth})
 
 
 @dataclass
@@ -118,8 +125,10 @@ def expected_accept_length(ranks: np.ndarray, lengths: np.ndarray, num_nodes: in
 
 
 def accuracy(ranks: np.ndarray, top: int) -> list[float]:
-    """Share of labelled positions whose true token is among the ``top`` first, per depth. ranks: (depth, positions)."""
-    return [float((row[row >= 0] < top).mean()) for row in ranks]
+    """Share of labelled positions whose true token is among the ``top`` first, per depth, NaN without a label.
+    ranks: (depth, positions)."""
+    labelled = [row[row >= 0] for row in ranks]
+    return [float((row < top).mean()) if len(row) else np.nan for row in labelled]
 
 
 # Scoring a head -------------------------------------------------------------------------------------------------------
@@ -213,7 +222,7 @@ def score_head(head, data: TokenizedData, source, num_nodes: int, own: np.ndarra
         expected_accept_length(counted, replies, num_nodes),
         accuracy(ranks, 1),
         accuracy(ranks, 5),
-        (totals.losses / np.maximum(totals.labelled, 1)).tolist(),
+        np.divide(totals.losses, totals.labelled, np.full(len(ranks), np.nan), where=totals.labelled > 0).tolist(),
         [list(path) for path in tree],
         head.describe({name: total / ranks.shape[1] for name, total in totals.stats.items()}),
     )

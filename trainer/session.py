@@ -16,6 +16,7 @@ from backbone.model import Backbone
 from heads.base import Head
 from heads.checkpoint import weights_sha256
 from heads.registry import build
+from runtime.files.lock import locked
 from runtime.ranks import barrier, share_from_main, text_from_main
 from trainer.config import OUTPUT, TrainConfig
 from trainer.data.splits import Splits, data_files, load_splits
@@ -165,18 +166,22 @@ def train(
     """Train one head in this process, all ranks together; returns the result and the directory of its files.
 
     on_score(step, score) is called after every score and returns whether the run should end there; setting: what
-    ``prepare(config)`` gave, if it was called already. Raises ValueError for options that make no run.
+    ``prepare(config)`` gave, if it was called already. Raises ValueError for options that make no run, and naming the
+    process that writes the same directory.
     """
     setting = setting or prepare(config)
-    out = run_directory(config)
-    state = enter_directory(config, out)
-    if state is not None:
-        check_identity(state, setting.identity)
-    first, num_steps = state.step if state else 0, setting.num_steps
-    main = runtime.is_main()
-    if main:
-        card(config, setting.backbone, setting.head, setting.splits.report, num_steps, out)
+    out, main = run_directory(config), runtime.is_main()
     with contextlib.ExitStack() as stack:
+        if main:
+            stack.enter_context(locked(out))
+        state = enter_directory(config, out)
+        if state is not None:
+            check_identity(state, setting.identity)
+        first, num_steps = state.step if state else 0, setting.num_steps
+        if first > num_steps:
+            raise ValueError(f"{state.directory} is of step {first}, the run has {num_steps}; delete it to resume")
+        if main:
+            card(config, setting.backbone, setting.head, setting.splits.report, num_steps, out)
         events = stack.enter_context(Events(out, first)) if config.tensorboard and main else None
         watch = stack.enter_context(Watch(num_steps, first, quiet=not main))
         if state is not None:
@@ -197,16 +202,21 @@ def train(
         run = Run(config, setting.head, setting.base, out, setting.identity, scored)
         objective = make_objective(setting)
         result = fit(run, setting.splits.training, setting.splits.held_out, *sources, stepped, objective, state)
-    if main:
-        checkpoint = out / CHECKPOINT
-        record = make_record(
-            config,
-            result,
-            data={**setting.base["data"], "report": setting.splits.report.as_dict()},
-            provenance=runtime.provenance(config.seed),
-            parameters=setting.head.num_parameters,
-            checkpoint=checkpoint,
-            weights_sha256=weights_sha256(checkpoint),
-        )
-        record.write(out / FILE)
+        if main:
+            write_record(setting, result, out)
     return result, out
+
+
+def write_record(setting: Setting, result: FitResult, out: Path) -> None:
+    """Write ``train.json`` of a finished run."""
+    checkpoint = out / CHECKPOINT
+    record = make_record(
+        setting.config,
+        result,
+        data={**setting.base["data"], "report": setting.splits.report.as_dict()},
+        provenance=runtime.provenance(setting.config.seed),
+        parameters=setting.head.num_parameters,
+        checkpoint=checkpoint,
+        weights_sha256=weights_sha256(checkpoint),
+    )
+    record.write(out / FILE)

@@ -7,29 +7,79 @@ counters, the best score so far, the identity of the run, and the hash of every 
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from pydantic import ValidationError
 
 from backbone.files.lazy import check_finite
-from heads.checkpoint import check_files, config_digest, load_parameters, save_parameters
+from heads.checkpoint import (
+    check_files,
+    check_hashes,
+    config_digest,
+    load_arrays,
+    load_parameters,
+    save_arrays,
+    save_parameters,
+    signed,
+)
 from runtime.atomic import atomic_directory, sha256_of
-from runtime.records import read_json
+from runtime.files.documents import identity as identity_text
+from runtime.files.documents import plain, read_json, write_json
+from runtime.files.shown import shown
+from runtime.records import Amount, Count, Model, Rate, explain
 from trainer.config import differences
+from trainer.report.record import ScorePoint, Session
 
-FORMAT = 1
 STATES, META = "states", "state.json"
 HEAD, OPTIMIZER, AVERAGE = "head.safetensors", "optimizer.safetensors", "average.safetensors"
 
 
+FOLDER = re.compile(r"step-([0-9]{8,18})")
+
+
+class BestScore(Model):
+    """A ``trainer.scoring.Score``; null stands for a depth without a label."""
+
+    expected_accept_length: Amount
+    top1: list[Rate | None]
+    top5: list[Rate | None]
+    loss: list[float | None]
+    tree: list[list[Count]]
+    stats: dict[str, Any]
+
+
+class Progress(Model):
+    """See ``trainer.fit.Run.counters``."""
+
+    step: Count
+    tokens: Count
+    skipped: Count
+    skipped_in_row: Count
+    best_step: Count
+    history: list[ScorePoint]
+    sessions: list[Session]
+    train_s: Amount
+    best: BestScore | None
+
+
+class Meta(Model):
+    """The content of state.json. files: sha256 by name; digest: of all the rest."""
+
+    format: Literal[1]
+    progress: Progress
+    identity: dict[str, Any]
+    files: dict[str, str]
+    digest: str
+
+
 @dataclass
 class State:
-    """A state on disk. meta: the content of state.json; ``progress`` in it: see ``trainer.fit.Run.counters``."""
+    """A state on disk. meta: the content of state.json, as ``Meta`` describes it."""
 
     directory: Path
     meta: dict
@@ -37,7 +87,7 @@ class State:
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.meta["progress"]["step"])
+        return self.meta["progress"]["step"]
 
     def restore_head(self, head) -> None:
         """Load the head's weights."""
@@ -45,7 +95,7 @@ class State:
 
     def arrays(self, file: str) -> dict[str, np.ndarray]:
         """What ``Optimizer.state`` or ``Average.state`` gave; file: ``OPTIMIZER`` or ``AVERAGE``."""
-        return load_file(self.directory / file)
+        return load_arrays(self.directory / file)
 
 
 def save_state(
@@ -60,29 +110,28 @@ def save_state(
     try:
         with atomic_directory(directory) as partial:
             save_parameters(head, partial / HEAD)
-            save_file(optimizer, str(partial / OPTIMIZER))
+            save_arrays(optimizer, partial / OPTIMIZER)
             if average is not None:
-                save_file(average, str(partial / AVERAGE))
+                save_arrays(average, partial / AVERAGE)
             hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-            meta = {"format": FORMAT, "progress": progress, "identity": identity, "files": hashes}
-            meta = json.loads(json.dumps(meta))
-            (partial / META).write_text(json.dumps({**meta, "digest": config_digest(meta)}, indent=1) + "\n")
-    except (OSError, SafetensorError) as error:
+            meta = {"format": 1, "progress": progress, "identity": identity, "files": hashes}
+            write_json(partial / META, signed(meta), indent=1)
+    except OSError as error:
         states = list_states(out)
-        earlier = f"--resume continues from step {_step_of(states[-1])}" if states else "there is no earlier state"
-        raise OSError(f"{directory} cannot be written: {error}; {earlier}") from error
+        then = f"--resume, from step {_step_of(states[-1])}" if states else "start over: there is no earlier state"
+        raise OSError(f"{directory} cannot be written: {error.strerror or error}; mend that, then {then}") from error
     for old in list_states(out)[:-keep]:
         shutil.rmtree(old)
     return directory
 
 
 def _step_of(directory: Path) -> int:
-    return int(directory.name.removeprefix("step-"))
+    return int(FOLDER.fullmatch(directory.name)[1])
 
 
 def list_states(out: Path) -> list[Path]:
     """The directories of the states of a run, oldest first."""
-    return sorted((p for p in (Path(out) / STATES).glob("step-*") if p.name[5:].isdigit()), key=_step_of)
+    return sorted((path for path in (Path(out) / STATES).glob("step-*") if FOLDER.fullmatch(path.name)), key=_step_of)
 
 
 def newest_state(out: Path) -> State | None:
@@ -96,11 +145,11 @@ def newest_state(out: Path) -> State | None:
         meta = read_json(path)
         if not isinstance(meta, dict) or meta.get("digest") != config_digest(meta):
             raise ValueError(f"{path} is damaged: its digest does not fit")
-        if meta["format"] != FORMAT:
-            raise ValueError(f"{path} has format {meta['format']}, this version reads {FORMAT}")
+        meta = plain(meta)  # older ones hold NaN
+        check_meta(meta, path)
         check_files(directory, meta["files"])
         for file in meta["files"]:
-            for name, array in load_file(directory / file).items():
+            for name, array in load_arrays(directory / file).items():
                 check_finite(f"{directory / file}: {name}", array)
     except (OSError, ValueError) as error:
         earlier = f"resume from step {_step_of(found[-2])}" if len(found) > 1 else "start over"
@@ -108,15 +157,26 @@ def newest_state(out: Path) -> State | None:
     return State(directory, meta)
 
 
+def check_meta(meta: dict, path: Path) -> None:
+    """Raises ValueError naming what in a state.json is not that of a state of its step."""
+    try:
+        progress = Meta.model_validate_json(identity_text(meta)).progress
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}") from error
+    if progress.step != _step_of(path.parent) or progress.best_step > progress.step:
+        raise ValueError(f"{path} is of step {progress.step}, best {progress.best_step}; its folder names another")
+    check_hashes(meta["files"], str(path))
+
+
 def check_identity(state: State, identity: dict) -> None:
     """Raises ValueError naming everything in which the run of a state differs from this one."""
-    then, now = state.meta["identity"], json.loads(json.dumps(identity))
+    then, now = state.meta["identity"], plain(identity)
     found = []
     for part in sorted(set(then) | set(now)):
         before, after = then.get(part), now.get(part)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after)
         elif before != after:
-            found.append(f"{part} was {before!r}, is {after!r}")
+            found.append(f"{part} was {shown(before)}, is {shown(after)}")
     if found:
         raise ValueError(f"{state.directory} belongs to another run: {'; '.join(found[:6])}; use the same options")

@@ -40,8 +40,8 @@ def split(indices: Sequence[int], lengths: np.ndarray, num_parts: int) -> list[l
 class Metrics:
     """The figures of a step, summed over its passes and the ranks.
 
-    losses, top1, top5: per depth that has a loss, nats and shares of the labelled positions; aux: extra losses;
-    interrupted: Ctrl-C was pressed on one of the ranks.
+    losses, top1, top5: per depth that has a loss, nats and shares of the labelled positions, NaN without one; aux:
+    extra losses; interrupted: Ctrl-C was pressed on one of the ranks.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -76,9 +76,9 @@ class _Sums:
         for batch, _ in self._waiting:
             losses, ranks, terms = ([next(read) for _ in range(n)] for n in (self.used, self.used, len(self.names)))
             for depth, (loss, found) in enumerate(zip(losses, ranks, strict=True)):
-                total = max(1, int(batch.label_counts[depth]))
-                hits = [((found >= 0) & (found < top)).sum() / total for top in (1, 5)]
-                self.depths[:, depth] += [loss.item(), *hits]
+                total = int(batch.label_counts[depth])
+                hits = [((found >= 0) & (found < top)).sum() for top in (1, 5)]
+                self.depths[:, depth] += [loss.item(), *(hit / total for hit in hits)] if total else np.nan
             self.aux[: len(self.names)] += [batch.share * term.item() for term in terms]
         self._waiting = []
 

@@ -7,6 +7,8 @@ import re
 import struct
 from pathlib import Path
 
+from runtime.files.regular import open_regular
+
 SAFETENSORS, BIN, META, PICKLE = "safetensors", "hf-bin", "meta", "jittor-pkl"
 # Hugging Face's: the name of a single file, and what shards of it look like.
 SINGLE = {SAFETENSORS: "model.safetensors", BIN: "pytorch_model.bin"}
@@ -46,9 +48,9 @@ def container(path: str | Path) -> str | None:
     """The type of a file by its first bytes: safetensors, torch.save's zip or a pickle; None for anything else.
 
     The header length of a safetensors file may start like a pickle, but a pickle never reads as a length that fits.
-    Raises OSError when the file cannot be read.
+    Raises OSError when the file cannot be read, ValueError when it is no regular file.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(9)
         size = file.seek(0, 2)
     if start[:4] == b"PK\x03\x04":

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 Shape = tuple[int, ...]
+MOST_REASON = 300  # characters of what a library says, which may quote the file
 BLOCK_BYTES = 1 << 24  # 16 MiB: converting a block takes several times that, still little next to the interpreter
 
 
@@ -22,9 +23,9 @@ class Refused(ValueError):
 
 def damaged(path: Path, error: Exception) -> ValueError:
     """The error for a file that could not be read or was refused, with the reason."""
+    reason = (str(error) or type(error).__name__)[:MOST_REASON]
     if isinstance(error, Refused):
-        return ValueError(f"{path} is not loaded: {error}")
-    reason = str(error) or type(error).__name__
+        return ValueError(f"{path} is not loaded: {reason}")
     return ValueError(f"{path} cannot be read as weights: {reason}. If it is truncated or damaged, fetch it again")
 
 

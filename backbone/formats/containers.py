@@ -7,7 +7,6 @@ The content does not depend on the time, the machine or the size of the blocks.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import struct
 import zipfile
@@ -23,6 +22,7 @@ from backbone.files.pickle_file import DTYPES as PICKLE_DTYPES
 from backbone.files.pickle_file import MAGIC
 from backbone.files.torch_file import LOCAL_HEADER, STORAGE_DTYPES
 from backbone.weights import SAFETENSORS_DTYPES
+from runtime.files.documents import to_json
 
 Tensors = Mapping[str, LazyTensor]
 ALIGNMENT = 64  # bytes, of records in torch's archives: their numbers can then be used where they are mapped
@@ -60,7 +60,7 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
         tensor, start = tensors[name], end
         end += tensor.nbytes
         header[name] = {"dtype": names[name], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, compact=True).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

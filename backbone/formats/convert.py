@@ -79,8 +79,10 @@ def _check_target(source: Path, out: Path, to: str, overwrite: bool) -> None:
 
 
 def _check_space(out: Path, needed: int) -> None:
-    """Raises ValueError when the disk would fill up."""
+    """Raises ValueError when nothing can be written there, which a full disk is not, and when it would fill up."""
     folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{out} cannot be written: {folder} is read-only; choose another --out")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"{out} needs {needed / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB left; free some space")

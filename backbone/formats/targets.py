@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from backbone.files.lazy import LazyTensor
 from backbone.formats.containers import write_pickle, write_safetensors, write_torch
 from backbone.formats.shards import plan_shards
 from backbone.formats.source import FILES_ENTRY, Source
+from runtime.files.documents import to_json, write_json
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,10 @@ class Job:
     note: Callable[[str], None]
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _write_config_and_files(job: Job, folder: Path) -> None:
-    _write_json(folder / CONFIG, job.config)
+    write_json(folder / CONFIG, job.config)
     if job.source.raw.generation is not None:
-        _write_json(folder / GENERATION_CONFIG, job.source.raw.generation)
+        write_json(folder / GENERATION_CONFIG, job.source.raw.generation)
     for name, content in job.source.files.items():
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
@@ -56,7 +52,7 @@ def _write_hugging_face(
     if len(plan) > 1:
         size = sum(tensor.nbytes for tensor in job.tensors.values())
         weight_map = {name: file for file, names in plan.items() for name in names}
-        _write_json(folder / f"{single}.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(folder / f"{single}.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     _write_config_and_files(job, folder)
 
 
@@ -85,7 +81,7 @@ def params_of(config: BackboneConfig) -> dict[str, Any]:
         )
     scaling = config.rope_scaling
     if scaling is not None and scaling["rope_type"] != "llama3":
-        raise ValueError(f"{META_PARAMS} has no field for rope scaling {json.dumps(scaling)}; choose another format")
+        raise ValueError(f"{META_PARAMS} has no field for rope scaling {to_json(scaling)}; choose another format")
     params = {
         "dim": config.hidden_size,
         "n_layers": config.num_layers,
@@ -134,14 +130,14 @@ def write_meta_folder(job: Job, folder: Path) -> None:
         for key, value in meta.SCALED_ROPE.items()
         if key != "rope_type"
     ):
-        job.note(f"{META_PARAMS} has no field for rope scaling {json.dumps(config.rope_scaling)}; {CONFIG} has it")
+        job.note(f"{META_PARAMS} has no field for rope scaling {to_json(config.rope_scaling)}; {CONFIG} has it")
     tensors, shared = _meta_tensors(job), {}
     if config.tie_embeddings:
         tensors[meta.OUTPUT], shared = tensors[meta.EMBEDDING], {meta.OUTPUT: meta.EMBEDDING}
     file = folder / "consolidated.00.pth"
     job.note(f"writing {file.name}: {len(tensors)} tensors")
     write_torch(file, tensors, shared)
-    _write_json(folder / META_PARAMS, params)
+    write_json(folder / META_PARAMS, params)
     _write_config_and_files(job, folder)
 
 

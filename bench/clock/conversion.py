@@ -4,7 +4,6 @@ separate process."""
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from backbone.weights import expected_shapes
 from bench.record.files import ROOT
 from bench.tables.terminal import note
 from runtime.atomic import check_writable
+from runtime.files.documents import parse_json, write_json
 from runtime.options import option
 
 STEPS = (SAFETENSORS, META, PICKLE)
@@ -104,8 +104,8 @@ def make_model(folder: Path, raw: dict, shard_size: int) -> None:
     for file, names in plan.items():
         write_torch(folder / file, {name: tensors[name] for name in names})
     weight_map = {name: file for file, names in plan.items() for name in names}
-    (folder / f"{SINGLE[BIN]}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / CONFIG).write_text(json.dumps(raw))
+    write_json(folder / f"{SINGLE[BIN]}.index.json", {"weight_map": weight_map})
+    write_json(folder / CONFIG, raw)
 
 
 def digest(path: Path) -> str:
@@ -123,7 +123,9 @@ def convert_in_child(source: Path, to: str, out: Path, shard_size: str) -> dict:
     words = ["weight_convert.py", source, "--to", to, "--out", out, "--shard-size", shard_size]
     command = [sys.executable, "-S", "-c", LAUNCHER, sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    status, seconds, kilobytes = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (-1, 0, 0)
+    if done.returncode:
+        raise ValueError(f"converting to {to} did not start")
+    status, seconds, kilobytes = parse_json(done.stdout.splitlines()[-1], "the measured process")
     if status:
         raise ValueError(f"converting to {to} ended with status {status}; see the reason above")
     return {"to": to, "seconds": round(seconds, 2), "peak_bytes": kilobytes * 1024}

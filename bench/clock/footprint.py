@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from bench.clock.shapes import build_backbone, cache_bytes, config_from, weight_
 from bench.record.engine import Memory
 from ops.row_plan import RowPlan
 from runtime import jt
+from runtime.files.documents import parse_json
 
 
 def footprint(name: str, config: BackboneConfig, dtype: str, rows: list[int], length: int) -> Memory:
@@ -89,5 +89,5 @@ def pass_tokens(backbone: Backbone, count: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    task = json.loads(sys.argv[1])
+    task = parse_json(sys.argv[1], "the task")
     print(weigh(**{**task, "config": config_from(task["config"])}).model_dump_json())

@@ -8,7 +8,6 @@ Each side runs in a separate process that records its peak memory after inputs a
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from ops.linear_loss import linear_cross_entropy
 from ops.training import cross_entropy, trainable_linear
 from runtime import jt
 from runtime.atomic import check_writable
+from runtime.files.documents import parse_json, to_json
 from runtime.options import option
 from runtime.types import Var
 
@@ -172,5 +172,5 @@ def compare(problem: Problem, repeats: int) -> dict:
 
 
 if __name__ == "__main__":
-    task = json.loads(sys.argv[1])
-    print(json.dumps(weigh(task.pop("name"), Problem(**task))))
+    task = parse_json(sys.argv[1], "the task")
+    print(to_json(weigh(task.pop("name"), Problem(**task))))

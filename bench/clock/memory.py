@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 
 from bench.record.files import ROOT
+from runtime.files.documents import parse_json, to_json
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CGROUP = Path("/sys/fs/cgroup")
@@ -56,11 +56,11 @@ def run_apart(module: str, task: Mapping[str, Any], what: str) -> Any:
 
     what: the work, in a message. Raises ValueError if the process fails or is ended, as for its memory.
     """
-    command = [sys.executable, "-m", module, json.dumps(task)]
+    command = [sys.executable, "-m", module, to_json(task)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode < 0:
         reason = "there is not enough memory" if done.returncode == -signal.SIGKILL else "see above"
         raise ValueError(f"{what} was ended by signal {-done.returncode}: {reason}")
     if done.returncode:
         raise ValueError(f"{what} failed; see the reason above")
-    return json.loads(done.stdout.splitlines()[-1])
+    return parse_json(done.stdout.splitlines()[-1], what)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -21,8 +20,8 @@ from bench.record.files import ROOT, publish
 from bench.tables.terminal import note, show_table
 from runtime.atomic import check_writable
 from runtime.entry import suggest
+from runtime.files.documents import parse_json, read_json
 from runtime.options import option
-from runtime.records import read_json
 
 NO_GPU = "no usable CUDA device"
 STYLES = {"pass": "green", "fail": "red", "not run": "yellow", "skipped": "dim"}
@@ -137,7 +136,7 @@ def describe_gpu() -> dict:
     }
 
 
-PROVENANCE = "import json, runtime; print(json.dumps(runtime.provenance()))"
+PROVENANCE = "import runtime\nfrom runtime.files.documents import to_json\nprint(to_json(runtime.provenance()))"
 
 
 def provenance(gpu: bool, outcomes: Sequence[Outcome]) -> dict:
@@ -148,7 +147,7 @@ def provenance(gpu: bool, outcomes: Sequence[Outcome]) -> dict:
         return {}
     environment = {**os.environ, "GORGON_DEVICE": "cuda" if gpu else "cpu"}
     text = output_of(sys.executable, "-c", PROVENANCE, environment=environment, timeout_s=600)
-    return json.loads(text.splitlines()[-1]) if text else {}
+    return parse_json(text.splitlines()[-1], "runtime.provenance") if text else {}
 
 
 def show_outcomes(outcomes: Sequence[Outcome], steps: Sequence[Step]) -> None:

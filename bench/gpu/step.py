@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record.files import ROOT, project_path
+from runtime.files.documents import identity
 
 NOT_RUN = "not run"  # no GPU, no time, or interrupted
 STATUSES = ("pass", "fail", NOT_RUN, "skipped")
@@ -118,7 +118,7 @@ def run_step(step: Step, logs: Path, ends: float | None = None) -> Outcome:
         outcome.reason = f"exit status {status}: {last_line(log)}"
     try:
         figures = {} if status is None else step.read(step.result or log)
-        json.dumps(figures, allow_nan=False)  # a NaN must not cost the record
+        identity(figures, allow_nan=False)  # a NaN must not cost the record
         outcome.figures = figures
         if status == 0:
             outcome.status = "pass"

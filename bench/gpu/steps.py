@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 from bench.gpu.step import Step, StepFailed
 from bench.record.files import ROOT
+from runtime.files.documents import parse_json, read_json
 from runtime.start.devices import find_driver
 from runtime.start.toolkit import find_toolkits
 
@@ -67,7 +67,7 @@ def pytest_figures(log: Path) -> dict[str, Any]:
 
 def engine_figures(result: Path) -> dict[str, Any]:
     """The figures of ``bench/engine.py``: the worst of its contexts."""
-    record = json.loads(result.read_text())
+    record = read_json(result)
     (shape,), loop = record["shapes"], record["loop"]
     passes = {(each["context"], each["rows"]): each for each in shape["passes"]}
     contexts = sorted({context for context, _ in passes})
@@ -113,8 +113,8 @@ def against(value: float, goal: float, text: str) -> str:
 
 def train_figures(result: Path) -> dict[str, Any]:
     """The figures of ``train.json``: the held-out loss has to fall."""
-    record = json.loads(result.read_text())
-    losses = [sum(each["loss"]) for each in record["history"]]
+    record = read_json(result)
+    losses = [sum(loss for loss in each["loss"] if loss is not None) for each in record["history"]]
     figures = {
         "device": record["provenance"]["device"],
         "steps": record["steps"],
@@ -137,7 +137,7 @@ def train_line(figures: Mapping[str, Any]) -> str:
 
 def decoding_figures(result: Path) -> dict[str, Any]:
     """The figures of ``bench/run.py``: every text has to be the baseline's."""
-    record = json.loads(result.read_text())
+    record = read_json(result)
     metrics, parity = record["metrics"], record["parity"]
     figures = {
         "device": record["provenance"]["device"],
@@ -209,18 +209,19 @@ def _kernel_steps() -> list[Step]:
 
 
 CORE = """
-import json, time
+import time
 start = time.time()
 import runtime
 from runtime import jt
+from runtime.files.documents import to_json
 jt.matmul(jt.ones((64, 64)), jt.ones((64, 64))).sync(True)
-print(json.dumps({"device": runtime.device, "seconds": time.time() - start, "provenance": runtime.provenance()}))
+print(to_json({"device": runtime.device, "seconds": time.time() - start, "provenance": runtime.provenance()}))
 """
 
 
 def core_figures(log: Path) -> dict[str, Any]:
     """The last line of ``CORE``."""
-    return {"device": json.loads(log.read_text(errors="replace").splitlines()[-1])["device"]}
+    return {"device": parse_json(log.read_text(errors="replace").splitlines()[-1], log)["device"]}
 
 
 MEMCHECK = ["tests/ops/test_select.py", "-k", "test_argmax_is_the_first_of_the_largest"]

@@ -20,7 +20,7 @@ from bench.record.schema import Prediction
 from bench.tables.terminal import note
 from decoding.options import AUTO, DYNAMIC, read_tree
 from decoding.tree import DynamicTree, Tree, default_tree
-from runtime.records import read_json
+from runtime.files.documents import read_json
 
 WIDTH = 8  # nodes a dynamic tree expands at each depth, and their candidates
 

@@ -11,13 +11,14 @@ gets one line of JSON.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from runtime.files.documents import parse_json
 
 if __package__ in (None, ""):  # run as a script: imports start at the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -101,7 +102,7 @@ def read_results(text: str, where: str) -> dict:
     quartiles 3 and 5. Raises ValueError, naming ``where``, for anything but such a list.
     """
     try:
-        entries = json.loads(text)
+        entries = parse_json(text, where)
         facts = {ours: entries[0].get(theirs) for theirs, ours in FACTS.items()}
         passes, token = [], None
         for entry in entries:

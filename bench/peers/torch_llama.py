@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from backbone.tokenizer import EMBEDDED
 from bench.clock.memory import available_memory
 from bench.clock.shapes import config_from, weight_bytes
 from bench.record.files import ROOT
+from runtime.files.documents import parse_json, to_json
 from runtime.start.bootstrap import SPIN_COUNT
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,7 +61,7 @@ class Child:
     def ask(self, question: Any = None) -> float:
         """The seconds of the next call."""
         try:
-            print(json.dumps(question), file=self.process.stdin, flush=True)
+            print(to_json(question), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
@@ -69,7 +69,7 @@ class Child:
             self.process.stdout.close()
             raise RuntimeError(f"transformers ended with status {self.process.wait()}")
         time.sleep(QUIET_S)
-        return json.loads(answer)
+        return parse_json(answer, "transformers")
 
     def close(self) -> None:
         """End the process."""
@@ -245,7 +245,7 @@ def main() -> None:
     """Make the call of the task, the first question, and again for every further one; answer with its seconds."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
-    questions = map(json.loads, iter(sys.stdin.readline, ""))
+    questions = (parse_json(line, "the question") for line in iter(sys.stdin.readline, ""))
     task = next(questions)
     if "prompt" in task:
         make = generator(task["prompt"], task["tokens"], task["threads"])
@@ -255,7 +255,7 @@ def main() -> None:
     for _ in itertools.chain([task], questions):
         begin = time.perf_counter()
         call()
-        print(json.dumps(time.perf_counter() - begin), file=answers, flush=True)
+        print(to_json(time.perf_counter() - begin), file=answers, flush=True)
 
 
 if __name__ == "__main__":

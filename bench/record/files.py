@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.atomic import write_file
+from runtime.files.documents import to_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,5 +20,5 @@ def project_path(path: str | Path) -> str:
 def publish(record: Mapping[str, Any], out: str | None) -> None:
     """Print a record as one line of JSON, the last of stdout, after writing it to ``out`` if that is given."""
     if out is not None:
-        write_file(out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps(record, ensure_ascii=False))
+        write_json(out, record, indent=1)
+    print(to_json(record))

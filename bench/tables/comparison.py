@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,8 @@ from bench.tables.results import (
 from bench.tables.summary import PARITY_FAILED, WORDS, header, sampling_mark, summary_cells, with_marks
 from bench.tables.terminal import show_table
 from bench.tables.training import is_off, join, read_train_records
-from runtime.atomic import check_writable, write_file
+from runtime.atomic import check_writable
+from runtime.files.documents import write_json
 from runtime.options import option
 
 COLUMNS = ("head", "backbone", "nodes", "dtype", "prompts", "accept_length", "tokens_per_s", "speedup", "overhead",
@@ -113,7 +113,7 @@ def compare(options: CompareOptions) -> None:
 
         draw(results, options.plot, options.frontier)
     if options.json:
-        write_json(options.json, content)
+        write_json(options.json, content, indent=1)
     print_doubts(notes, warnings)
     if results:
         show_results(shown, promises)
@@ -139,11 +139,6 @@ def print_doubts(notes: Sequence[str], warnings: Sequence[str]) -> None:
     for kind, texts in (("note", notes), ("warning", warnings)):
         for text in texts:
             print(f"{kind}: {text}", file=sys.stderr)
-
-
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Write a comparison as JSON."""
-    write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def show_results(frame: pd.DataFrame, promises: pd.DataFrame | None = None) -> None:

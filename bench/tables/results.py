@@ -9,7 +9,6 @@ All tables are made from this frame, so that a table in a terminal and a table i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import pandas as pd
 from bench.record.schema import AUTOREGRESSIVE, Record
 from decoding.options import describe_acceptance
 from runtime.entry import suggest
+from runtime.files.documents import identity
 from runtime.records import OtherKindError
 
 INTEGERS = ("nodes", "prompts", "num_prompts", "parameters", "seed", "train_steps", "train_tokens", "checkpoint_nodes",
@@ -175,7 +175,7 @@ def _row(result: Result) -> dict[str, Any]:
         "git_sha": place.get("git_sha"),
         "git_dirty": bool(place.get("git_dirty")),
         # The training, and what it and a calibration promised
-        "head_options": json.dumps(record.config.head, sort_keys=True),
+        "head_options": identity(record.config.head, sort_keys=True),
         "seed": checkpoint.get("seed"),
         "train_steps": checkpoint.get("train_steps"),
         "train_tokens": checkpoint.get("train_tokens"),

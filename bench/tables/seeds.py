@@ -9,7 +9,6 @@ id. All figures are of the prompts that count in every result.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from bench.record.metrics import comparable_rows, over_seeds
 from bench.record.schema import PromptRow
 from bench.tables.results import Result, differences, results_frame, unequal_conditions
 from runtime.entry import suggest
+from runtime.files.documents import parse_json, to_json
 
 SAME_TRAINING = 1.02  # training differs if steps or tokens do by more: seeds pack batches differently
 
@@ -62,8 +62,8 @@ def _labels(head: str, variants: Sequence[str]) -> dict[str, str]:
     """A label per set of options, given as JSON: the head's name, and the options that are not the same in all."""
     if len(variants) == 1:
         return {variants[0]: head}
-    options = pd.DataFrame([json.loads(each) for each in variants], dtype=object)
-    text = options.map(json.dumps).where(options.notna(), "unset")
+    options = pd.DataFrame([parse_json(each, "head_options") for each in variants], dtype=object)
+    text = options.map(to_json).where(options.notna(), "unset")
     unequal = [name for name in options if text[name].nunique() > 1]
     shown = options.astype(object).where(options.notna(), "unset")[unequal]
     rows = [", ".join(f"{name}={value}" for name, value in row.items()) for row in shown.to_dict("records")]

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bench.record.schema import AUTOREGRESSIVE
-from bench.tables.comparison import check_targets, print_doubts, write_json
+from bench.tables.comparison import check_targets, print_doubts
 from bench.tables.markdown import language_of, markdown_table, replace_block
 from bench.tables.numbers import format_millions, format_number
 from bench.tables.results import read_results
@@ -18,6 +18,7 @@ from bench.tables.seeds import doubts, find_group, group_runs, shared_rows, summ
 from bench.tables.summary import header
 from bench.tables.terminal import show_table
 from runtime.atomic import write_file
+from runtime.files.documents import write_json
 from runtime.options import option
 
 Line = Mapping[str, Any]  # of ``summarize_groups``
@@ -69,7 +70,7 @@ def compare_seeds(options: SeedsOptions) -> None:
         write_file(options.markdown, markdown_page(options.markdown, lines, against))
     if options.json:
         content = {"schema_version": 1, "kind": "seeds", "against": against, "num_prompts": num_prompts}
-        write_json(options.json, {**content, "heads": lines, "warnings": warnings})
+        write_json(options.json, {**content, "heads": lines, "warnings": warnings}, indent=1)
     print_doubts(notes, warnings)
     cells = head_cells(lines, against, "en")
     show_table(f"Heads over training seeds, {num_prompts} prompts", cells, cells.columns[[0, -1]])

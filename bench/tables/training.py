@@ -16,7 +16,7 @@ import pandas as pd
 
 from bench.record.schema import Record
 from bench.tables.numbers import format_number
-from runtime.records import read_json
+from runtime.files.documents import read_json
 from trainer.report.record import TrainRecord
 
 TOLERANCE = 0.05  # relative difference between measured and expected accept length that gets no mark

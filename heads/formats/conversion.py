@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from heads.formats.medusa import Medusa, TensorRTMedusa, VLLMMedusa
 from heads.formats.own import Checkpoint, JittorPickle, Npz
 from heads.formats.verify import Side, verify
 from runtime.entry import suggest
+from runtime.files.documents import to_json
 
 BY_NAME = {
     format.name: format
@@ -106,5 +106,5 @@ def convert(source: Path, to: str, out: Path, options: ConvertOptions) -> int:
         "dtype": str(casting.dtype),
         "notes": weights.notes,
     }
-    print(json.dumps({**record, "rounding": rounding.largest, "rounding_in": rounding.name, "verified": same}))
+    print(to_json({**record, "rounding": rounding.largest, "rounding_in": rounding.name, "verified": same}))
     return 1 if same is False else 0

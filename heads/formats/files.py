@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from backbone.config import read_json
 from backbone.files.layout import PICKLE_FILE, container
 from backbone.files.lazy import LazyTensor, damaged, in_memory
 from backbone.files.pickle_file import open_pickle_file
@@ -18,6 +16,7 @@ from backbone.formats.containers import write_safetensors, write_torch
 from backbone.weights import open_file
 from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS
 from runtime.atomic import atomic_directory
+from runtime.files.documents import read_object, write_json
 
 CALIBRATION = "calibration.json"  # bench/calibrate.py puts it into a checkpoint; it names its weights
 MEDUSA_PT, MEDUSA_SAFETENSORS = "medusa_lm_head.pt", "medusa_lm_head.safetensors"
@@ -60,7 +59,7 @@ def open_head(path: Path) -> Found | None:
     elif not path.is_file():
         return None
     beside = file.with_name(CONFIG)
-    config = read_json(beside) if beside.is_file() else {}
+    config = read_object(beside) if beside.is_file() else {}
     if is_npz(file):
         arrays, texts = _read_npz(file)
         return Found(file, arrays, {}, texts, notes)
@@ -131,4 +130,4 @@ def write_folder(folder: Path, file: str, tensors: Mapping[str, LazyTensor], con
     write = write_safetensors if file.endswith(".safetensors") else write_torch
     with atomic_directory(folder) as partial:
         write(partial / file, tensors)
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(partial / CONFIG, config)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 
 import runtime
 from backbone.files.layout import PICKLE_FILE, container
-from backbone.files.lazy import damaged
 from backbone.formats.cast import FLOATS
 from backbone.formats.containers import write_pickle
-from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_files, read_config, save_checkpoint
+from heads.checkpoint import CONFIG, PROVENANCE, WEIGHTS, check_config, check_files, read_config, save_checkpoint
 from heads.formats.base import Format
 from heads.formats.contents import FLOAT32, Casting, HeadWeights, Target, expect, widen
 from heads.formats.files import CALIBRATION, Found, check_file, check_folder, is_npz
 from heads.formats.inputs import Inputs
 from heads.registry import build, make_config
 from runtime.atomic import atomic_file, sha256_of
+from runtime.files.documents import parse_json, to_json
 
 TEXTS = (PROVENANCE, CALIBRATION)
 KEYS = {"head", "head_config", "backbone"}  # of every config.json of ours
@@ -45,8 +44,7 @@ class Checkpoint(OwnFormat):
         folder = found.file.parent
         config = read_config(folder)
         check_files(folder, config.get("files", {}))
-        check_config(config, str(folder / CONFIG))
-        texts = {name: (folder / name).read_text() for name in TEXTS if (folder / name).is_file()}
+        texts = {name: (folder / name).read_text("utf-8") for name in TEXTS if (folder / name).is_file()}
         return HeadWeights(config["head"], config["head_config"], found.tensors, config, texts, found.notes)
 
     def check_out(self, out: Path, overwrite: bool) -> Path:
@@ -62,10 +60,10 @@ class Checkpoint(OwnFormat):
             raise ValueError(f"a checkpoint holds float32, got --dtype {casting.dtype}; leave it out")
         target.check_belongs(weights)
         config, texts = completed(weights, target)
-        provenance = json.loads(texts.pop(PROVENANCE))
+        provenance = parse_json(texts.pop(PROVENANCE), PROVENANCE)
         save_checkpoint(out, filled_head(weights, target.model), config, provenance)
         for name, text in texts.items():
-            (out / name).write_text(text)
+            (out / name).write_text(text, "utf-8")
 
 
 class Container(OwnFormat):
@@ -82,10 +80,7 @@ class Container(OwnFormat):
         where = f"{found.file}: its entry {CONFIG}"
         if CONFIG not in found.texts:
             raise ValueError(f"{where} is missing, so the head is unknown; write the file with --to {self.name}")
-        try:
-            config = json.loads(found.texts[CONFIG])
-        except json.JSONDecodeError as error:
-            raise damaged(found.file, error) from error
+        config = parse_json(found.texts[CONFIG], where)
         check_config(config, where)
         integers = {name for name, tensor in found.tensors.items() if tensor.dtype == np.int32}  # buffers: token ids
         for name, tensor in found.tensors.items():
@@ -105,7 +100,7 @@ class Container(OwnFormat):
     def entries(self, weights: HeadWeights, target: Target) -> dict[str, str]:
         """The text entries."""
         config, texts = completed(weights, target)
-        return {CONFIG: json.dumps(config, indent=2) + "\n", **texts}
+        return {CONFIG: to_json(config, 2) + "\n", **texts}
 
 
 class JittorPickle(Container):
@@ -135,16 +130,6 @@ class Npz(Container):
             np.savez(file, **arrays)
 
 
-def check_config(config: object, where: str) -> None:
-    """Raises ValueError for what is not the config.json of a head's checkpoint."""
-    kinds = {"head": str, "head_config": dict, "backbone": dict}
-    wrong = [
-        key for key, kind in kinds.items() if not isinstance(config, dict) or not isinstance(config.get(key), kind)
-    ]
-    if wrong:
-        raise ValueError(f"{where} is not that of a head: {', '.join(wrong)} missing or of the wrong type")
-
-
 def completed(weights: HeadWeights, target: Target) -> tuple[dict, dict[str, str]]:
     """The config.json of a head's checkpoint and its other JSON files. An imported head is assigned to the backbone;
     nothing is known about its training, so ``metrics`` is empty.
@@ -152,7 +137,7 @@ def completed(weights: HeadWeights, target: Target) -> tuple[dict, dict[str, str
     Raises ValueError for parameters that do not fit.
     """
     config, texts = weights.config, dict(weights.texts)
-    texts.setdefault(PROVENANCE, json.dumps(runtime.provenance(), indent=2) + "\n")
+    texts.setdefault(PROVENANCE, to_json(runtime.provenance(), 2) + "\n")
     if config.keys() >= KEYS:
         return config, texts
     head, c = filled_head(weights, target.model), target.config

@@ -3,11 +3,11 @@
 The installed package never changes: a copy in the cache, with a few places replaced, is imported. Each patch states
 its reason, and one that does not apply is an error: another version of Jittor needs another look.
 
-The race: before a graph runs, Jittor loads its new kernels in up to seven threads, and the threads change the graph. A
-matrix product gets its oneDNN call as a new operation (``opt/tuner/matmul_tuner.cc``), linked to inputs that products in
-other threads share, and unlinked again (``opt/var_relay.cc``), which also adds it to a vector of all threads. Nothing
-guarded that; tests/runtime/start/test_race.py makes it corrupt the heap. Now one thread at a time works on the graph,
-and the others wait or run the C++ compiler, so a cold start still uses all cores.
+The race: before a graph runs, Jittor loads its new kernels in up to seven threads, and the threads change the graph.
+A matrix product gets its oneDNN call as a new operation (``opt/tuner/matmul_tuner.cc``), linked to inputs that products
+in other threads share, and unlinked again (``opt/var_relay.cc``), which also adds it to a vector of all threads.
+Nothing guarded that; tests/runtime/start/test_race.py makes it corrupt the heap. Now one thread at a time works on the
+graph, and the others wait or run the C++ compiler, so a cold start still uses all cores.
 
 CUDA 13.0 compiles the copy (``python -m runtime.doctor --compile``, tests/runtime/test_nvcc.py); CUDA 11 and 12 should,
 from reading; no GPU has run it yet.
@@ -16,7 +16,6 @@ from reading; no GPU has run it yet.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from runtime.atomic import atomic_directory
+from runtime.files.documents import identity
 
 WRITTEN_FOR = "1.3.11.0"
 PACKAGES = ("jittor", "jittor_utils")
@@ -197,7 +197,7 @@ def apply_patches(folder: Path, patches: tuple[Patch, ...] = PATCHES, version: s
 def _contents_key(patches: tuple[Patch, ...]) -> str:
     """Hash of the sources and the patches. pip's RECORD holds a hash of every installed file."""
     record = metadata.distribution("jittor").read_text("RECORD") or jittor_version()
-    described = json.dumps([record, [asdict(patch) for patch in patches]])
+    described = identity([record, [asdict(patch) for patch in patches]])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

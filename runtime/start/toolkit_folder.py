@@ -9,7 +9,6 @@ there too. The folder's name is a hash of its content.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.atomic import atomic_directory
+from runtime.files.documents import identity
 from runtime.start.toolkit import RUNTIME_ARCHIVE, Toolkit
 
 # CCCL 3 of CUDA 13 needs C++17, and Jittor asks for 14; CUDA 11 and 12 support both. The architectures are for calls
@@ -86,7 +86,7 @@ def assemble(entries: dict[str, Entry], cache: Path, name: str = "toolkit") -> P
 
     Several processes may call this at once: each writes a folder of its own, and one of the equal folders stays.
     """
-    described = json.dumps({path: [entry.target, entry.text] for path, entry in entries.items()}, sort_keys=True)
+    described = identity({path: [entry.target, entry.text] for path, entry in entries.items()}, sort_keys=True)
     directory = cache / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
     if not directory.exists():
         with atomic_directory(directory) as partial:

@@ -131,7 +131,7 @@ def test_a_truncated_file_is_named(saved, backbone):
 @pytest.mark.parametrize("text", ["{", "[]", '{"head": "mlp"}', "\xff"])
 def test_a_config_that_is_not_of_a_checkpoint_is_named(backbone, tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"config\.json (cannot be read|is not a head checkpoint)"):
+    with pytest.raises(ValueError, match=r"config\.json (line 1: not valid JSON|holds a list|is not)"):
         load_head(tmp_path, backbone)
 
 

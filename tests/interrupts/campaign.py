@@ -2,9 +2,9 @@
 
     python tests/interrupts/campaign.py --runs 200 --out results/interrupts.json      (or: make interrupts)
 
-A run must end with status 130, leave a whole best checkpoint and a whole state, no half-written file and no process. The
-moment is drawn from the time between the card and the end of an uninterrupted run: loading kernels, steps, scoring and
-saving. A run that ends before its signal does not count. Exits with status 1 if any run fails.
+A run must end with status 130, leave a whole best checkpoint and a whole state, no half-written file and no process.
+The moment is drawn from the time between the card and the end of an uninterrupted run: loading kernels, steps, scoring
+and saving. A run that ends before its signal does not count. Exits with status 1 if any run fails.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import itertools
-import json
 import os
 import random
 import shutil
@@ -35,8 +34,8 @@ import psutil  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
 from heads.checkpoint import WEIGHTS, check_files, read_config  # noqa: E402
-from runtime.atomic import write_file  # noqa: E402
 from runtime.entry import run_entry  # noqa: E402
+from runtime.files.documents import write_json  # noqa: E402
 from runtime.options import option, parse_options  # noqa: E402
 from runtime.provenance import provenance  # noqa: E402
 from trainer.config import EMBEDDED_CORPUS  # noqa: E402
@@ -44,7 +43,7 @@ from trainer.state import newest_state  # noqa: E402
 
 DATA = "talks.jsonl.gz"
 CONVERSATIONS = 1000  # of the embedded corpus: reading all of it would take most of a run
-STEPS = ["--max-steps", "24", "--score-every", "8", "--save-every", "6", "--held-out", "8", "--features", "online", "--overwrite"]
+STEPS = "--max-steps 24 --score-every 8 --save-every 6 --held-out 8 --features online".split()  # noqa: SIM905
 HEADS = ("mlp", "hydra", "lora")
 PATIENCE = 600  # seconds
 
@@ -79,8 +78,8 @@ class Training:
     """A training process in a session of its own, as a terminal would start it."""
 
     def __init__(self, head: str, ranks: int, out: Path):
-        words = [sys.executable, "train.py", "--head", head, "--ranks", str(ranks), "--out", str(out), *STEPS]
-        words += ["--data", str(out.parent / DATA)]
+        words = [sys.executable, "train.py", "--head", head, "--ranks", str(ranks), "--data", str(out.parent / DATA)]
+        words += ["--out", str(out), "--overwrite", *STEPS]
         environment = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             words,
@@ -219,7 +218,7 @@ def main(arguments) -> int:
             file.writelines(itertools.islice(corpus, CONVERSATIONS))
         record = campaign(options, Path(folder))
     if options.out:
-        write_file(options.out, json.dumps(record, indent=1) + "\n")
+        write_json(options.out, record, indent=1)
     print(f"{record['runs']} interrupted, {record['status_130']} with status 130, {record['at_fault']} at fault")
     return 1 if record["at_fault"] else 0
 

@@ -132,7 +132,7 @@ def test_a_missing_head_is_reported_and_help_lists_the_options_of_all_heads(reci
         ("- epochs", r"run\.yaml must hold a mapping"),
         ("1: 2", r"run\.yaml: a key must be text, got 1"),
         ("data: [1, 2]", r"run\.yaml: data takes list"),
-        ("a: [", r"run\.yaml cannot be read"),
+        ("a: [", r"run\.yaml is not valid YAML"),
     ],
 )
 def test_a_mistake_in_a_file_is_reported(recipes, yaml_file, text, message):

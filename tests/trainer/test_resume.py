@@ -1,6 +1,5 @@
 """A killed run is resumed to the weights of an uninterrupted one; damaged files are refused by name."""
 
-import errno
 import json
 import os
 import shutil
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from heads import checkpoint
 from heads.checkpoint import config_digest
 from runtime.atomic import sha256_of
 from tests.trainer.runs import NUM_STEPS, OPTIONS, start, training_data
-from trainer import state as states
 from trainer.features.cache import OnlineFeatures
 from trainer.state import check_identity, list_states, newest_state
 
@@ -140,7 +140,7 @@ def test_a_damaged_state_is_refused_by_name(finished, tmp_path, file, harm):
     shutil.copytree(finished, tmp_path / "run")
     path = list_states(tmp_path / "run")[-1] / file
     damage(path, harm)
-    with pytest.raises(ValueError, match=rf"{file}.*(is missing|is damaged|malformed).*delete .*start over"):
+    with pytest.raises(ValueError, match=rf"{file}.*(is missing|is damaged|not valid JSON).*delete .*start over"):
         newest_state(tmp_path / "run")
     assert newest_state(finished).step == NUM_STEPS  # the control
 
@@ -183,18 +183,19 @@ def test_a_state_of_a_run_with_other_options_is_refused(finished):
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_state(backbone, tmp_path, monkeypatch):
-    real = states.save_file
+    real, full_at = checkpoint.save_file, ["step-00000008"]
 
     def full(arrays, path):
-        if "step-00000008" in path:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if full_at[0] in path:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")  # of the library, no OSError
         real(arrays, path)
 
-    monkeypatch.setattr(states, "save_file", full)
-    with pytest.raises(
-        OSError, match=r"step-00000008 cannot be written: .*No space left.*--resume continues from step 4"
-    ):
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"step-00000008 cannot be written: .*No space left.*then --resume, from step 4$"):
         start(backbone, tmp_path / "run")
+    for full_at[0], told in (("step-00000004", "no earlier state$"), ("checkpoint", "write .*checkpoint: .*No space")):
+        with pytest.raises(OSError, match=told):
+            start(backbone, tmp_path / "early")
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == ["step-00000004"]
     monkeypatch.undo()
     start(backbone, tmp_path / "run", state=newest_state(tmp_path / "run"))

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heads.ranks import MAX_RANK, accepted_depths, count_paths, fitted_paths, walk
+from runtime.files.documents import plain
 from trainer import scoring
-from trainer.scoring import accuracy, expected_accept_length, own_replies
+from trainer.scoring import Score, accuracy, expected_accept_length, own_replies
 
 EXAMPLE = np.array([[0, 0, 2], [1, 0, 0]])  # positions with ranks (0, 1), (0, 0), (2, 0)
 
@@ -105,6 +106,16 @@ def test_accuracy_is_the_share_of_known_positions():
     ranks = np.array([[0, 1, 4, 5], [-1, 0, -1, 9]])
     assert accuracy(ranks, 1) == [0.25, 0.5]
     assert accuracy(ranks, 5) == [0.75, 0.5]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_depth_without_a_label_has_no_accuracy_instead_of_none_right():
+    first, second = accuracy(np.array([[0, 1], [-1, -1]]), 1)
+    assert first == 0.5 and np.isnan(second)
+    stored = plain(Score(1.5, [first, second], [1.0, np.nan], [0.25, np.nan], [[0]], {}).__dict__)
+    assert (stored["top1"], stored["loss"]) == ([0.5, None], [0.25, None])
+    again = Score.restore(stored)
+    assert again.loss[0] == 0.25 and np.isnan([again.loss[1], again.top1[1], again.top5[1]]).all()
 
 
 def test_only_replies_that_the_backbone_would_have_generated_count(monkeypatch):

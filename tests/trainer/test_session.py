@@ -12,6 +12,7 @@ import pytest
 
 import train
 from runtime.entry import USER_MISTAKE, run_entry
+from runtime.files.lock import locked
 from tests.trainer.data.made import write_talks
 from trainer.config import TrainConfig
 from trainer.data import splits
@@ -30,9 +31,11 @@ def command(tmp_path, capsys):
     fixed += ["--out", str(tmp_path / "run"), "--features", "online", "--tokens-per-step", "128", "--max-steps", "6"]
     fixed += ["--save-every", "2", "--epochs", "9"]
 
-    def run(*options):
+    def run(*options, lines=None):
         status = run_entry(train.main, [*fixed, *map(str, options)])
         printed = capsys.readouterr()
+        if lines is not None:
+            lines += printed.err.splitlines()
         return status, (printed.out or printed.err).splitlines()[-1]
 
     return run
@@ -51,6 +54,35 @@ def test_a_run_writes_its_record_and_resuming_a_finished_one_changes_nothing(com
     assert (tmp_path / "run" / "checkpoint" / "head.safetensors").read_bytes() == weights
     last = TrainRecord.read(tmp_path / "run" / "train.json").sessions[-1]
     assert (last.first_step, last.last_step) == (6, 6)
+
+
+def test_a_run_in_a_directory_that_another_one_writes_is_refused_before_it_changes_anything(command, tmp_path):
+    assert command()[0] == 0
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with locked(tmp_path / "run"):
+        for option in ("--overwrite", "--resume"):
+            status, line = command(option)
+            assert status == USER_MISTAKE and f"being written by another process, {os.getpid()} on " in line
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+    assert command("--overwrite")[0] == 0 and not (tmp_path / "run" / ".lock").exists()
+
+
+def test_depths_without_a_label_have_no_loss_in_files_and_a_dash_on_the_screen(command, tmp_path):
+    data = tmp_path / "short.jsonl"  # replies of one token and the end: the second depth and later have no label
+    question = {"from": "human", "value": "hello there"}
+    talks = [{"conversations": [question, {"from": "gpt", "value": letter}]} for letter in "abcdefghij" * 3]
+    data.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    lines = []
+    status, _ = command("--data", data, "--head.num_depths", 4, "--score-every", 6, lines=lines)
+    assert status == 0
+    [shown] = [line for line in lines if "held out" in line]
+    assert " - -" in shown and "nan" not in shown and " 0.00" not in shown, shown
+    for file in ("log.jsonl", "train.json", "checkpoint/config.json", "states/step-00000006/state.json"):
+        text = (tmp_path / "run" / file).read_text()
+        assert "NaN" not in text and "null" in text, file
+    best = TrainRecord.read(tmp_path / "run" / "train.json").best
+    assert best.loss[0] > 0 and best.loss[-1] is None and best.top1[-1] is None
+    assert command("--data", data, "--head.num_depths", 4, "--score-every", 6, "--resume")[0] == 0
 
 
 def test_resuming_with_other_options_is_refused_by_name(command):

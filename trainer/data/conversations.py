@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from backbone.tokenizer import HALF_CHARACTER
+from runtime.files.documents import HALF_CHARACTER
 from trainer.data.parquet import is_table, unread_columns
 from trainer.data.records import located_records
 from trainer.data.turns import (

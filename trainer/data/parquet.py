@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.records import read_json
+from runtime.files.documents import read_json
 
 # pyarrow 26 needs NumPy 2, Jittor 1.3.11 NumPy 1; 25.0.1 is the newest that works with both.
 INSTALL = "pip install pyarrow==25.0.1"

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from backbone.tokenizer import HALF_CHARACTER, ChatTokenizer
+from backbone.tokenizer import ChatTokenizer
+from runtime.files.documents import HALF_CHARACTER
 from trainer.data.conversations import DataReport
 from trainer.data.records import located_records, read_text
 from trainer.data.turns import EMPTY, HALF, Unusable, kind_of, turns_of

@@ -6,14 +6,14 @@ What a record means is decided by ``trainer.data.turns``.
 from __future__ import annotations
 
 import codecs
-import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from runtime.files.documents import parse_json
+from runtime.files.regular import open_regular, unpacked
 from trainer.data.parquet import is_table, read_rows
 
 CHUNK_BYTES = 1 << 20  # read at a time
@@ -27,8 +27,8 @@ def read_text(path: Path) -> Iterator[str]:
     """
     decoder, taken = codecs.getincrementaldecoder("utf-8-sig")(), 0
     try:
-        with open(path, "rb") as file:
-            stream = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        with open_regular(path) as file:
+            stream = unpacked(file, path)
             while piece := stream.read(CHUNK_BYTES):
                 taken += len(piece)
                 yield decoder.decode(piece)
@@ -50,20 +50,21 @@ def located_records(path: str | Path) -> Iterator[tuple[str, Any]]:
     if is_table(path):
         yield from ((f"{path} row {row}", record) for row, record in read_rows(path))
         return
-    pieces, start = read_text(Path(path)), ""
+    pieces, start, first_line = read_text(Path(path)), "", 1
     for piece in pieces:
-        start += piece
-        if start.strip():
+        if piece.strip():
+            start = piece
             break
+        first_line += piece.count("\n")
     if start.lstrip().startswith("["):
-        items = _parse(path, 1, start + "".join(pieces))
+        items = parse_json(start + "".join(pieces), path, first_line)
         yield from ((f"{path} item {number}", record) for number, record in enumerate(items))
         return
-    lines = enumerate(_lines(chain([start], pieces)), start=1)
+    lines = enumerate(_lines(chain([start], pieces)), start=first_line)
     for number, line in lines:
         if line.strip():
             text = _whole_object(line, lines) if line.rstrip().endswith(UNFINISHED) else line
-            yield f"{path} line {number}", _parse(path, number, text)
+            yield f"{path} line {number}", parse_json(text, path, number)
 
 
 def _whole_object(opening: str, lines: Iterator[tuple[int, str]]) -> str:
@@ -74,16 +75,6 @@ def _whole_object(opening: str, lines: Iterator[tuple[int, str]]) -> str:
         if line.startswith("}"):
             break
     return "\n".join(parts)
-
-
-def _parse(path: str | Path, first_line: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        message = "something follows a complete value" if error.msg == "Extra data" else error.msg
-        place = f"{path} line {line}: not valid JSON ({message}, column {error.colno})"
-        raise ValueError(f"{place}; expected a list, or an object a line") from error
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:

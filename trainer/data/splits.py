@@ -9,7 +9,6 @@ bench/run.py --prompts held_out.jsonl. Needs no Jittor, so that mistakes in the 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import numpy as np
 from backbone.config import read_config
 from backbone.tokenizer import EMBEDDED, ChatTokenizer
 from runtime.entry import Parser, run_entry
+from runtime.files.documents import to_json
 from trainer.config import EMBEDDED_CORPUS, TextOptions, parse
 from trainer.data.conversations import Conversation, DataReport, load_conversations, share_gpt
 from trainer.data.tokens import TokenizedData, check_vocabulary, encoded, load_data
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
     with open(given.out, "w", encoding="utf-8") as file:
         for talk in talks:
             record = share_gpt(talk.messages, talk.id, talk.category)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(to_json(record) + "\n")
     print(f"{given.out}: {len(talks)} conversations", file=sys.stderr)
 
 

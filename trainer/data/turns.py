@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.files.shown import shown
+
 HALF = "half a character (a lone surrogate)"  # JSON allows it, truncating a text can leave it, UTF-8 cannot hold it
 ROLES = dict.fromkeys(("human", "user"), "user") | dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")
 ROLES["system"] = "system"
@@ -83,11 +85,6 @@ def short_place(where: str) -> str:
     return f"{Path(file).name} {kind} {number}".strip()
 
 
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 30 else f"{text[:27]}..."
-
-
 def kind_of(value: Any) -> str:
     """What JSON calls a value."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
@@ -108,7 +105,7 @@ def _filled(holder: Mapping[str, Any], names: Iterable[str], read: Any = lambda 
 
 def _role(name: Any) -> str:
     if not isinstance(name, str) or name not in ROLES:
-        raise Unusable("a turn without a role" if name in (None, "") else f"a turn from {_shown(name)}")
+        raise Unusable("a turn without a role" if name in (None, "") else f"a turn from {shown(name, 30)}")
     return ROLES[name]
 
 
@@ -128,7 +125,7 @@ def read_messages(record: Any, replies: bool = True) -> Messages:
         raise Unusable(f"{kind_of(record)} instead of an object")
     turns = turns_of(record)
     if turns is None:
-        keys = _shown(", ".join(map(str, record)))[1:-1]
+        keys = shown(", ".join(map(str, record)), 30)[1:-1]
         raise Unusable(f"neither {' nor '.join(TURNS)} among the keys {keys}" if record else "an empty object")
     if not isinstance(turns, list):
         raise Unusable(f"{kind_of(turns)} instead of a list of turns")
@@ -147,7 +144,7 @@ def _read_turn(turn: Any, replies: bool) -> dict[str, str]:
     if any(turn.get(name) not in EMPTY for name in ("tool_calls", "function_call")):
         raise Unusable("a turn that calls a tool")
     if role == "assistant" and turn.get("weight") not in (None, 1):
-        raise Unusable(f"a reply of weight {_shown(turn['weight'])}")
+        raise Unusable(f"a reply of weight {shown(turn['weight'], 30)}")
     content = _filled(turn, ("value", "content"))
     if not isinstance(content, str):
         raise Unusable("a turn without text" if content is None else f"{kind_of(content)} instead of a turn's text")

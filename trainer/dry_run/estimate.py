@@ -4,12 +4,12 @@ measured step."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
+from runtime.files.documents import to_json
 from trainer.dry_run.plan import FLOAT, Plan, StagePlan
 
 MARGIN = 1.05  # free room over needed room: a disk that is full to the last byte fails sooner
@@ -63,7 +63,7 @@ class DryRun:
     def to_json(self) -> str:
         """One line, the last of stdout."""
         content = {"kind": "dry_run", "can_finish": self.can_finish, **dataclasses.asdict(self)}
-        return json.dumps(content, allow_nan=False)
+        return to_json(content)
 
 
 def estimate(plan: Plan, measured: Measured | None) -> DryRun:

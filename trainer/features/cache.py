@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from heads.base import Features
 from ops.kernel import on_cpu
 from ops.row_plan import RowPlan
 from runtime import jt
+from runtime.files.documents import identity
 from runtime.interrupt import check_interrupt, deferred_interrupts
 from runtime.types import Var
 from trainer.data.tokens import TokenizedData
@@ -74,7 +74,7 @@ def array_names(layers: Sequence[int]) -> list[str]:
 def cache_key(backbone, tokenizer_fingerprint: str, data: TokenizedData) -> str:
     """Names a cache by all it depends on: format, backbone and its storage, tokenizer and template, the tokens."""
     digest = hashlib.sha256()
-    digest.update(json.dumps([FORMAT, backbone.fingerprint, backbone.storage, tokenizer_fingerprint]).encode())
+    digest.update(identity([FORMAT, backbone.fingerprint, backbone.storage, tokenizer_fingerprint]).encode())
     digest.update(data.token_ids.tobytes())
     digest.update(data.offsets.tobytes())
     return digest.hexdigest()[:24]

@@ -7,7 +7,6 @@ writes the cache for all layers that these heads need (default: every head); wit
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from heads.registry import available, build, head_class
 from runtime.entry import Parser
+from runtime.files.documents import to_json
 from runtime.options import add_options, option_fields, read_options
 from trainer.config import TextOptions, TrainConfig
 from trainer.data.splits import load_splits
@@ -77,4 +77,4 @@ def main(arguments: Sequence[str]) -> None:
                 "bytes": store.num_bytes(store.all(names)),
                 "seconds": round(time.perf_counter() - started, 2),
             })  # fmt: skip
-    print(json.dumps({"status": "verified" if given.verify else "written", "arrays": names, "parts": parts}))
+    print(to_json({"status": "verified" if given.verify else "written", "arrays": names, "parts": parts}))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.atomic import atomic_file, remove_leftovers, sha256_of, write_file
-from runtime.records import read_json
+from runtime.files.documents import read_json, write_json
 
 FORMAT = 2  # 1 was one file per array, without checksums
 # Of a shard: 34 MB at width 256, 0.5 GB at 4096. A killed writer loses some seconds of a small backbone's work and
@@ -109,14 +108,14 @@ class ShardStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.directory)
         if not self.meta_path.exists():
-            write_file(self.meta_path, json.dumps({**self.identity, "shards": self.boundaries}, indent=1) + "\n")
+            write_json(self.meta_path, {**self.identity, "shards": self.boundaries}, indent=1)
 
     def _read_meta(self) -> list[int]:
         path = self.meta_path
         try:
             meta = read_json(path)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: not valid JSON ({error}); {REWRITE}") from error
+            raise ValueError(f"{error}; {REWRITE}") from error
         if not isinstance(meta, dict):
             raise ValueError(f"{path} is damaged: it holds {meta!s:.40}, expected an object; {REWRITE}")
         for key, expected in self.identity.items():

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from ops.row_plan import RowPlan
 from ops.select import top_k_log_probabilities
 from runtime import jt
 from runtime.atomic import atomic_directory, write_file
+from runtime.files.documents import parse_json, to_json
 from runtime.interrupt import check_interrupt
 from runtime.types import Var
 from trainer.features.shards import cut
@@ -138,7 +138,7 @@ class TopKWriter:
             offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
             tensors = {"token_ids": token_ids, "offsets": offsets, **self._forced(token_ids, offsets)}
             # Not save_file, which makes files that only the owner can read.
-            write_file(path, save(tensors, {KEY: json.dumps(about)}))
+            write_file(path, save(tensors, {KEY: to_json(about)}))
         self.num_files += 1
         self._waiting, self._waiting_tokens = [], 0
 
@@ -163,7 +163,7 @@ def _about(path: Path) -> dict | None:
     """The metadata of a file; None for one that is damaged or something else."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return json.loads((file.metadata() or {}).get(KEY, "null"))
+            return parse_json((file.metadata() or {}).get(KEY, "null"), path)
     except (SafetensorError, ValueError):
         return None
 

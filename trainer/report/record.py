@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from runtime.records import Amount, Count, FileRecord, Model, Rate, finite
+from runtime.files.documents import plain
+from runtime.records import Amount, Count, FileRecord, Model, Rate
 
 FILE = "train.json"
 
@@ -120,4 +121,4 @@ def make_record(
         "interrupted": result.interrupted,
         "sessions": result.sessions,
     }
-    return TrainRecord.parse(finite(record), "the record of the training")
+    return TrainRecord.parse(plain(record), "the record of the training")

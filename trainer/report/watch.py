@@ -211,8 +211,8 @@ def _table(depths: int, training: list[list[float]], held_out: list[Sequence[flo
     for depth in range(depths):
         cells = [str(depth + 1)]
         for loss, *shares in (training, held_out):
-            cells.append(f"{loss[depth]:.3f}" if depth < len(loss) else "-")
-            cells += [f"{100 * share[depth]:.1f}%" if depth < len(share) else "-" for share in shares]
+            cells.append(_figure(loss[depth], "{:.3f}") if depth < len(loss) else "-")
+            cells += [_figure(100 * share[depth], "{:.1f}%") if depth < len(share) else "-" for share in shares]
         table.add_row(*cells)
     return table
 
@@ -224,8 +224,13 @@ def _left(task: Task) -> str:
 
 
 def _by_depth(losses: Sequence[float], top1: Sequence[float]) -> str:
-    return f"loss {' '.join(f'{value:.2f}' for value in losses)} top-1 {_shares(top1)}%"
+    return f"loss {' '.join(_figure(value, '{:.2f}') for value in losses)} top-1 {_shares(top1)}%"
 
 
 def _shares(values: Sequence[float]) -> str:
-    return " ".join(f"{100 * value:.0f}" for value in values)
+    return " ".join(_figure(100 * value, "{:.0f}") for value in values)
+
+
+def _figure(value: float, text: str) -> str:
+    """The figure of a depth, "-" where no position had a label."""
+    return text.format(value) if math.isfinite(value) else "-"

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
 import pandas as pd
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from runtime.atomic import write_file
+from runtime.files.documents import to_json, to_yaml
 from runtime.start.bootstrap import under_mpi
 from trainer.config import FIELDS
 from trainer.sweep.study import Sweep, open_study, parse_sweep, run_trials, say, short
@@ -63,7 +62,7 @@ def finish(sweep: Sweep, study: optuna.Study) -> str:
     best = {"trial": complete[0].number, "expected_accept_length": complete[0].value, "values": complete[0].params}
     storage = re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", sweep.storage)  # without the password
     content = {"kind": "sweep", "study": sweep.study, "storage": storage, "trials": counts}
-    return json.dumps({**content, "best": best, "best_config": str(path), "importance": importance})
+    return to_json({**content, "best": best, "best_config": str(path), "importance": importance})
 
 
 def best_table(complete: Sequence[FrozenTrial]) -> pd.DataFrame:
@@ -96,5 +95,5 @@ def write_best(sweep: Sweep, trial: FrozenTrial) -> Path:
     options |= {f"head.{name}": value for name, value in config.head_options.items()}
     path = sweep.folder / "best.yaml"
     title = f"# Trial {trial.number} of study {sweep.study}: expected accept length {trial.value:.4f}.\n"
-    write_file(path, title + yaml.safe_dump(options, sort_keys=False))
+    write_file(path, title + to_yaml(options))
     return path

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 
 from heads.registry import head_class
 from runtime.entry import suggest
+from runtime.files.shown import shown
 from runtime.options import option_fields
 from trainer.config import FIELDS, OUTPUT, TYPES, TextOptions, TrainConfig
 
 # Trials that differ in these options cannot be compared, or would write the same files.
 FIXED = OUTPUT | option_fields(TextOptions).keys() | {"head", "tree_nodes"}
 HEAD = "head."
+MOST_WHOLE = 2**53  # above it, a float cannot tell whole numbers apart
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def check_keys(content: Mapping, source: str) -> dict[str, Mapping]:
         if name in entries:
             raise ValueError(f"{source}: {name} is given twice")
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{source}: {key} takes {{low: .., high: ..}} or {{choices: [..]}}, got {entry!r}")
+            raise ValueError(f"{source}: {key} takes {{low: .., high: ..}} or {{choices: [..]}}, got {shown(entry)}")
         if not name.startswith(HEAD):
             _spec(entry, TYPES[name], f"{source}: {key}")
         entries[name] = entry
@@ -109,7 +111,7 @@ def make_space(entries: Mapping[str, Mapping], base: TrainConfig, source: str) -
             try:
                 apply(base, {name: value}).check()
             except ValueError as error:
-                raise ValueError(f"{source}: {name} cannot be {value}: {error}") from error
+                raise ValueError(f"{source}: {name} cannot be {shown(value)}: {error}") from error
     return space
 
 
@@ -136,19 +138,27 @@ def _spec(entry: Mapping, wanted, where: str) -> Range | Choices:
     log = entry.get("log", False)
     step = _number(entry["step"], wanted, f"{where}.step") if "step" in entry else None
     if not isinstance(log, bool):
-        raise ValueError(f"{where}.log takes true or false, got {log!r}")
+        raise ValueError(f"{where}.log takes true or false, got {shown(log)}")
     if low >= high:
         raise ValueError(f"{where}: low must be below high, got {low} and {high}")
     if log and low <= 0:
         raise ValueError(f"{where}: log needs a low above 0, got {low}")
-    if step is not None and (log or step <= 0 or not math.isclose((high - low) / step, round((high - low) / step))):
+    if not math.isfinite(high - low):
+        raise ValueError(f"{where}: low and high are too far apart, got {low} and {high}")
+    if step is not None and (log or step <= 0 or not _divides(step, high - low)):
         raise ValueError(f"{where}: step must be above 0, divide high - low and not be combined with log; got {step}")
     return Range(low, high, log, step)
 
 
+def _divides(step: float, width: float) -> bool:
+    """Whether a range is a number of steps, few enough to be counted."""
+    count = width / step
+    return count <= MOST_WHOLE and math.isclose(count, round(count))
+
+
 def _choices(values, wanted, where: str) -> Choices:
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{where}.choices takes a list of values, got {values!r}")
+        raise ValueError(f"{where}.choices takes a list of values, got {shown(values)}")
     kinds, found = _kinds(wanted), []
     for value in values:
         if wanted in (int, float):
@@ -156,10 +166,10 @@ def _choices(values, wanted, where: str) -> Choices:
         elif type(value) not in kinds:
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             hint = "; YAML reads on, off, yes and no as true and false: quote them" if str in kinds else ""
-            raise ValueError(f"{where}.choices takes {names}, got {value!r}{hint}")
+            raise ValueError(f"{where}.choices takes {names}, got {shown(value)}{hint}")
         found.append(value)
     if len(set(found)) < len(found):
-        raise ValueError(f"{where}.choices contains a value twice: {values}")
+        raise ValueError(f"{where}.choices contains a value twice: {shown(values)}")
     return Choices(tuple(found))
 
 
@@ -170,11 +180,11 @@ def _number(value, wanted: type, where: str):
         try:
             number = float(value)
         except ValueError as error:
-            raise ValueError(f"{where} takes a number, got {value!r}") from error
+            raise ValueError(f"{where} takes a number, got {shown(value)}") from error
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-        raise ValueError(f"{where} takes a number, got {value!r}")
+        raise ValueError(f"{where} takes a number, got {shown(value)}")
     if wanted is int:
-        if number != int(number):
-            raise ValueError(f"{where} takes a whole number, got {value!r}")
+        if number != int(number) or abs(number) > MOST_WHOLE:
+            raise ValueError(f"{where} takes a whole number, got {shown(value)}")
         return int(number)
     return float(number)

@@ -10,7 +10,6 @@ machines can reach, the same command on each of them works on one study.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import warnings
@@ -28,8 +27,9 @@ from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
 from runtime.entry import Parser, suggest
+from runtime.files.documents import plain, read_yaml
 from runtime.options import flag
-from trainer.config import FIELDS, OUTPUT, TrainConfig, differences, parse, read_yaml
+from trainer.config import FIELDS, OUTPUT, TrainConfig, differences, parse
 from trainer.sweep.space import Space, apply, check_keys, make_space
 
 SWEEPS = Path("runs") / "sweeps"
@@ -140,7 +140,7 @@ def open_study(sweep: Sweep) -> optuna.Study:
     # What all calls that work on one study must have in common, as JSON returns it.
     base = {key: value for key, value in dataclasses.asdict(sweep.base).items() if key not in OUTPUT}
     space = {f"space of {name}": repr(spec) for name, spec in sweep.space.items()}
-    described = json.loads(json.dumps({"options": base, "space": space}))
+    described = plain({"options": base, "space": space})
     if known is None:
         taken = [path for path in sweep.folder.iterdir() if path.name.isdigit()]
         if taken and not sweep.base.overwrite:

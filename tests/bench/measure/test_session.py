@@ -254,7 +254,7 @@ EARLY = [
     (["--backbone", "nowhere"], "nowhere is not a directory"),
     (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--prompts", "EMPTY"], "the file is empty"),
-    (["--tree", "EMPTY"], "EMPTY:1: malformed JSON"),
+    (["--tree", "EMPTY"], "EMPTY line 1: not valid JSON"),
     (["--tree", "ORPHAN"], "has no parent"),
     (["--tree", "ORPHAN", "--nodes", "4"], "drop --nodes"),
     (["--out", "a.json", "--out-dir", "b"], "give one of them"),

@@ -136,8 +136,8 @@ def test_an_identical_row_of_an_adapted_backbone_has_the_tokens_of_that_backbone
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (b'{"kind": "generation",\n "schema_version": }', r"a\.json:2: malformed JSON"),
-        (b'{"head": "\xff"}', r"a\.json: not UTF-8"),
+        (b'{"kind": "generation",\n "schema_version": }', r"a\.json line 2: not valid JSON"),
+        (b'{"head": "\xff"}', r"a\.json is not UTF-8"),
         (b"[1]", "expected a JSON object, got list"),
         (b'{"kind": "generation", "schema_version": 2}', "schema_version is 2; .* reads 1"),
         (b"{}", "its kind is 'missing', not 'generation'"),

@@ -175,7 +175,7 @@ def splits(split, **folders):
         (lambda path: path, "is a folder without state.json or dataset_dict.json; expected one that Dataset.save_to"),
         (incomplete, "set is incomplete: state.json names data-00001-of-00002.arrow; copy all"),
         (state('{"data_files": []}'), r"state\.json has no list '_data_files'"),
-        (state("{"), r"state\.json:1: malformed JSON"),
+        (state("{"), r"state\.json line 1: not valid JSON"),
         (splits(":dev", train=CHATS), "set has no split 'dev'; expected .*set:SPLIT with one of train"),
         (
             splits("", test=CHATS, dev=CHATS),
