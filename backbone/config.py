@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from backbone.files.layout import META, PICKLE_FILE, container, layouts
+from backbone.files.layout import META, MOST_COUNT, MOST_LAYERS, MOST_NUMBER, PICKLE_FILE, container, layouts
 from backbone.files.layout import META_PARAMS as PARAMS
 from backbone.files.meta import open_meta
 from backbone.files.pickle_file import open_pickle_file
@@ -22,8 +22,6 @@ from runtime.files.documents import read_object
 from runtime.files.shown import shown
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-# Far above any backbone, and so small that what is made from them fits: a name per layer, a product of two sizes.
-MOST_LAYERS, MOST_COUNT, MOST_NUMBER = 10_000, 2**31 - 1, 1e18
 ROPE_TYPES = ("default", "linear", "llama3")
 # Defaults of the two families where config.json has no value (those of their transformers configurations).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -207,7 +205,7 @@ def parse_config(
     eos_ids = _token_ids(raw.get("eos_token_id"), "eos_token_id", where)
     generation_eos = (generation or {}).get("eos_token_id")
     eos_ids += _token_ids(generation_eos, "eos_token_id", f"{where} (generation)")
-    return BackboneConfig(
+    sizes = dict(
         vocab_size=_count(raw, "vocab_size", where),
         hidden_size=hidden_size,
         intermediate_size=_count(raw, "intermediate_size", where),
@@ -224,6 +222,10 @@ def parse_config(
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=tuple(dict.fromkeys(eos_ids)),
     )
+    try:
+        return BackboneConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ NOT_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|random_states.*|c
 META_PARAMS = "params.json"
 META_SHARD = re.compile(r"^consolidated\.(\d{2})\.pth$")
 PICKLE_NAME = "backbone.pkl"
+# Of a config: far above any backbone, and so small that what is made of them fits, such as a name per layer.
+MOST_LAYERS, MOST_COUNT, MOST_NUMBER = 10_000, 2**31 - 1, 1e18
 # Containers of tensors.
 SAFETENSORS_FILE, TORCH_FILE, PICKLE_FILE = "safetensors", "torch", "pickle"
 

@@ -14,7 +14,6 @@ become (0 2) (1 3).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,8 +24,10 @@ import numpy as np
 
 from backbone.files.layout import META_PARAMS as PARAMS
 from backbone.files.layout import META_SHARD as SHARD
+from backbone.files.layout import MOST_COUNT, MOST_LAYERS, MOST_NUMBER
 from backbone.files.lazy import LazyTensor, Shape, join_columns, join_rows, map_rows
 from backbone.files.torch_file import open_torch_file
+from runtime.files.shown import MOST, shown
 
 # The rotary frequencies follow from params.json.
 IGNORED = re.compile(r"(^|\.)rope\.freqs$")
@@ -56,6 +57,7 @@ SCALED_ROPE = {
 }
 LLAMA_3_THETA = 500000.0
 NAMES_LISTED = 10
+MOST_SHARDS = 100  # their numbers have two digits
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def shard_files(directory: Path) -> list[Path]:
 
 
 def _check_count(directory: Path, found: Iterable[int], count: int) -> None:
-    missing = sorted(set(range(count)) - set(found))
+    missing = sorted(set(range(min(count, MOST_SHARDS))) - set(found))
     if missing:
         named = _listed([f"consolidated.{number:02d}.pth" for number in missing])
         raise ValueError(f"{directory} is missing {named}: the model has {count} shards; fetch the missing ones")
@@ -114,7 +116,7 @@ def _check_count(directory: Path, found: Iterable[int], count: int) -> None:
 
 def _listed(names: list[str]) -> str:
     more = len(names) - NAMES_LISTED
-    return ", ".join(names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(name[:MOST] for name in names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 class _Params:
@@ -135,7 +137,7 @@ class _Params:
         self.multiplier = None if multiplier is None else self._number("ffn_dim_multiplier", float)
         self.scaled = False if raw.get("use_scaled_rope") is None else raw["use_scaled_rope"]
         if not isinstance(self.scaled, bool):
-            raise ValueError(f"{where}: use_scaled_rope is {self.scaled!r}, expected true or false")
+            raise ValueError(f"{where}: use_scaled_rope is {shown(self.scaled)}, expected true or false")
         if self.dim % self.heads or self.dim // self.heads % 2 or self.heads % self.kv_heads:
             raise ValueError(
                 f"{where}: dim {self.dim}, n_heads {self.heads} and n_kv_heads {self.kv_heads} do not divide as those "
@@ -147,8 +149,9 @@ class _Params:
         value = self._raw.get(key)
         value = default if value is None else value
         allowed = (int, float) if kind is float else (int,)
-        if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{self._where}: {key} is {value!r}, expected a positive number")
+        most = MOST_LAYERS if key == "n_layers" else MOST_COUNT if kind is int else MOST_NUMBER
+        if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value <= most:
+            raise ValueError(f"{self._where}: {key} is {shown(value)}, expected a positive number up to {most:,}")
         return kind(value)
 
 

@@ -18,6 +18,7 @@ from corpus.prompts import read_prompts
 from hypothesis import strategies as st
 
 from backbone.config import read_config
+from backbone.files import meta
 from backbone.files.lazy import in_memory
 from backbone.files.pickle_file import open_pickle_file
 from backbone.formats.containers import write_pickle, write_safetensors, write_torch
@@ -79,11 +80,12 @@ CONFIG = Kind(
 )
 
 
-def of_writer(write, name, *rest):
-    """The bytes that a writer gives for two small tensors."""
+def of_writer(write, name, *rest, tensors=None):
+    """The bytes that a writer gives for some tensors, without any for two small ones."""
     folder = Path(os.environ.get("TMPDIR", "/tmp"))
     path = folder / f"gorgon-fuzz-{os.getpid()}-{name}"
-    tensors = {"model.norm.weight": np.ones(4, np.float32), "b": np.arange(6, dtype=np.int32).reshape(2, 3)}
+    two = {"model.norm.weight": np.ones(4, np.float32), "b": np.arange(6, dtype=np.int32).reshape(2, 3)}
+    tensors = tensors or two
     write(path, {key: in_memory(array) for key, array in tensors.items()}, *rest)
     content = path.read_bytes()
     path.unlink()
@@ -168,6 +170,22 @@ def read_pickle(folder):
     read_all(open_file(path), folder)
     if not path.read_bytes().startswith(b"PK"):
         read_config(path) if "config" in open_pickle_file(path)[1] else None
+
+
+PARAMS = {"dim": 4, "n_layers": 1, "n_heads": 2, "norm_eps": 1e-5, "vocab_size": 6, "multiple_of": 2, "rope_theta": 1e4}
+_shapes = {"attention.wq": (4, 4), "attention.wk": (4, 4), "attention.wv": (4, 4), "attention.wo": (4, 4)}
+_shapes |= {"feed_forward.w1": (10, 4), "feed_forward.w2": (4, 10), "feed_forward.w3": (10, 4)}
+_shapes |= {"attention_norm": (4,), "ffn_norm": (4,)}
+_tensors = {meta.layer_name(0, name): np.ones(shape, np.float32) for name, shape in _shapes.items()}
+_tensors |= {meta.EMBEDDING: np.ones((6, 4), np.float32), meta.NORM: np.ones(4, np.float32)}
+_tensors |= {meta.OUTPUT: np.ones((6, 4), np.float32)}
+META_FILE = "consolidated.00.pth"
+META = of_writer(write_torch, "consolidated.00.pth", tensors=_tensors)
+
+
+def read_params(folder):
+    read_all(dict(open_tensors(folder)), folder)
+    read_config(folder)
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -377,6 +395,7 @@ KINDS = {
         one("model.safetensors.index.json", files([INDEX])).map(lambda found: {**found, "a.safetensors": SAFETENSORS}),
         read_index,
     ),
+    "params": Kind(one("params.json", files([PARAMS])).map(lambda found: {**found, META_FILE: META}), read_params),
     "pickle": Kind(one("backbone.pkl", pickles), read_pickle),
     "tree": Kind(one("tree.json", files([[[0], [1], [0, 0], [0, 1], [1, 0]]])), read_tree),
     "chain": Kind(one("chain", chains.map(lambda text: text.encode("utf-8", "replace"))), read_chain),
