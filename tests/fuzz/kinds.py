@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from corpus.prompts import read_prompts
 from hypothesis import strategies as st
 
 from backbone.config import read_config
@@ -24,7 +23,6 @@ from backbone.files.pickle_file import open_pickle_file
 from backbone.formats.containers import write_pickle, write_safetensors, write_torch
 from backbone.weights import expected_shapes, open_file, open_tensors
 from bench.record.calibration import Calibration
-from bench.record.prompts import load_prompts
 from bench.record.schema import Record
 from decoding.options import parse_tree
 from decoding.tree import Tree
@@ -35,6 +33,7 @@ from runtime.records import OtherKindError
 from tests.fuzz.inputs import FLOATS, NUMBERS, TEXTS, bytes_changed, changed, files, values, written
 from trainer.config import TrainConfig, _set
 from trainer.data.conversations import load_conversations
+from trainer.data.prompts import read_prompts
 from trainer.report.record import TrainRecord
 from trainer.state import newest_state
 from trainer.sweep.space import check_keys
@@ -291,13 +290,8 @@ def texts(records):
 GZIP_BOMB = gzip.compress(b" " * (1 << 24)) * 16 + gzip.compress(lines_of(PROMPTS))
 
 
-def read_bench_prompts(folder):
-    prompts = load_prompts(folder / "prompts.jsonl").prompts
-    assert prompts and all(turn.strip() for prompt in prompts for turn in prompt.turns)
-
-
-def read_corpus_prompts(folder):
-    prompts = read_prompts(folder / "prompts.jsonl")
+def read_questions(folder):
+    prompts = read_prompts(folder / "prompts.jsonl").prompts
     assert prompts and all(turn.strip() for prompt in prompts for turn in prompt.turns)
 
 
@@ -401,8 +395,7 @@ KINDS = {
     "chain": Kind(one("chain", chains.map(lambda text: text.encode("utf-8", "replace"))), read_chain),
     "space": Kind(one("space.yaml", st.one_of(yaml_changed(SPACE), bytes_changed(SPACE), bombs)), read_space),
     "run": Kind(one("run.yaml", st.one_of(yaml_changed(RUN), bytes_changed(RUN), bombs)), read_run),
-    "bench prompts": Kind(one("prompts.jsonl", texts(PROMPTS)), read_bench_prompts),
-    "corpus prompts": Kind(one("prompts.jsonl", texts(PROMPTS[:2])), read_corpus_prompts),
+    "prompts": Kind(one("prompts.jsonl", texts(PROMPTS)), read_questions),
     "training text": Kind(one("chat.jsonl", texts(CHAT)), read_training),
     "result": Kind(one("result.json", files([RESULT, TRAINED], 1)), read_result),
     "state": Kind(state_files(), read_state),

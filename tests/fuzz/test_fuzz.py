@@ -11,7 +11,6 @@ from tests.fuzz import judge as judging
 from tests.fuzz.campaign import examine
 from tests.fuzz.judge import Fault, judge
 from tests.fuzz.kinds import KINDS
-from trainer.data.conversations import load_conversations
 
 INPUTS = 30
 
@@ -20,16 +19,6 @@ INPUTS = 30
 def test_what_comes_from_outside_is_accepted_or_refused_in_one_line(kind, tmp_path):
     figures = examine(kind, INPUTS, 1, tmp_path / "input")
     assert 0 < figures["accepted"] + figures["refused"] <= INPUTS and figures["refused"]
-
-
-def test_bench_corpus_and_training_refuse_the_same_file(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"[" * 100_000)
-    for read in (KINDS["bench prompts"].read, KINDS["corpus prompts"].read):
-        (tmp_path / "prompts.jsonl").write_bytes(b"[" * 100_000)
-        with pytest.raises(ValueError, match="nested more than 64 deep"):
-            read(tmp_path)
-    with pytest.raises(ValueError, match="nested more than 64 deep"):
-        load_conversations(tmp_path / "a.jsonl")
 
 
 # Controls ------------------------------------------------------------------------------------------------------------
