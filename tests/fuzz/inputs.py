@@ -4,6 +4,9 @@ nesting without end, repeated keys, half characters, and changed bytes."""
 import copy
 import json
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -137,3 +140,16 @@ def files(documents, indent=None):
         values().map(written),
         near.map(lambda document: b"\xef\xbb\xbf" + written(document, indent)),
     )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """contents: a strategy of {file name: bytes}; read(folder): the reader and its checks."""
+
+    contents: st.SearchStrategy
+    read: Callable[[Path], object]
+
+
+def one(name, strategy):
+    """Contents of a single file."""
+    return strategy.map(lambda content: {name: content})
