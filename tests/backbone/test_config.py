@@ -155,6 +155,15 @@ def test_mistral_window_must_cover_every_position():
         ({"num_attention_heads": 3}, "add head_dim"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architecture ..LlamaForCausalLM.. is not supported"),
+        ({"model_type": ["llama"]}, "model_type ..llama.. is not supported"),
+        ({"model_type": "mistral", "architectures": None, "sliding_window": "x"}, "sliding_window is 'x', expected"),
+        ({"num_hidden_layers": 2**31}, "is 2147483648, expected a positive whole number up to 10,000"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "factor is an integer of about .* digits"),
+        ({"rope_scaling": {"rope_type": {}}}, "rope_type {} is not supported"),
+        ({"hidden_act": "x" * 10**6}, r"hidden_act 'xxxx[x]*\.\.\. is not supported"),
     ],
 )
 def test_what_we_do_not_compute_is_refused_by_name(change, named):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +21,7 @@ from backbone.weights import (
     drop_tied_head,
     expected_shapes,
     fingerprint,
+    open_file,
     read_backbone,
     read_tensors,
     tensor_shapes,
@@ -160,6 +163,13 @@ def test_every_missing_shard_is_named(tmp_path, state, single, with_index):
     for read in (lambda: list(read_tensors(tmp_path)), lambda: tensor_shapes(tmp_path)):
         with pytest.raises(ValueError, match=", ".join(path.name for path in gone)):
             read()
+
+
+def test_a_pipe_and_a_device_are_no_weights(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    for path in (tmp_path / "model.safetensors", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=rf"{path} is a (pipe|device), expected a regular file"):
+            open_file(path)
 
 
 def test_a_safetensors_file_that_names_a_tensor_twice_is_refused(tmp_path):

@@ -120,6 +120,9 @@ def test_a_chain_takes_a_number(text):
         ("[0, 1]", "expected a list of rank paths"),
         ('{"tree": []}', "expected a list of rank paths"),
         ("[[0]", "Expecting"),
+        ("[[4294967296]]", "must hold ranks, integers from 0 to 2,147,483,647"),
+        (f"[[1{'0' * 40}]]", "must hold ranks"),
+        (f"[{', '.join(f'[{n}]' for n in range(3000))}]", "at most 2,048 nodes, got 3,001"),
     ],
 )
 def test_a_file_that_holds_no_tree_is_named_with_its_mistake(tmp_path, text, complaint):

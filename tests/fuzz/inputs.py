@@ -4,6 +4,9 @@ nesting without end, repeated keys, half characters, and changed bytes."""
 import copy
 import json
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -41,7 +44,8 @@ def raws():
 def scalars():
     """Values without parts."""
     return st.one_of(
-        st.none(), st.booleans(), st.sampled_from(NUMBERS), st.integers(), st.sampled_from(FLOATS), st.floats(),
+        st.none(), st.booleans(), st.sampled_from(NUMBERS), st.integers(), st.sampled_from(FLOATS),
+        st.floats(allow_subnormal=False),  # kernels, in the same process, may have switched them off
         st.sampled_from(TEXTS), st.text(max_size=8), st.just(LONG), raws(),
     )  # fmt: skip
 
@@ -137,3 +141,16 @@ def files(documents, indent=None):
         values().map(written),
         near.map(lambda document: b"\xef\xbb\xbf" + written(document, indent)),
     )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """contents: a strategy of {file name: bytes}; read(folder): the reader and its checks."""
+
+    contents: st.SearchStrategy
+    read: Callable[[Path], object]
+
+
+def one(name, strategy):
+    """Contents of a single file."""
+    return strategy.map(lambda content: {name: content})

@@ -182,6 +182,45 @@ def test_a_state_of_a_run_with_other_options_is_refused(finished):
         check_identity(state, {"options": {"epochs": 2.0, "out": "a"}, "data": "xyz", "head": "mlp"})
 
 
+@pytest.mark.parametrize(
+    ("folder", "change", "reason"),
+    [
+        ("step-00000012", {"step": 10**9}, r"is of step 1000000000, best \d+; its folder names another"),
+        ("step-00000012", {"step": -5}, r"progress\.step: .* \(got -5\)"),
+        ("step-00000012", {"step": "12"}, r"progress\.step: "),
+        ("step-00000012", {"best_step": 13}, "best 13"),
+        ("step-00000012", {"history": [{"step": 1}]}, r"progress\.history"),
+        ("step-00000012", {"train_s": None}, r"progress\.train_s"),
+        ("step-00000012", {"sessions": {}}, r"progress\.sessions"),
+    ],
+)
+def test_a_state_whose_digest_fits_and_whose_counters_do_not_is_refused(finished, tmp_path, folder, change, reason):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "states" / folder / "state.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(checkpoint.signed({**meta, "progress": {**meta["progress"], **change}})))
+    with pytest.raises(ValueError, match=rf"state\.json.*{reason}.*; delete .* to start over"):
+        newest_state(tmp_path / "run")
+
+
+def test_a_state_that_holds_bare_nan_as_older_ones_do_is_read(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = list_states(tmp_path / "run")[-1] / "state.json"
+    meta = json.loads(path.read_text())
+    meta["progress"]["best"]["loss"][-1] = float("nan")
+    meta["digest"] = checkpoint.config_digest(meta)
+    path.write_text(json.dumps(meta))
+    assert newest_state(tmp_path / "run").meta["progress"]["best"]["loss"][-1] is None
+
+
+@pytest.mark.parametrize("name", ["step-\u00b2", "step-99999999x", "step--0000005", "step-1"])
+def test_a_folder_that_no_run_made_is_no_state(finished, tmp_path, name):
+    shutil.copytree(finished, tmp_path / "run")
+    expected = list_states(tmp_path / "run")
+    (tmp_path / "run" / "states" / name).mkdir()
+    assert list_states(tmp_path / "run") == expected
+
+
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_state(backbone, tmp_path, monkeypatch):
     real, full_at = checkpoint.save_file, ["step-00000008"]
 

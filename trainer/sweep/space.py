@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from trainer.config import FIELDS, OUTPUT, TYPES, TextOptions, TrainConfig
 # Trials that differ in these options cannot be compared, or would write the same files.
 FIXED = OUTPUT | option_fields(TextOptions).keys() | {"head", "tree_nodes"}
 HEAD = "head."
+MOST_NUMBER = sys.float_info.max
 MOST_WHOLE = 2**53  # above it, a float cannot tell whole numbers apart
 
 
@@ -181,7 +183,7 @@ def _number(value, wanted: type, where: str):
             number = float(value)
         except ValueError as error:
             raise ValueError(f"{where} takes a number, got {shown(value)}") from error
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= MOST_NUMBER:
         raise ValueError(f"{where} takes a number, got {shown(value)}")
     if wanted is int:
         if number != int(number) or abs(number) > MOST_WHOLE:

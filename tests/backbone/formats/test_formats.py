@@ -177,6 +177,14 @@ def test_pickles_are_float16_by_default(tmp_path):
 # Complete or not at all ----------------------------------------------------------------------------------------------
 
 
+def test_a_place_that_is_read_only_is_not_taken_for_a_full_one(tmp_path, monkeypatch):
+    origin = write_model(tmp_path / "origin", raw_config())
+    monkeypatch.setattr("os.access", lambda folder, mode: Path(folder) != tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))  # as of a mounted image
+    with pytest.raises(ValueError, match=rf"out cannot be written: {tmp_path} is read-only; choose another --out"):
+        convert(origin, "safetensors", tmp_path / "out")
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_disk_that_fills_up_is_one_clear_error_and_leaves_nothing(tmp_path, to):
     origin = write_model(tmp_path / "origin", raw_config(intermediate_size=4000))
