@@ -59,11 +59,11 @@ def test_every_option_can_be_given_on_the_command_line_and_in_a_file(recipes, ya
         "backbone": "b", "dtype": "float32", "load_in_8bit": True, "template": "t", "data": ["x", "y"],
         "data_weights": [1.0, 0.5], "block_size": 12, "loss_on": "all", "out": "o", "resume": True, "dry_run": True,
         "accumulate": 2, "save_every": 4, "keep_last": 3, "loss": "mix", "kl_share": 0.25, "kl_top": 7, "teacher": "t",
-        "optimizer": "lion", "schedule": "wsd", "decay_share": 0.5, "ema": 0.5, "skip_limit": 2, "tensorboard": True, "ranks": 2,
+        "optimizer": "lion", "schedule": "wsd", "decay_share": 0.5, "ema": 0.5, "skip_limit": 2, "tensorboard": True,
         "overwrite": True, "epochs": 2.5, "max_steps": 3, "tokens_per_step": 4, "max_length": 5, "held_out": 6,
         "score_every": 7, "learning_rate": 0.5, "final_rate": 0.25, "warmup": 0.125, "weight_decay": 0.5, "beta1": 0.5,
         "beta2": 0.25, "clip": 0.5, "depth_weight": 0.5, "features": "online", "cache_dir": "c", "tree_nodes": 8,
-        "seed": 9, "backbone_engine": "torch",
+        "seed": 9, "ranks": 2, "backbone_engine": "torch",
     }  # fmt: skip
     # The one that excludes load_in_8bit has a case of its own among the mistakes.
     assert {"head", "head_options", "load_in_4bit", *given} == {field.name for field in dataclasses.fields(TrainConfig)}
