@@ -14,6 +14,7 @@ from backbone.formats.cast import FLOATS, KEEP
 from backbone.formats.convert import ConvertOptions
 from heads.formats.contents import FLOAT32, Casting, Target, with_own_lm_heads
 from heads.formats.eagle import Eagle
+from heads.formats.eagle3 import Eagle3, Speculators
 from heads.formats.files import Found, open_head
 from heads.formats.hydra import Hydra
 from heads.formats.medusa import Medusa, TensorRTMedusa, VLLMMedusa
@@ -23,7 +24,10 @@ from runtime.entry import suggest
 
 BY_NAME = {
     format.name: format
-    for format in (Checkpoint(), JittorPickle(), Npz(), Medusa(), VLLMMedusa(), TensorRTMedusa(), Hydra(), Eagle())
+    for format in (
+        Checkpoint(), JittorPickle(), Npz(), Medusa(), VLLMMedusa(), TensorRTMedusa(), Hydra(), Eagle(), Eagle3(),
+        Speculators(),
+    )  # fmt: skip
 }
 FORMATS: dict[str, str] = {name: format.sentence for name, format in BY_NAME.items()}
 

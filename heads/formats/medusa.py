@@ -165,12 +165,17 @@ class Medusa(MedusaFormat):
             )
 
     def config(self, weights, dtype, target):
-        options = weights.options
+        """vLLM reads the folder too, given the sizes and that there are biases. For a shared language-model head it
+        would have no weights, and says so."""
+        options, c = weights.options, target.config
         return {
             self.heads_key: options["num_depths"],
             self.layers_key: options["num_layers"],
             "base_model_name_or_path": base_model(weights, target, original_config(weights, self.name)),
             "version": VERSIONS[options["lm_head"]],
+            "hidden_size": c.hidden_size,
+            "vocab_size": c.vocab_size,
+            "medusa_fc_bias": True,
         }
 
     def equation(self, tensors, hidden, target):
