@@ -22,13 +22,11 @@ from heads.formats.own import Checkpoint, JittorPickle, Npz
 from heads.formats.verify import Side, verify
 from runtime.entry import suggest
 
-BY_NAME = {
-    format.name: format
-    for format in (
-        Checkpoint(), JittorPickle(), Npz(), Medusa(), VLLMMedusa(), TensorRTMedusa(), Hydra(), Eagle(), Eagle3(),
-        Speculators(),
-    )  # fmt: skip
-}
+KNOWN = (
+    Checkpoint(), JittorPickle(), Npz(), Medusa(), VLLMMedusa(), TensorRTMedusa(), Hydra(), Eagle(), Eagle3(),
+    Speculators(),
+)  # fmt: skip
+BY_NAME = {format.name: format for format in KNOWN}
 FORMATS: dict[str, str] = {name: format.sentence for name, format in BY_NAME.items()}
 
 

@@ -1,4 +1,4 @@
-"""EAGLE-3 (arXiv 2503.01840) under two names: its own files, which vLLM reads too, and those of the speculators library.
+"""EAGLE-3 (arXiv 2503.01840) under two names: its own files, which vLLM reads, and those of the speculators library.
 
     theirs                                    ours
     fc [l; m; h]                              fuse
@@ -33,7 +33,7 @@ from heads.formats.eagle import (
     layer_config,
     layer_table,
 )
-from heads.formats.files import MODEL_BIN, MODEL_SAFETENSORS
+from heads.formats.files import MODEL_BIN, MODEL_SAFETENSORS, Found
 from heads.formats.own import default_options, imported_from
 from heads.formats.published import Float64, PublishedFormat, base_model, exact, original_config
 from heads.fused_layers import fused_layers
@@ -56,7 +56,7 @@ class Eagle3Format(PublishedFormat):
     before_residual: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def layer_part(self, config: dict) -> dict:
+    def layer_part(self, found: Found) -> dict:
         """The part of config.json that describes the decoder layer."""
 
     @abc.abstractmethod
@@ -85,7 +85,7 @@ class Eagle3Format(PublishedFormat):
         if "fc.weight" not in tensors or lm_head is None:
             raise ValueError(f"{found.file} holds no fc.weight and lm_head.weight: it is not EAGLE-3's")
         target.check_sizes(found.file, tensors["fc.weight"].num_rows, None)
-        check_layer_config(found, {**self.layer_part(config), "architectures": None}, target, SCALINGS)
+        check_layer_config(found, {**self.layer_part(found), "architectures": None}, target, SCALINGS)
         self._check_switches(config, target, where)
         if EMBEDDING in tensors:
             target.check_same(found.file, EMBEDDING, tensors.pop(EMBEDDING), target.embedding)
@@ -145,8 +145,7 @@ class Eagle3Format(PublishedFormat):
         layers = fused_layers(c.num_layers)
         drawn = inputs.of(c.hidden_size, c.vocab_size, COMPARED_DEPTHS, dict.fromkeys(layers))
         fused = np.concatenate([drawn.layers[index] for index in layers], 1).astype(np.float64)
-        config = self.layer_part(found.config)
-        embedding = exact(target.embedding)
+        config, embedding = self.layer_part(found), exact(target.embedding)
         return equations.eagle3(tensors, config, self.layer, fused, drawn.token_ids, embedding, COMPARED_DEPTHS)
 
 
@@ -158,8 +157,8 @@ class Eagle3(Eagle3Format):
     def recognize(self, found):
         return {"fc.weight", self.layer + HIDDEN_NORM} <= found.tensors.keys()
 
-    def layer_part(self, config):
-        return config
+    def layer_part(self, found):
+        return found.config
 
     def num_depths(self, config):
         return None, "EAGLE-3 has no fixed depth: num_depths is {}, our default"
@@ -196,12 +195,15 @@ class Speculators(Eagle3Format):
     def recognize(self, found):
         return {"fc.weight", self.layer + HIDDEN_NORM} <= found.tensors.keys()
 
-    def layer_part(self, config):
-        kind = config.get("speculators_model_type")
-        if kind != METHOD:
-            raise ValueError(f"config.json says speculators_model_type {kind}; only {METHOD} is supported")
-        part = config.get("transformer_layer_config")
-        return part if isinstance(part, dict) else {}
+    def layer_part(self, found):
+        where, part = found.file.with_name("config.json"), found.config.get("transformer_layer_config")
+        kind = found.config.get("speculators_model_type")
+        if kind != METHOD or not isinstance(part, dict):
+            raise ValueError(
+                f"{where}: expected speculators_model_type {METHOD} and an object transformer_layer_config, got {kind} "
+                f"and {type(part).__name__}"
+            )
+        return part
 
     def num_depths(self, config):
         try:

@@ -157,8 +157,8 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def llama_layer(tensors: Arrays, config: dict, name: str, residual: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """A Llama layer. name: the prefix of its tensors; residual: (rows, dim); x: (rows, in), what attention reads; returns
-    (rows, dim)."""
+    """A Llama layer. name: the prefix of its tensors; residual: (rows, dim); x: (rows, in), what attention reads.
+    Returns (rows, dim)."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     q, k, v = (x @ tensors[f"{name}self_attn.{part}_proj.weight"].T for part in "qkv")

@@ -32,7 +32,7 @@ class PublishedFormat(Format):
         """Where each of its tensors is in ours."""
 
     def elsewhere(self, options: dict, sizes: BackboneConfig) -> list[Piece]:
-        """Our tensors that a file holds in another form, or does not hold; ``theirs`` is only their name in a report."""
+        """Our tensors that a file holds in another form or not at all; ``theirs`` is only their name in a report."""
         return []
 
     @abc.abstractmethod
@@ -88,7 +88,7 @@ def original_config(weights: HeadWeights, name: str) -> dict:
 
 
 def base_model(weights: HeadWeights, target: Target, known: dict) -> str:
-    """``base_model_name_or_path``: as it was, else the folder of the backbone, absolute: who serves it runs elsewhere."""
+    """``base_model_name_or_path``: as it was, else the folder of the backbone, absolute: a server runs elsewhere."""
     trained_on = None if target.path else weights.config.get("backbone", {}).get("path")
     return known.get("base_model_name_or_path") or str(Path(trained_on or target.directory).resolve())
 
