@@ -7,6 +7,7 @@ what each pass added is compared draft by draft.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -50,6 +51,8 @@ class ServedOptions(BackboneOptions, PromptOptions, DecodingOptions):
         missing = [name for name in ("python", "checkpoint") if not getattr(self, name)]
         if missing:
             raise ValueError(f"--{missing[0]} is missing; expected --python FILE --checkpoint DIR")
+        if shutil.which(self.python) is None:
+            raise ValueError(f"--python {self.python} is no program; expected that of an environment with vLLM")
 
 
 def measure_served(options: ServedOptions, prompts) -> dict[str, Any]:
@@ -60,15 +63,14 @@ def measure_served(options: ServedOptions, prompts) -> dict[str, Any]:
     from heads.checkpoint import find_checkpoint, read_config
 
     folders = [find_checkpoint(directory) for directory in options.checkpoint]
-    heads = [read_config(folder)["head"] for folder in folders]
-    for folder, head in zip(folders, heads, strict=True):
-        if head not in SERVED:
-            raise ValueError(f"{folder}: vLLM has no place for a head {head}; expected one of {', '.join(SERVED)}")
+    heads = {folder: read_config(folder) for folder in folders}
+    formats = {folder: formats_of(folder, config) for folder, config in heads.items()}
     backbone, tokenizer = options.load(), options.load_tokenizer()
     served = []
-    for folder, head in zip(folders, heads, strict=True):
+    for folder, config in heads.items():
+        head = config["head"]
         ours = our_texts(options, backbone, tokenizer, folder, prompts)
-        for format, method in SERVED[head].items():
+        for format, method in formats[folder].items():
             theirs = their_texts(options, backbone, folder, format, method, ours)
             served.append({
                 "format": format, "head": head, "checkpoint": project_path(folder), "method": method,
@@ -88,6 +90,17 @@ def measure_served(options: ServedOptions, prompts) -> dict[str, Any]:
         "versions": versions,
         "provenance": runtime.provenance(0),
     }
+
+
+def formats_of(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The formats that vLLM can serve a checkpoint in. Raises ValueError for a head that it has no place for."""
+    head = config["head"]
+    if head not in SERVED:
+        raise ValueError(f"{folder}: vLLM has no place for a head {head}; expected one of {', '.join(SERVED)}")
+    formats = dict(SERVED[head])
+    if config["head_config"].get("lm_head") == "shared":  # Medusa's files then have none, and vLLM wants one
+        del formats["medusa"]
+    return formats
 
 
 def our_texts(options: ServedOptions, backbone, tokenizer, folder: Path, prompts) -> list[dict[str, Any]]:
@@ -135,7 +148,7 @@ def their_texts(options: ServedOptions, backbone, folder: Path, format: str, met
 
     with tempfile.TemporaryDirectory() as place:
         with contextlib.redirect_stdout(sys.stderr):
-            exported = ConvertOptions(verify=True, backbone=options.backbone)
+            exported = ConvertOptions(verify=True, backbone=options.backbone, merge=True)
             if convert(folder, format, Path(place) / "head", exported) != 0:
                 raise ValueError(f"{folder} differs from what was written as {format}; the differences are above")
         return vllm.ask(options.python, {

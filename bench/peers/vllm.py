@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "bench.peers.vllm"
+PASSED_ON = re.compile(r"See root cause|raise ")  # lines of a process that reports another one's error
 COUNTERS = "vllm:spec_decode_num_"  # names of vLLM's counters of drafts
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without: most of the memory
@@ -25,19 +27,15 @@ ENVIRONMENT = {
 
 
 def ask(python: str, task: dict[str, Any]) -> dict[str, Any]:
-    """The answer of ``serve`` to a task. Raises ValueError with the last line of the reason where vLLM ends without
-    one, and for a Python that cannot be started."""
-    try:
-        done = subprocess.run(
-            [python, "-m", MODULE],
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
-            input=json.dumps(task),
-            capture_output=True,
-            text=True,
-        )
-    except OSError as error:
-        raise ValueError(f"vLLM is not run: {python} cannot be started ({error.strerror}); see --python") from error
+    """The answer of ``serve`` to a task. Raises ValueError with the reason where vLLM ends without one."""
+    done = subprocess.run(
+        [str(Path(python).absolute()), "-m", MODULE],  # not resolved: an environment's Python is a link to another one
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode or not done.stdout.strip():
         raise ValueError(f"vLLM ended with status {done.returncode}: {reason(done.stderr)}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -46,7 +44,8 @@ def ask(python: str, task: dict[str, Any]) -> dict[str, Any]:
 def reason(text: str) -> str:
     """The line of a log that says why a program ended: the last one that names an error, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it printed nothing"]
-    return next((line for line in reversed(lines) if "Error: " in line and "See root cause" not in line), lines[-1])
+    named = (line for line in reversed(lines) if re.search(r"\b[A-Z]\w+Error\b", line) and not PASSED_ON.search(line))
+    return next(named, lines[-1])
 
 
 # In the other environment --------------------------------------------------------------------------------------------
