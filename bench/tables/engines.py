@@ -36,6 +36,7 @@ def show_served(record: Mapping[str, Any]) -> None:
         for side in ("ours", "vllm"):
             figures = each[side]
             cells.append({
+                "checkpoint": each["checkpoint"] if side == "ours" else "",
                 "format": each["format"] if side == "ours" else "",
                 "side": side,
                 "drafts": str(figures["drafts"]),
@@ -45,4 +46,4 @@ def show_served(record: Mapping[str, Any]) -> None:
                 "same texts": f"{found['same_texts']}/{found['texts']}",
                 "same passes": f"{found['same_passes']}/{found['passes']}",
             })  # fmt: skip
-    show_table("Served", pd.DataFrame(cells), ["format", "side"])
+    show_table("Served", pd.DataFrame(cells), ["checkpoint", "format", "side"])

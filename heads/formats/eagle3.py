@@ -171,6 +171,8 @@ class Eagle3(Eagle3Format):
                 f"this head fuses the layers {fused}, which config.json says to vLLM; EAGLE-3's own code fuses {fixed} "
                 f"of {num_layers} whatever it says"
             )
+        if (target.config.rope_scaling or {}).get("rope_type") == LLAMA3:
+            weights.notes.append(f"rope scaling {LLAMA3} is known to vLLM; EAGLE-3's own code refuses it")
         return super().extras(weights, target)
 
     def config(self, weights, dtype, target):

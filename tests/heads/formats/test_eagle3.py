@@ -195,7 +195,7 @@ def test_the_configs_say_what_vllm_asks_for(tmp_path, deep, backbone):
         assert config["num_hidden_layers"] == 1 and config["hidden_size"] == DIM and config["num_key_value_heads"] == 2
 
 
-def test_llama_3s_rotary_embedding_is_that_of_the_head(tmp_path):
+def test_llama_3s_rotary_embedding_is_that_of_the_head(tmp_path, capsys):
     scaling = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
@@ -204,6 +204,7 @@ def test_llama_3s_rotary_embedding_is_that_of_the_head(tmp_path):
     source = our_checkpoint(tmp_path, load_backbone(folder))
     assert run(source, "eagle3", tmp_path / "out", backbone=folder, verify=True) == 0
     assert config_of(tmp_path / "out")["rope_scaling"] == scaling
+    assert "EAGLE-3's own code refuses it" in capsys.readouterr().err
     change_config(tmp_path / "out", rope_scaling=None)  # the control
     with pytest.raises(ValueError, match=r"rope_scaling None .backbone: .*llama3"):
         run(tmp_path / "out", "gorgon", tmp_path / "back", backbone=folder)
