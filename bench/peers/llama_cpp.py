@@ -1,12 +1,12 @@
-"""llama.cpp's own benchmark, llama-bench, at the rows that bench/engine.py measures.
+"""llama.cpp at the rows that bench/engine.py measures.
 
     python bench/peers/llama_cpp.py --model model.gguf --rows 1,2,4,8,16,32,64 --context 128
+    python bench/peers/llama_cpp.py --model model.gguf --python llama/bin/python
 
-It runs the ``llama-bench`` of the PATH, or the one of --binary, and turns its JSON into milliseconds per pass. **It has
-never run with a real llama-bench**: it follows that program's documentation and is tested with a stand-in that prints
-the documented format. One difference remains: llama-bench computes the logits of a prompt's last row only, our passes
-those of all rows. Give it a GGUF file of the same sizes with 16-bit weights; a quantized one is another model. stdout
-gets one line of JSON.
+It runs the ``llama-bench`` of the PATH, or the one of --binary, or asks the xllamacpp wheel of --python the same, and
+turns the JSON into milliseconds per pass. Tried with the wheel; llama-bench itself by its documented format alone. One
+difference remains: llama.cpp computes the logits of a prompt's last row only, our passes those of all rows. Give it a
+GGUF file of the same sizes with 16-bit weights; a quantized one is another model. stdout gets one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ if __package__ in (None, ""):  # run as a script: imports start at the repositor
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.clock.timing import read_counts, spread_ms
-from bench.record.files import publish
+from bench.record.files import ROOT, publish
 from bench.tables.terminal import note
 from runtime.atomic import check_writable
 from runtime.entry import run_entry
 from runtime.options import option, parse_options
 
 BINARY = "llama-bench"
+IN_PROCESS = "bench.peers.xllamacpp_bench"
 # Fields of its JSON on the build and the model -> our names.
 FACTS = {
     "build_commit": "build_commit",
@@ -50,6 +51,9 @@ class LlamaCppOptions:
 
     model: str | None = option(None, "GGUF file (required)", metavar="FILE")
     binary: str | None = option(None, f"llama-bench itself (default: {BINARY} of the PATH)", metavar="FILE")
+    python: str | None = option(
+        None, "Python of an environment with the xllamacpp wheel, in place of a binary", metavar="FILE"
+    )
     rows: str = option("1,2,4,8,16,32,64", "rows of a pass, separated by commas", metavar="N,N")
     context: int = option(128, "cached rows before a pass", metavar="N", least=0)
     tokens: int = option(64, "generated one by one, 0: none", metavar="N", least=0)
@@ -61,15 +65,27 @@ class LlamaCppOptions:
         """Find the program. Raises ValueError for a program or a file that does not exist and for no counts, and
         OSError for an ``out`` that cannot be written."""
         self.row_counts  # noqa: B018  raises ValueError
-        found = shutil.which(self.binary or BINARY)
-        if found is None:
-            where = f"{self.binary} is no program" if self.binary else f"no {BINARY} on the PATH"
-            raise ValueError(f"llama.cpp is not measured: {where}; build llama.cpp and pass --binary FILE")
-        self.binary = found
+        self.program  # noqa: B018  raises ValueError
         if not self.model or not Path(self.model).is_file():
             raise ValueError(f"{self.model or '--model'} does not exist; --model takes a GGUF file")
         if self.out:
             check_writable(self.out)
+
+    @property
+    def program(self) -> list[str]:
+        """The first words of what measures. Raises ValueError if there is no such program."""
+        if self.binary and self.python:
+            raise ValueError("--binary and --python name two programs that measure; drop one")
+        named = self.binary or self.python
+        found = shutil.which(named or BINARY)
+        if found is None:
+            where = f"{named} is no program" if named else f"no {BINARY} on the PATH"
+            raise ValueError(
+                f"llama.cpp is not measured: {where}; build llama.cpp and pass --binary FILE, or install xllamacpp "
+                "somewhere and pass --python FILE"
+            )
+        # Not resolved: an environment's Python is a link to another one.
+        return [str(Path(found).absolute()), *(["-m", IN_PROCESS] if self.python else [])]
 
     @property
     def row_counts(self) -> list[int]:
@@ -78,19 +94,29 @@ class LlamaCppOptions:
 
 
 def command(options: LlamaCppOptions) -> list[str]:
-    """The command line of llama-bench: one prompt per number of rows, one generation, all after the context, on the
-    CPU."""
-    words = [options.binary, "-m", options.model, "-o", "json", "-r", str(options.repeats), "-ngl", "0"]
+    """The command line of llama-bench, or of what stands for it: one prompt per number of rows, one generation, all
+    after the context, on the CPU."""
+    words = [
+        *options.program,
+        "-m",
+        str(Path(options.model).absolute()),
+        "-o",
+        "json",
+        "-r",
+        str(options.repeats),
+        "-ngl",
+        "0",
+    ]
     words += ["-p", ",".join(map(str, options.row_counts)), "-n", str(options.tokens), "-d", str(options.context)]
     return words + (["-t", str(options.threads)] if options.threads else [])
 
 
 def run(options: LlamaCppOptions) -> str:
-    """What llama-bench printed. Raises ValueError with its last line if it failed."""
-    done = subprocess.run(command(options), capture_output=True, text=True)
+    """What it printed. Raises ValueError with its last line if it failed."""
+    done = subprocess.run(command(options), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
-        raise ValueError(f"{options.binary} ended with status {done.returncode}: {last}")
+        raise ValueError(f"{options.program[0]} ended with status {done.returncode}: {last}")
     return done.stdout
 
 
@@ -120,7 +146,7 @@ def read_results(text: str, where: str) -> dict:
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     options = parse_options(LlamaCppOptions, "bench/peers/llama_cpp.py", __doc__, arguments)
-    results = read_results(run(options), options.binary)
+    results = read_results(run(options), options.program[0])
     record = {"schema_version": 1, "kind": "peer", "peer": "llama.cpp", "command": command(options), **results}
     for each in results["passes"]:
         note(f"{each['rows']:4d} rows after {each['context']}: {each['ms']:.3f} ms")

@@ -1,4 +1,4 @@
-"""The comparison of two engines (``bench/hybrid.py``) on a terminal."""
+"""Comparisons with another engine on a terminal: ``bench/hybrid.py`` and ``bench/served.py``."""
 
 from __future__ import annotations
 
@@ -26,3 +26,24 @@ def show_engines(record: Mapping[str, Any]) -> None:
         for engine, found in record["engines"].items()
     ]
     show_table("Engines", pd.DataFrame(cells), ["engine", "weights"])
+
+
+def show_served(record: Mapping[str, Any]) -> None:
+    """Print two rows per format, ours and vLLM's."""
+    cells = []
+    for each in record["served"]:
+        found = each["agreement"]
+        for side in ("ours", "vllm"):
+            figures = each[side]
+            cells.append({
+                "checkpoint": each["checkpoint"] if side == "ours" else "",
+                "format": each["format"] if side == "ours" else "",
+                "side": side,
+                "drafts": str(figures["drafts"]),
+                "accepted by position": " ".join(map(str, figures["accepted"])),
+                "accept length": format_number(figures["accept_length"]),
+                "tokens/s": format_number(figures["tokens_per_s"]),
+                "same texts": f"{found['same_texts']}/{found['texts']}",
+                "same passes": f"{found['same_passes']}/{found['passes']}",
+            })  # fmt: skip
+    show_table("Served", pd.DataFrame(cells), ["checkpoint", "format", "side"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from heads.base import option
 from heads.decoder import DecoderBlock, LayerHead
 from heads.draft_vocab import DraftVocabulary
+from heads.fused_layers import fused_layers
 from heads.layers import Linear, RMSNorm
 from runtime import einops, jt
 
@@ -18,12 +19,6 @@ class Config:
     num_depths: int = option(6, "tokens drafted after the root, and depths that training unrolls")
     token_residual: bool = option(False, "the layer's residual stream starts from the token too, not from g alone")
     draft_vocab_size: int = option(0, "tokens it can draft: the most frequent of the training replies; 0: all")
-
-
-def fused_layers(num_layers: int) -> tuple[int, int, int]:
-    """A low, a middle and a high layer. 32 layers: 2, 16, 29, as published; 6 layers: 1, 3, 5."""
-    low, middle = max(1, num_layers // 16), max(1, num_layers // 2)
-    return low, middle, max(middle, num_layers - max(1, round(num_layers * 3 / 32)))
 
 
 class Eagle3Head(DraftVocabulary, LayerHead):

@@ -13,6 +13,7 @@ from backbone.formats.cast import FLOATS, KEEP
 from backbone.formats.convert import ConvertOptions
 from heads.formats.contents import FLOAT32, Casting, Target, with_own_lm_heads
 from heads.formats.eagle import Eagle
+from heads.formats.eagle3 import Eagle3, Speculators
 from heads.formats.files import Found, open_head
 from heads.formats.hydra import Hydra
 from heads.formats.medusa import Medusa, TensorRTMedusa, VLLMMedusa
@@ -21,10 +22,11 @@ from heads.formats.verify import Side, verify
 from runtime.entry import suggest
 from runtime.files.documents import to_json
 
-BY_NAME = {
-    format.name: format
-    for format in (Checkpoint(), JittorPickle(), Npz(), Medusa(), VLLMMedusa(), TensorRTMedusa(), Hydra(), Eagle())
-}
+KNOWN = (
+    Checkpoint(), JittorPickle(), Npz(), Medusa(), VLLMMedusa(), TensorRTMedusa(), Hydra(), Eagle(), Eagle3(),
+    Speculators(),
+)  # fmt: skip
+BY_NAME = {format.name: format for format in KNOWN}
 FORMATS: dict[str, str] = {name: format.sentence for name, format in BY_NAME.items()}
 
 

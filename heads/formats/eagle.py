@@ -10,6 +10,11 @@ Equation by equation:
 
 k and v are the upper and lower half of our kv, gate and up those of gate_up. Files correspond to heads without
 attention_norm. Sizes and rotary embedding are the backbone's.
+
+**The bias of fc.** EAGLE's own code has one where config.json says ``bias``. vLLM's fc has none, and it reads the same
+key as biases of attention, which it then never loads. So ``bias`` is false in what is written, and the embedding, which
+the file carries anyway, does the bias's work: with W_e the columns of fc that read it, e + d in place of every e, where
+W_e d = b. ``folded_fc_bias`` of config.json keeps b itself.
 """
 
 from __future__ import annotations
@@ -17,17 +22,21 @@ from __future__ import annotations
 import numpy as np
 
 from backbone.config import BackboneConfig, parse_config
+from backbone.files.lazy import LazyTensor, in_memory
 from heads.formats import equations
-from heads.formats.contents import HeadWeights, Piece, expect, gather, zeros
+from heads.formats.contents import FLOAT32, HeadWeights, Piece, Target, expect, gather, zeros
 from heads.formats.files import MODEL_BIN, MODEL_SAFETENSORS
 from heads.formats.own import default_options, imported_from
 from heads.formats.published import Float64, PublishedFormat, exact
 
 HEAD = "eagle"
 NORM = "attention_norm"  # our option; false leaves the input of attention as it is
-EMBEDDING, BIAS = "embed_tokens.weight", "fc.bias"
+EMBEDDING, BIAS, FOLDED = "embed_tokens.weight", "fc.bias", "folded_fc_bias"
 LAYER = "layers.0."
-PLAIN, LINEAR = None, "linear"  # rope scalings of EAGLE-1's code
+HIDDEN_NORM = "hidden_norm.weight"  # of EAGLE-3's layer
+# Gap between 1 and the next number; np.finfo warns where subnormal numbers are flushed to zero.
+EPSILONS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+PLAIN, LINEAR, LLAMA3 = None, "linear", "llama3"  # rope scalings
 # Depth 0 reads only the text, depth 1 the head's own output too. Deeper ones repeat that step: they would add nothing
 # but rounding errors.
 COMPARED_DEPTHS = 2
@@ -39,62 +48,39 @@ SAME = ("hidden_size", "vocab_size", "intermediate_size", "num_heads", "num_kv_h
 class Eagle(PublishedFormat):
     name, sentence = "eagle", "EAGLE-1's own pytorch_model.bin or model.safetensors with a one-layer Llama config"
     head, files = HEAD, (MODEL_BIN, MODEL_SAFETENSORS)
+    scalings = (PLAIN, LINEAR)  # that EAGLE-1's code has
 
     def recognize(self, found):
-        return {"fc.weight", f"{LAYER}self_attn.q_proj.weight"} <= found.tensors.keys()
+        names = found.tensors.keys()
+        return {"fc.weight", f"{LAYER}self_attn.q_proj.weight"} <= names and LAYER + HIDDEN_NORM not in names
 
     def table(self, options, sizes):
-        c = sizes
-        dim, inner, queries, keys = (
-            c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        )  # fmt: skip
-        attention, mlp = f"{LAYER}self_attn.", f"{LAYER}mlp."
-        return [
-            Piece("fc.weight", "join.weight", (dim, 2 * dim)),
-            Piece(BIAS, "join.bias", (dim,)),
-            Piece(f"{attention}q_proj.weight", "block.q.weight", (queries, dim)),
-            Piece(f"{attention}k_proj.weight", "block.kv.weight", (keys, dim)),
-            Piece(f"{attention}v_proj.weight", "block.kv.weight", (keys, dim), keys),
-            Piece(f"{attention}o_proj.weight", "block.o.weight", (dim, queries)),
-            Piece(f"{LAYER}post_attention_layernorm.weight", "block.mlp_norm.weight", (dim,)),
-            Piece(f"{mlp}gate_proj.weight", "block.gate_up.weight", (inner, dim)),
-            Piece(f"{mlp}up_proj.weight", "block.gate_up.weight", (inner, dim), inner),
-            Piece(f"{mlp}down_proj.weight", "block.down.weight", (dim, inner)),
-        ]
+        dim = sizes.hidden_size
+        return [Piece("fc.weight", "join.weight", (dim, 2 * dim)), *layer_table(LAYER, sizes, dim)]
+
+    def elsewhere(self, options, sizes):
+        return [Piece(BIAS, "join.bias", (sizes.hidden_size,))]
 
     def read(self, found, target):
         tensors, notes = dict(found.tensors), list(found.notes)
         if "fc.weight" not in tensors:
             raise ValueError(f"{found.file} holds no fc.weight: it is not EAGLE-1's")
         target.check_sizes(found.file, tensors["fc.weight"].num_rows, None)
-        self._check_config(found, target)
-        if EMBEDDING in tensors:
-            target.check_same(found.file, EMBEDDING, tensors.pop(EMBEDDING), target.embedding)
+        check_layer_config(found, found.config, target, self.scalings)
         options = default_options(HEAD, **{NORM: False})
         notes.append(f"EAGLE-1 has no fixed depth: num_depths is {options['num_depths']}, our default")
-        pieces, absent = self.table(options, target.config), []
-        if found.config.get("bias") not in (None, True):  # null decides nothing: EAGLE-1 has one by default
-            absent = [piece for piece in pieces if piece.theirs == BIAS]
-            pieces = [piece for piece in pieces if piece.theirs != BIAS]
+        pieces, [bias], absent = self.table(options, target.config), self.elsewhere(options, target.config), {}
+        if found.config.get("bias") in (None, True):  # null decides nothing: EAGLE-1 has one by default
+            pieces.append(bias)
+        elif FOLDED in found.config:
+            absent[bias.ours] = unfolded_bias(found, tensors.pop(EMBEDDING, None), target)
+        else:
+            absent[bias.ours] = zeros(bias.shape)
+        if EMBEDDING in tensors:
+            target.check_same(found.file, EMBEDDING, tensors.pop(EMBEDDING), target.embedding)
         expect(found.file, tensors, {piece.theirs: piece.shape for piece in pieces})
-        ours = gather(pieces, tensors) | {piece.ours: zeros(piece.shape) for piece in absent}
+        ours = gather(pieces, tensors) | absent
         return HeadWeights(HEAD, options, ours, imported_from(self.name, found, notes), notes=notes)
-
-    def _check_config(self, found, target) -> None:
-        """Raises ValueError naming where config.json contradicts the backbone, whose sizes our layer has."""
-        where = found.file.with_name("config.json")
-        if not found.config:
-            raise ValueError(f"{where} is missing; it has the number of attention heads and the rotary embedding")
-        theirs, own = parse_config(found.config, None, str(where)), target.config
-        wrong = [f"{key} {getattr(theirs, key)} (backbone: {getattr(own, key)})" for key in SAME
-                 if getattr(theirs, key) != getattr(own, key)]  # fmt: skip
-        if found.config.get("qkv_bias"):
-            wrong.append("qkv_bias true (ours has none)")
-        if theirs.num_layers != 1:
-            wrong.append(f"{theirs.num_layers} layers (ours has 1)")
-        if wrong:
-            raise ValueError(f"{where} does not fit {target}: {', '.join(wrong)}; pass --backbone with the right one")
-        scaling_of(theirs, str(where))
 
     def check_holds(self, weights):
         if weights.options.get(NORM, True):
@@ -104,7 +90,7 @@ class Eagle(PublishedFormat):
 
     def extras(self, weights, target):
         target.check_belongs(weights)
-        return {EMBEDDING: target.embedding}
+        return {EMBEDDING: folded_embedding(weights, target)}
 
     def config(self, weights, dtype, target):
         c = target.config
@@ -112,43 +98,154 @@ class Eagle(PublishedFormat):
             raise ValueError(
                 f"EAGLE-1's attention heads add up to the width {c.hidden_size}; {c.num_heads} of {c.head_dim} do not"
             )
-        scaling = scaling_of(c, str(target))
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": c.hidden_size,
-            "intermediate_size": c.intermediate_size,
-            "vocab_size": c.vocab_size,
-            "num_hidden_layers": 1,
-            "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.num_kv_heads,
-            "rms_norm_eps": c.rms_norm_eps,
-            "rope_theta": c.rope_theta,
-            "rope_scaling": None if scaling is PLAIN else {"type": scaling, "factor": c.rope_scaling["factor"]},
-            "max_position_embeddings": c.max_positions,
-            "pretraining_tp": 1,
-            "tie_word_embeddings": False,
-            "bos_token_id": c.bos_id,
-            "eos_token_id": list(c.eos_ids),
-            "pad_token_id": None,
-            "bias": True,
-            "torch_dtype": str(dtype),
-        }
+        bias = weights.tensors["join.bias"].read()
+        folded = {FOLDED: [float(number) for number in bias]} if bias.any() else {}
+        return {**layer_config(target, dtype, self.scalings), "bias": False, **folded}
 
     def logits(self, found, target, inputs):
         c, tensors = target.config, dict(Float64(found.tensors))  # read once: every position uses all of them
         drawn = inputs.of(c.hidden_size, c.vocab_size, COMPARED_DEPTHS)
-        ends = exact(target.embedding), exact(target.lm_head)
-        hidden = drawn.hidden.astype(np.float64)
+        embedding = tensors[EMBEDDING] if EMBEDDING in tensors else exact(target.embedding)
+        hidden, lm_head = drawn.hidden.astype(np.float64), exact(target.lm_head)
         rotary = parse_config(found.config)  # whichever spelling the file has
         config = {**found.config, "rope_theta": rotary.rope_theta, "rope_scaling": rotary.rope_scaling}
-        return equations.eagle(tensors, config, hidden, drawn.token_ids, *ends, COMPARED_DEPTHS)
+        return equations.eagle(tensors, config, hidden, drawn.token_ids, embedding, lm_head, COMPARED_DEPTHS)
 
 
-def scaling_of(config: BackboneConfig, where: str) -> str | None:
-    """The kind of rope scaling. Raises ValueError for one that EAGLE-1's code does not have."""
+# The bias in the embedding -------------------------------------------------------------------------------------------
+
+
+def folded_embedding(weights: HeadWeights, target: Target) -> LazyTensor:
+    """The backbone's embedding plus d, (vocab, dim) float32; as it is for a bias of zeros.
+
+    Raises ValueError where fc's columns of the embedding do not span the bias.
+    """
+    bias, embedding = exact(weights.tensors["join.bias"]), target.embedding
+    if not bias.any():
+        return embedding
+    reads = exact(weights.tensors["join.weight"])[:, : len(bias)]
+    shift = np.linalg.lstsq(reads, bias, rcond=None)[0]
+    if not np.abs(reads @ shift - bias).max() <= 1e-6 * np.abs(bias).max():  # true for nan
+        raise ValueError(
+            "the bias of this head (join.bias) is outside what its join.weight makes of embeddings, so that it cannot "
+            "be written as part of them; vLLM's EAGLE-1 has no other place for it"
+        )
+    weights.notes.append(
+        "vLLM's EAGLE-1 has no bias in fc: ours is written as a part of embed_tokens; a server that takes the "
+        "backbone's embedding instead drafts without it"
+    )
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        return (embedding.read_rows(start, stop).astype(np.float64) + shift).astype(np.float32)
+
+    return LazyTensor(FLOAT32, embedding.shape, read_rows)
+
+
+def unfolded_bias(found, embedding: LazyTensor | None, target: Target) -> LazyTensor:
+    """The bias that an embedding in a file carries, (dim,) float32.
+
+    Raises ValueError for an embedding that is not the backbone's plus one row, and for a row that is not the bias's.
+    """
+    where, given = found.file.with_name("config.json"), found.config[FOLDED]
+    own = target.embedding
+    numbers = isinstance(given, list) and all(isinstance(number, float) for number in given)
+    found_one = embedding is not None and embedding.shape == own.shape and str(embedding.dtype) in EPSILONS
+    if not numbers or len(given) != own.shape[1] or not found_one:
+        raise ValueError(
+            f"{where}: {FOLDED} is for an {EMBEDDING} of shape {own.shape} and has {own.shape[1]} numbers; one of them "
+            "is missing or of another kind"
+        )
+
+    def shifts():
+        for rows in own.stretches():
+            theirs = embedding.read_rows(*rows).astype(np.float64)
+            yield theirs, theirs - own.read_rows(*rows).astype(np.float64)
+
+    shift = sum(each.sum(0) for _, each in shifts()) / own.num_rows
+    largest = max(np.abs(theirs).max() for theirs, _ in shifts())
+    apart = max(np.abs(each - shift).max() for _, each in shifts())
+    if not apart <= EPSILONS[str(embedding.dtype)] * largest:  # true for nan
+        raise ValueError(
+            f"{found.file}: {EMBEDDING} is not that of {target} plus a bias; pass --backbone with the right one"
+        )
+    bias = np.array(given, np.float32)
+    carried = exact(found.tensors["fc.weight"])[:, : len(bias)] @ shift
+    if not np.abs(carried - bias).max() <= 0.1 * np.abs(bias).max():  # 16 bits round both sides; true for nan
+        raise ValueError(f"{where}: {FOLDED} is not the bias that {EMBEDDING} carries; correct one")
+    return in_memory(bias)
+
+
+# The Llama layer, which EAGLE-3 has too ------------------------------------------------------------------------------
+
+
+def layer_table(layer: str, sizes: BackboneConfig, num_in: int) -> list[Piece]:
+    """The pieces of a decoder layer whose attention reads rows of ``num_in``. layer: the prefix of its names."""
+    c = sizes
+    dim, inner, queries, keys = (
+        c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    )  # fmt: skip
+    attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
+    return [
+        Piece(f"{attention}q_proj.weight", "block.q.weight", (queries, num_in)),
+        Piece(f"{attention}k_proj.weight", "block.kv.weight", (keys, num_in)),
+        Piece(f"{attention}v_proj.weight", "block.kv.weight", (keys, num_in), keys),
+        Piece(f"{attention}o_proj.weight", "block.o.weight", (dim, queries)),
+        Piece(f"{layer}post_attention_layernorm.weight", "block.mlp_norm.weight", (dim,)),
+        Piece(f"{mlp}gate_proj.weight", "block.gate_up.weight", (inner, dim)),
+        Piece(f"{mlp}up_proj.weight", "block.gate_up.weight", (inner, dim), inner),
+        Piece(f"{mlp}down_proj.weight", "block.down.weight", (dim, inner)),
+    ]
+
+
+def layer_config(target: Target, dtype: np.dtype, scalings: tuple) -> dict:
+    """The config of a Llama of one layer with the backbone's sizes."""
+    c = target.config
+    scaling = scaling_of(c, str(target), scalings)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "vocab_size": c.vocab_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        # EAGLE's own code takes a scaling of two fields, by this name of the kind.
+        "rope_scaling": {"type": LINEAR, "factor": c.rope_scaling["factor"]} if scaling == LINEAR else c.rope_scaling,
+        "max_position_embeddings": c.max_positions,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": False,
+        "bos_token_id": c.bos_id,
+        "eos_token_id": list(c.eos_ids),
+        "pad_token_id": None,
+        "torch_dtype": str(dtype),
+    }
+
+
+def check_layer_config(found, config: dict, target: Target, scalings: tuple) -> None:
+    """Raises ValueError naming where the config of a file's layer contradicts the backbone, whose sizes ours has."""
+    where = found.file.with_name("config.json")
+    if not config:
+        raise ValueError(f"{where} is missing; it has the number of attention heads and the rotary embedding")
+    theirs, own = parse_config(config, None, str(where)), target.config
+    wrong = [f"{key} {getattr(theirs, key)} (backbone: {getattr(own, key)})" for key in SAME
+             if getattr(theirs, key) != getattr(own, key)]  # fmt: skip
+    if config.get("qkv_bias"):
+        wrong.append("qkv_bias true (ours has none)")
+    if theirs.num_layers != 1:
+        wrong.append(f"{theirs.num_layers} layers (ours has 1)")
+    if wrong:
+        raise ValueError(f"{where} does not fit {target}: {', '.join(wrong)}; pass --backbone with the right one")
+    scaling_of(theirs, str(where), scalings)
+
+
+def scaling_of(config: BackboneConfig, where: str, known: tuple) -> str | None:
+    """The kind of rope scaling. Raises ValueError for one that is not among the known ones."""
     kind = (config.rope_scaling or {}).get("rope_type")
-    if kind not in (PLAIN, LINEAR):
-        raise ValueError(f"{where}: rope scaling {kind} is unknown to EAGLE-1's code")
+    if kind not in known:
+        raise ValueError(f"{where}: rope scaling {kind} is unknown to the code that reads this format")
     return kind

@@ -91,30 +91,77 @@ def eagle(
     lm_head: np.ndarray,
     num_depths: int,
 ) -> list[np.ndarray]:
-    """EAGLE-1 (arXiv 2401.15077, section 4): for every row t, its layer over the pairs (f_s, e_{s+1}) of the text up to
-    t, then over its own outputs and the tokens that follow.
+    """EAGLE-1 (arXiv 2401.15077, section 4): its layer, without a norm before attention, over fc [e_{s+1}; f_s].
 
     hidden: (rows, dim), row t followed by token_ids[t + 1] ..; token_ids: (rows + num_depths,); embedding, lm_head:
     (vocab, dim). Returns (rows, vocab) per depth.
     """
-    logits: list[list[np.ndarray]] = [[] for _ in range(num_depths)]
+
+    def layer(features, embedded):
+        x = np.concatenate([embedded, features], 1) @ tensors["fc.weight"].T + tensors.get("fc.bias", 0)
+        return llama_layer(tensors, config, "layers.0.", x, x)
+
+    return unrolled(layer, lambda y: lm_head @ y, hidden, token_ids, embedding, num_depths)
+
+
+def eagle3(
+    tensors: Arrays,
+    config: dict,
+    name: str,
+    fused: np.ndarray,
+    token_ids: np.ndarray,
+    embedding: np.ndarray,
+    num_depths: int,
+) -> list[np.ndarray]:
+    """EAGLE-3 (arXiv 2503.01840, section 3): its layer over [norm(e_{s+1}); norm(g_s)], g = fc [l; m; h], with g itself
+    as the residual.
+
+    config: of the layer; name: the prefix of its tensors; fused: (rows, 3 dim), the hidden states of the three layers.
+    Returns (rows, draft vocabulary) per depth.
+    """
+    eps = config["rms_norm_eps"]
+
+    def layer(features, embedded):
+        e = rms_norm(embedded, tensors[f"{name}input_layernorm.weight"], eps)
+        g = rms_norm(features, tensors[f"{name}hidden_norm.weight"], eps)
+        return llama_layer(tensors, config, name, features, np.concatenate([e, g], 1))
+
+    def logits(y):
+        return tensors["lm_head.weight"] @ rms_norm(y, tensors["norm.weight"], eps)
+
+    return unrolled(layer, logits, fused @ tensors["fc.weight"].T, token_ids, embedding, num_depths)
+
+
+def unrolled(
+    layer: Callable, logits_of: Callable, hidden: np.ndarray, token_ids: np.ndarray, embedding: np.ndarray, depths: int
+) -> list[np.ndarray]:
+    """A draft after every row t: the layer over the pairs (f_s, e_{s+1}) of the text up to t, then over its own outputs
+    and the tokens that follow.
+
+    layer(features, embedded): two of (rows, dim) -> (rows, dim); logits_of: (dim,) -> (vocab,). Returns (rows, vocab)
+    per depth.
+    """
+    logits: list[list[np.ndarray]] = [[] for _ in range(depths)]
     for t in range(len(hidden)):
         features = list(hidden[: t + 1])
-        for depth in range(num_depths):
-            tokens = token_ids[1 : len(features) + 1]
-            outputs = eagle_layer(tensors, config, np.concatenate([embedding[tokens], np.stack(features)], 1))
+        for depth in range(depths):
+            outputs = layer(np.stack(features), embedding[token_ids[1 : len(features) + 1]])
             features.append(outputs[-1])
-            logits[depth].append(lm_head @ outputs[-1])
+            logits[depth].append(logits_of(outputs[-1]))
     return [np.stack(rows) for rows in logits]
 
 
-def eagle_layer(tensors: Arrays, config: dict, pairs: np.ndarray) -> np.ndarray:
-    """EAGLE-1's one Llama layer, without a norm before attention. pairs: (rows, 2 dim) -> (rows, dim)."""
-    layer = "layers.0."
-    x = pairs @ tensors["fc.weight"].T + tensors.get("fc.bias", 0)
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """RMSNorm of the last axis."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def llama_layer(tensors: Arrays, config: dict, name: str, residual: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """A Llama layer. name: the prefix of its tensors; residual: (rows, dim); x: (rows, in), what attention reads.
+    Returns (rows, dim)."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
-    q, k, v = (x @ tensors[f"{layer}self_attn.{name}_proj.weight"].T for name in "qkv")
+    q, k, v = (x @ tensors[f"{name}self_attn.{part}_proj.weight"].T for part in "qkv")
     q, k, v = (y.reshape(len(x), n, -1) for y, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     q, k = rotated(q, config), rotated(k, config)
     k, v = (np.repeat(y, heads // kv_heads, axis=1) for y in (k, v))
@@ -123,19 +170,24 @@ def eagle_layer(tensors: Arrays, config: dict, pairs: np.ndarray) -> np.ndarray:
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     attended = np.einsum("hij,jhd->ihd", weights, v).reshape(len(x), -1)
-    h = x + attended @ tensors[f"{layer}self_attn.o_proj.weight"].T
-    normed = h / np.sqrt((h * h).mean(-1, keepdims=True) + config["rms_norm_eps"])
-    normed = normed * tensors[f"{layer}post_attention_layernorm.weight"]
-    gate, up = (normed @ tensors[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-    return h + (silu(gate) * up) @ tensors[f"{layer}mlp.down_proj.weight"].T
+    h = residual + attended @ tensors[f"{name}self_attn.o_proj.weight"].T
+    normed = rms_norm(h, tensors[f"{name}post_attention_layernorm.weight"], config["rms_norm_eps"])
+    gate, up = (normed @ tensors[f"{name}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
+    return h + (silu(gate) * up) @ tensors[f"{name}mlp.down_proj.weight"].T
 
 
 def rotated(x: np.ndarray, config: dict) -> np.ndarray:
     """x, (rows, heads, head_dim), rotated by positions 0, 1, .. in the pairing of Hugging Face's Llama."""
     half = x.shape[-1] // 2
-    factor = (config.get("rope_scaling") or {}).get("factor", 1.0)
-    frequencies = config.get("rope_theta", 10000.0) ** (-np.arange(half) / half) / factor
-    angles = np.arange(len(x))[:, None, None] * frequencies
+    frequencies = config.get("rope_theta", 10000.0) ** (-np.arange(half) / half)
+    scaling = config.get("rope_scaling") or {}
+    slowed = frequencies / scaling.get("factor", 1.0)
+    if scaling.get("rope_type") == "llama3":  # turns within the original length: few are slowed, many are left
+        turns = frequencies * scaling["original_max_position_embeddings"] / (2 * np.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        left = np.clip((turns - low) / (high - low), 0, 1)
+        slowed = left * frequencies + (1 - left) * slowed
+    angles = np.arange(len(x))[:, None, None] * slowed
     first, second = x[..., :half], x[..., half:]
     return np.concatenate(
         [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)], -1

@@ -165,12 +165,22 @@ class Medusa(MedusaFormat):
             )
 
     def config(self, weights, dtype, target):
-        options = weights.options
+        """vLLM reads the folder too, given the sizes and that there are biases. Version 2 has no language-model heads,
+        and vLLM would draft with whatever was in their memory: a vocabulary of no token makes it refuse the file."""
+        options, c = weights.options, target.config
+        refused = {}
+        if options["lm_head"] == SHARED:
+            refused["truncated_vocab_size"] = 0
+            weights.notes.append("version 2 is for Medusa's legacy code; vLLM serves this head as vllm-medusa")
         return {
             self.heads_key: options["num_depths"],
             self.layers_key: options["num_layers"],
             "base_model_name_or_path": base_model(weights, target, original_config(weights, self.name)),
             "version": VERSIONS[options["lm_head"]],
+            "hidden_size": c.hidden_size,
+            "vocab_size": c.vocab_size,
+            "medusa_fc_bias": True,
+            **refused,
         }
 
     def equation(self, tensors, hidden, target):

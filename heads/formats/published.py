@@ -19,15 +19,21 @@ from heads.formats.files import Found, check_folder, folder_and_file, write_fold
 class PublishedFormat(Format):
     """A format of another system: a folder with a weight file and a config.json.
 
-    head: the name of the head of ours that it can hold; files: possible names of its weight file, the default first.
+    head: the name of the head of ours that it can hold; files: possible names of its weight file, the default first;
+    integers: names of our tensors that are token ids.
     """
 
     head: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
+    integers: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def table(self, options: dict, sizes: BackboneConfig) -> list[Piece]:
         """Where each of its tensors is in ours."""
+
+    def elsewhere(self, options: dict, sizes: BackboneConfig) -> list[Piece]:
+        """Our tensors that a file holds in another form or not at all; ``theirs`` is only their name in a report."""
+        return []
 
     @abc.abstractmethod
     def check_holds(self, weights: HeadWeights) -> None:
@@ -45,7 +51,7 @@ class PublishedFormat(Format):
         """Its config.json."""
 
     def pieces(self, weights: HeadWeights, target: Target) -> list[Piece]:
-        return self.table(weights.options, target.config)
+        return self.table(weights.options, target.config) + self.elsewhere(weights.options, target.config)
 
     def check_out(self, out: Path, overwrite: bool) -> Path:
         folder, file = folder_and_file(out, self.files)
@@ -58,17 +64,15 @@ class PublishedFormat(Format):
         self.check_holds(weights)
         pieces = self.table(weights.options, target.config)
         shapes: dict[str, tuple[int, ...]] = {}
-        for piece in pieces:
+        for piece in self.pieces(weights, target):
             rows = shapes.get(piece.ours, (0,))[0] + piece.shape[0]
             shapes[piece.ours] = (rows, *piece.shape[1:])
         self._check_width(weights, target)
-        expect("the head", weights.tensors, shapes)
+        expect("the head", weights.tensors, shapes, self.integers)
         self.check_numbers(weights)
         tensors = {**scatter(pieces, weights.tensors), **self.extras(weights, target)}
         folder, file = folder_and_file(out, self.files)
         config = {**original_config(weights, self.name), **self.config(weights, casting.dtype, target)}
-        if config.get("base_model_name_or_path", "") is None:
-            weights.notes.append("base_model_name_or_path of config.json is null: put the backbone's folder there")
         write_folder(folder, file, casting.apply(tensors), config)
 
     def _check_width(self, weights: HeadWeights, target: Target) -> None:
@@ -83,9 +87,10 @@ def original_config(weights: HeadWeights, name: str) -> dict:
     return dict(imported.get("config", {})) if imported.get("format") == name else {}
 
 
-def base_model(weights: HeadWeights, target: Target, known: dict) -> str | None:
-    """``base_model_name_or_path``: as it was, else the folder of the backbone."""
-    return known.get("base_model_name_or_path") or target.path or weights.config.get("backbone", {}).get("path")
+def base_model(weights: HeadWeights, target: Target, known: dict) -> str:
+    """``base_model_name_or_path``: as it was, else the folder of the backbone, absolute: a server runs elsewhere."""
+    trained_on = None if target.path else weights.config.get("backbone", {}).get("path")
+    return known.get("base_model_name_or_path") or str(Path(trained_on or target.directory).resolve())
 
 
 def count_conflicts(found: Found, counts: Mapping[str, int]) -> list[str]:

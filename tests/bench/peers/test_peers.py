@@ -1,15 +1,17 @@
-"""Other engines: which type of transformers counts, that it does our work, what llama-bench is asked and answers."""
+"""Other engines: which type of transformers counts, that it does our work, what llama.cpp is asked and answers."""
 
 import dataclasses
 import json
 import stat
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from bench import engine
 from bench.clock.shapes import SHAPES
-from bench.peers import llama_cpp, torch_llama
+from bench.peers import llama_cpp, torch_llama, xllamacpp_bench
 from bench.record.engine import EngineRecord
 from runtime.entry import run_entry
 from tests.small import small_config
@@ -195,4 +197,63 @@ def test_what_is_missing_is_reported_in_one_line(bench, tmp_path, capsys, monkey
     assert "is no program" in error("--binary", str(tmp_path / "absent"), "--model", str(model))
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert "llama.cpp is not measured: no llama-bench on the PATH" in error("--model", str(model))
+    python = ["--python", sys.executable]
+    assert "--binary and --python name two programs" in error("--binary", str(program), *python, "--model", str(model))
+    assert "No module named 'xllamacpp'" in error(*python, "--model", str(model))
     assert "--rows must be at least 1" in error("--binary", str(program), "--model", str(model), "--rows", "0")
+
+
+class Server:
+    """Stands in for the xllamacpp wheel's server: a row takes 2 ms, a new token 5 ms; the cache holds the last prompt
+    and finds the rows that a new one shares with it, from the start, all but its last."""
+
+    last: tuple = ()
+    forgets = False
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def handle_completions(self, request):
+        prompt, known = request["prompt"], 0
+        while known < min(len(self.last), len(prompt) - 1) and self.last[known] == prompt[known]:
+            known += 1
+        known = 0 if self.forgets else known
+        self.last, rows = prompt, len(prompt) - known
+        times = {
+            "cache_n": known,
+            "prompt_n": rows,
+            "prompt_ms": 2 * rows,
+            "predicted_ms": 5 * (request["n_predict"] - 1),
+        }
+        return {"timings": times}
+
+
+def settings():
+    """xllamacpp.CommonParams as far as it is set."""
+    return types.SimpleNamespace(
+        model=types.SimpleNamespace(),
+        cpuparams=types.SimpleNamespace(n_threads=7),
+        cpuparams_batch=types.SimpleNamespace(),
+    )
+
+
+def test_the_wheel_answers_as_llama_bench_does(monkeypatch, bench):
+    _, model, _ = bench("")
+    made = []
+    program = types.SimpleNamespace(CommonParams=settings, Server=lambda given: made.append(Server(given)) or made[-1])
+    monkeypatch.setitem(sys.modules, "xllamacpp", program)
+    monkeypatch.setattr(xllamacpp_bench.metadata, "version", lambda name: "9")
+    options = llama_cpp.LlamaCppOptions(
+        model=str(model), python=sys.executable, rows="1,4", tokens=3, context=6, repeats=2
+    )
+    monkeypatch.setattr(sys, "argv", llama_cpp.command(options)[2:])  # without the Python and -m
+    answer = xllamacpp_bench.measure(xllamacpp_bench.parse())
+    record = llama_cpp.read_results(json.dumps(answer), "the wheel")
+    assert [(each["rows"], each["context"], each["ms"]) for each in record["passes"]] == [(1, 6, 2.0), (4, 6, 8.0)]
+    assert (
+        record["token"]["ms"] == pytest.approx(5) and record["token"]["tokens"] == 3
+    )  # the prompt's own token is not counted
+    assert record["build_commit"] == "xllamacpp 9" and record["threads"] == 7
+    monkeypatch.setattr(Server, "forgets", True)  # the control: more rows than asked for were computed
+    with pytest.raises(RuntimeError, match="7 rows after 0, expected 1 after 6"):
+        xllamacpp_bench.measure(xllamacpp_bench.parse())

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from backbone.formats import ConvertOptions
 from heads.base import Features
-from heads.checkpoint import save_checkpoint
+from heads.checkpoint import load_head, save_checkpoint
 from heads.formats import convert
 from heads.registry import build
 from runtime import jt
@@ -41,6 +41,14 @@ def random_checkpoint(path, name, backbone, **options):
     }
     save_checkpoint(path, head, config, {"seed": 7})
     return path
+
+
+def change_head(source, backbone, change):
+    """Apply ``change`` to the head of a checkpoint and save it again; returns its path."""
+    head, config = load_head(source, backbone)
+    change(head)
+    save_checkpoint(source, head, {key: value for key, value in config.items() if key != "files"}, {})
+    return source
 
 
 def write_backbone(folder, dtype=np.float16, seed=0, **changes):
@@ -104,9 +112,10 @@ def read_folder(folder, file: str) -> dict[str, np.ndarray]:
 
 
 class EagleLayer(torch.nn.Module):
-    """EAGLE-1's layer: transformers' Llama layer without its first norm, after fc."""
+    """EAGLE-1's layer: transformers' Llama layer without its first norm, after fc. bias: fc has one, as ``bias`` of
+    config.json says."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, bias: bool = True):
         super().__init__()
         torch.manual_seed(seed)
         self.llama = LlamaConfig(
@@ -115,7 +124,7 @@ class EagleLayer(torch.nn.Module):
             rms_norm_eps=SMALL["rms_norm_eps"], rope_theta=SMALL["rope_theta"], max_position_embeddings=128,
             attn_implementation="eager", tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, hidden_act="silu",
         )  # fmt: skip
-        self.fc = torch.nn.Linear(2 * DIM, DIM)
+        self.fc = torch.nn.Linear(2 * DIM, DIM, bias=bias)
         self.layers = torch.nn.ModuleList([LlamaDecoderLayer(self.llama, 0)])
         self.layers[0].input_layernorm = torch.nn.Identity()
         self.rotary = LlamaRotaryEmbedding(self.llama)

@@ -71,6 +71,10 @@ def test_our_head_in_pytorch_gives_our_logits(tmp_path, folder, small, checkpoin
     assert near(logits_of(load_head(source, small)[0], hidden), expected)
     config = json.loads((tmp_path / "medusa" / "config.json").read_text())
     assert (config["medusa_num_heads"], config["version"]) == (3, "1" if lm_head == "own" else "2")
+    assert config["base_model_name_or_path"] == str(folder.resolve())
+    # What vLLM asks for besides.
+    assert (config["hidden_size"], config["vocab_size"], config["medusa_fc_bias"]) == (DIM, VOCAB, True)
+    assert config.get("truncated_vocab_size") == (None if lm_head == "own" else 0)  # without heads, it has to refuse
 
 
 def test_where_config_and_tensors_contradict_the_tensors_decide_and_a_note_is_printed(tmp_path, folder, small, capsys):

@@ -9,11 +9,13 @@ from safetensors.numpy import load_file
 
 from heads.checkpoint import load_head
 from heads.formats import recognize
+from runtime import jt
 from tests.heads.formats.format_files import (
     DIM,
     ROWS,
     VOCAB,
     EagleLayer,
+    change_head,
     hidden_states,
     logits_of,
     near,
@@ -98,13 +100,72 @@ def test_our_eagle_comes_back_from_its_files(tmp_path, folder, small, checkpoint
     assert run(source, "eagle", tmp_path / "eagle" / file, backbone=folder, verify=True) == 0
     assert run(tmp_path / "eagle", "gorgon", tmp_path / "back", backbone=folder, verify=True) == 0
     assert (tmp_path / "back" / "head.safetensors").read_bytes() == (source / "head.safetensors").read_bytes()
-    if file.endswith(".bin"):
-        layer, state = EagleLayer(seed=1), torch.load(tmp_path / "eagle" / file, weights_only=True)
-        assert np.array_equal(state.pop("embed_tokens.weight").numpy(), ends[0])
+    if file.endswith(".bin"):  # its own code, and vLLM's: no bias, and the file's embedding
+        config = json.loads((tmp_path / "eagle" / "config.json").read_text())
+        layer, state = EagleLayer(1, config["bias"]), torch.load(tmp_path / "eagle" / file, weights_only=True)
+        embedding = state.pop("embed_tokens.weight").numpy()
         layer.load_state_dict(state, strict=True)
+        assert layer.fc.bias is None and np.ptp(embedding - ends[0], 0).max() < 1e-5  # one shift for every token
         hidden, tokens = hidden_states(), token_ids(6)
         ours = logits_of(load_head(source, small)[0], hidden, tokens)[:EAGLE_DEPTHS]
-        assert near(ours, eagle_logits(layer, hidden, tokens, *ends))
+        assert near(ours, eagle_logits(layer, hidden, tokens, embedding, ends[1]))
+        assert not near(ours, eagle_logits(layer, hidden, tokens, *ends))  # the control: the bias is lost
+
+
+def with_zeros(source, backbone, name, columns=slice(None)):
+    """The checkpoint with zeros in columns of a parameter."""
+
+    def change(head):
+        parameter = dict(head.named_parameters())[name]
+        numbers = parameter.numpy().copy()
+        numbers[..., columns] = 0
+        parameter.update(jt.array(numbers))
+
+    return change_head(source, backbone, change)
+
+
+def test_a_head_without_a_bias_is_written_with_the_backbones_embedding(tmp_path, folder, small, checkpoint, ends):
+    source = with_zeros(checkpoint("eagle", attention_norm=False), small, "join.bias")
+    assert run(source, "eagle", tmp_path / "eagle", backbone=folder, verify=True) == 0
+    state = torch.load(tmp_path / "eagle" / "pytorch_model.bin", weights_only=True)
+    assert np.array_equal(state["embed_tokens.weight"].numpy(), ends[0]) and "fc.bias" not in state
+    config = json.loads((tmp_path / "eagle" / "config.json").read_text())
+    assert config["bias"] is False and "folded_fc_bias" not in config
+    assert run(tmp_path / "eagle", "gorgon", tmp_path / "back", backbone=folder, verify=True) == 0
+    assert (tmp_path / "back" / "head.safetensors").read_bytes() == (source / "head.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_bias_in_the_embedding_survives_16_bits(tmp_path, folder, checkpoint, dtype):
+    source = checkpoint("eagle", attention_norm=False)
+    assert run(source, "eagle", tmp_path / "eagle", backbone=folder, dtype=dtype) == 0
+    assert run(tmp_path / "eagle", "gorgon", tmp_path / "back", backbone=folder) == 0
+    bias, back = (load_file(place / "head.safetensors")["join.bias"] for place in (source, tmp_path / "back"))
+    assert bias.any() and np.array_equal(bias, back)
+
+
+@pytest.mark.parametrize(("rows", "shift", "bias", "words"), [
+    (slice(3, 4), 0.5, None, "embed_tokens.weight is not that of the backbone .* plus a bias"),
+    (slice(None), 0.5, None, "folded_fc_bias is not the bias that embed_tokens.weight carries"),
+    (slice(None), 0.0, [0.5], "has 32 numbers"),
+    (slice(None), 0.0, [True] * DIM, "has 32 numbers"),
+    (slice(None), 0.0, [float(i) for i in range(DIM)], "folded_fc_bias is not the bias"),
+])  # fmt: skip
+def test_a_bias_that_the_embedding_does_not_carry_is_refused(tmp_path, folder, checkpoint, rows, shift, bias, words):
+    assert run(checkpoint("eagle", attention_norm=False), "eagle", tmp_path / "eagle", backbone=folder) == 0
+    file, place = tmp_path / "eagle" / "pytorch_model.bin", tmp_path / "eagle" / "config.json"
+    state, config = torch.load(file, weights_only=True), json.loads(place.read_text())
+    state["embed_tokens.weight"][rows] += shift
+    torch.save(state, file)
+    place.write_text(json.dumps({**config, "folded_fc_bias": bias or config["folded_fc_bias"]}))
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "eagle", "gorgon", tmp_path / "back", backbone=folder)
+
+
+def test_a_bias_that_no_shift_of_the_embedding_gives_is_refused(tmp_path, folder, small, checkpoint):
+    source = with_zeros(checkpoint("eagle", attention_norm=False), small, "join.weight", slice(DIM))
+    with pytest.raises(ValueError, match=r"the bias of this head .* is outside what its join.weight makes"):
+        run(source, "eagle", tmp_path / "eagle", backbone=folder)
 
 
 @pytest.mark.parametrize(("config", "words"), [
