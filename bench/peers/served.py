@@ -110,7 +110,7 @@ def our_texts(options: ServedOptions, backbone, tokenizer, folder: Path, prompts
     from bench.measure.warmup import warm_up
     from decoding.tree import Tree
     from heads.checkpoint import load_head
-    from runtime.interrupt import check_interrupt
+    from runtime.interrupt import check_interrupt, deferred_interrupts
 
     head = load_head(folder, backbone)[0]
     if options.depth > head.num_depths:
@@ -120,23 +120,24 @@ def our_texts(options: ServedOptions, backbone, tokenizer, folder: Path, prompts
     setup = Setup(
         backbone, tokenizer, cache, options.max_new_tokens, head=head, tree=tree, draft_dtype=options.draft_dtype
     )
-    warm_up(setup)
     texts = []
-    for index, prompt in enumerate(prompts.prompts):
-        talk, turn = Conversation(setup, prompt, index), 0
-        while (ids := talk.ask(turn)) is not None:
-            given = {side: setup.decode(ids, side) for side in (BASELINE, HEAD)}
-            talk.take(ids, given)
-            found, turn = given[HEAD], turn + 1
-            texts.append({
-                "prompt_ids": [int(token) for token in ids],
-                "tokens": [int(token) for token in found.token_ids],
-                "passes": [int(count) for count in found.accepted_per_pass],
-                "drafts": int(found.reached_by_depth[0]) if found.reached_by_depth else 0,
-                "accepted": [int(count) for count in found.accepted_by_depth],
-                "seconds": found.timers.total_s - found.timers.prefill_s,
-            })  # fmt: skip
-        check_interrupt()
+    with deferred_interrupts():
+        warm_up(setup)
+        for index, prompt in enumerate(prompts.prompts):
+            talk, turn = Conversation(setup, prompt, index), 0
+            while (ids := talk.ask(turn)) is not None:
+                given = {side: setup.decode(ids, side) for side in (BASELINE, HEAD)}
+                talk.take(ids, given)
+                found, turn = given[HEAD], turn + 1
+                texts.append({
+                    "prompt_ids": [int(token) for token in ids],
+                    "tokens": [int(token) for token in found.token_ids],
+                    "passes": [int(count) for count in found.accepted_per_pass],
+                    "drafts": int(found.reached_by_depth[0]) if found.reached_by_depth else 0,
+                    "accepted": [int(count) for count in found.accepted_by_depth],
+                    "seconds": found.timers.total_s - found.timers.prefill_s,
+                })  # fmt: skip
+            check_interrupt()
     return texts
 
 

@@ -37,7 +37,7 @@ def test_a_file_from_before_a_field_was_added_is_read_with_its_default(tmp_path,
     assert Record.read(path) == Record.parse(make_record(checkpoint__seed=None, head_stats={}))
 
 
-OTHER_KINDS = {"losses", "conversion", "hybrid", "gpu-check"}  # written and read by one entry each
+OTHER_KINDS = {"losses", "conversion", "hybrid", "served", "gpu-check"}  # written and read by one entry each
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.name)
