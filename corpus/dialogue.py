@@ -230,9 +230,16 @@ class Writer:
                 return self._finish(dialogue)
             self._open_turn(dialogue, "")
             return False
-        closed = self.tokenizer.encode_chat(dialogue.messages, add_generation_prompt=False)
+        try:
+            closed, said = self.tokenizer.encode_with_mask(dialogue.messages)
+        except ValueError:
+            return self._finish(dialogue)  # which drops it with its reason
+        last = max(index for index, is_said in enumerate(said) if is_said)
         shared = 0
         while shared < min(len(closed), len(opening) - 1) and closed[shared] == opening[shared]:
+            # Some templates always write the head of the next turn: the backbone decides before it.
+            if shared > last and self.tokenizer.decode(closed[shared : shared + 1], False).strip():
+                break
             shared += 1
         dialogue.phase, dialogue.opening, dialogue.awaited = DECIDE, opening, opening[shared]
         dialogue.expect(opening[:shared])

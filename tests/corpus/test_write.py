@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from corpus.dialogue import Dialogue, Writer, in_loop
+from backbone.tokenizer import EMBEDDED, load_tokenizer
+from corpus.dialogue import DECIDE, USER, Dialogue, Writer, in_loop
 from corpus.lanes import Batch
 from corpus.options import Options
 from corpus.write import main, write_corpus
@@ -171,6 +173,29 @@ def test_continue_is_the_probability_of_a_further_turn(tokenizer):
         turns[probability] = writer.take(dialogue, tokenizer.eos_ids[0], 0.0)
     assert turns == {0.0: True, 0.4: True, 0.6: False}
     assert dialogue.ids == tokenizer.encode(tokenizer.render(dialogue.messages, False) + "USER:")
+
+
+@pytest.mark.parametrize("head_follows", [False, True])
+def test_the_backbone_decides_on_a_further_turn_before_the_templates_next_head(tmp_path, head_follows):
+    shutil.copytree(EMBEDDED, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    always = "" if head_follows else "{% if add_generation_prompt %}"
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        f"{always}<assistant>{'' if head_follows else '{% endif %}'}"
+    )
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    writer, dialogue = Writer(tokenizer, options()), Dialogue(0, "", True, np.full(8, 0.5))
+    writer.start(dialogue, "Hello")
+    for token in writer.marker_ids:
+        if dialogue.phase == USER:
+            writer.take(dialogue, token, 0.0)
+    for token in tokenizer.encode("Hi"):
+        writer.take(dialogue, token, 0.0)
+    assert not writer.take(dialogue, tokenizer.eos_ids[0], 0.0) and dialogue.phase == DECIDE
+    written = "<user>Hello</s>\n<assistant>Hi</s>\n"
+    assert tokenizer.decode(dialogue.ids, False) == written
+    assert tokenizer.decode([*dialogue.ids, dialogue.awaited], False) == f"{written}<"
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def interrupt(head: str, ranks: int, moment: float, out: Path) -> Ending | None:
 
 
 def campaign(options: Options, folder: Path) -> dict:
-    """The record: counts, every fault, and the moments."""
+    """Interrupt runs, and write what is known every twenty; returns the record."""
     kinds = [(head, ranks) for ranks in options.ranks or [1, 2] for head in options.heads or HEADS]
     lengths = {kind: length(*kind, folder) for kind in kinds}
     draw = random.Random(options.seed)
@@ -193,8 +193,17 @@ def campaign(options: Options, folder: Path) -> dict:
                     for fault in ending.faults:
                         print(f"run {number}, {ending.head} on {ending.ranks}: {fault}", flush=True)
                 shutil.rmtree(out, ignore_errors=True)
-            if number % 20 < options.at_once:
-                print(f"{len(endings)} interrupted, {sum(bool(e.faults) for e in endings)} at fault", flush=True)
+            if number % 20 < options.at_once or len(endings) == options.runs:
+                record = record_of(options, endings, missed, lengths)
+                if options.out:
+                    write_json(options.out, record, indent=1)
+                counts = f"{record['status_130']} with status 130, {record['at_fault']} at fault"
+                print(f"{record['runs']} interrupted, {counts}", flush=True)
+    return record
+
+
+def record_of(options: Options, endings: list[Ending], missed: int, lengths: dict[tuple[str, int], float]) -> dict:
+    """What is written: counts, every fault, and the moments."""
     return {
         "runs": len(endings),
         "status_130": sum(ending.status == 130 for ending in endings),
@@ -202,7 +211,7 @@ def campaign(options: Options, folder: Path) -> dict:
         "ended_before_the_signal": missed,
         "by_kind": dict(Counter(f"{ending.head} x {ending.ranks}" for ending in endings)),
         "seconds_from_card_to_end": {f"{head} x {ranks}": round(s, 1) for (head, ranks), s in lengths.items()},
-        "longest_seconds_to_end": max(ending.seconds_to_end for ending in endings),
+        "longest_seconds_to_end": max((ending.seconds_to_end for ending in endings), default=None),
         "command": " ".join(["python", "tests/interrupts/campaign.py", *sys.argv[1:]]),
         "train_options": STEPS,
         "provenance": provenance(options.seed),
@@ -217,9 +226,6 @@ def main(arguments) -> int:
         with gzip.open(EMBEDDED_CORPUS, "rt") as corpus, gzip.open(Path(folder) / DATA, "wt") as file:
             file.writelines(itertools.islice(corpus, CONVERSATIONS))
         record = campaign(options, Path(folder))
-    if options.out:
-        write_json(options.out, record, indent=1)
-    print(f"{record['runs']} interrupted, {record['status_130']} with status 130, {record['at_fault']} at fault")
     return 1 if record["at_fault"] else 0
 
 
