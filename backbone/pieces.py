@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime.files.regular import read_bytes
+
+MOST_BYTES = 1 << 26  # of a model; a vocabulary of 256,000 pieces takes 5 MB
 # Of sentencepiece_model.proto: the pieces are field 1 of the model, their type is field 3 of a piece.
 PIECES, TYPE, USER_DEFINED = 1, 3, 4
 
@@ -19,9 +22,11 @@ def read_vocabulary(path: Path) -> dict[str, Any]:
     import sentencepiece
     from tokenizers import AddedToken
 
+    model = read_bytes(path, MOST_BYTES)
+    pieces = sentencepiece.SentencePieceProcessor()
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+        pieces.LoadFromSerializedProto(model)
+    except RuntimeError as error:
         raise ValueError(f"{path} is not a SentencePiece model; expected one, or a tokenizer.json ({error})") from error
     names = [pieces.id_to_piece(index) for index in range(pieces.get_piece_size())]
     types = [

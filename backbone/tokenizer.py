@@ -24,6 +24,7 @@ from backbone.pieces import read_vocabulary
 from backbone.replies import ReplyFinder, Span, mask_of_spans
 from backbone.templates import TEMPLATES, ChatTemplate, ConversationError, Messages, named_template
 from runtime.files.documents import HALF_CHARACTER, identity, read_object
+from runtime.files.regular import read_bytes, read_text
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny-vicuna"
 ROLES = ("system", "user", "assistant")
@@ -31,6 +32,7 @@ ROLES = ("system", "user", "assistant")
 BATCH = 256
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+MOST_TEMPLATE, MOST_TOKENIZER = 1 << 22, 1 << 28  # bytes; published ones have 20 kB and 40 MB
 
 
 class ChatTokenizer:
@@ -217,15 +219,17 @@ def load_tokenizer(path: str | Path | None = None, template: str | None = None) 
         raise ValueError(f"{directory} is not a directory; expected one with tokenizer.json or tokenizer.model")
     settings_path = directory / "tokenizer_config.json"
     settings = read_object(settings_path) if settings_path.exists() else {}
-    if (directory / "tokenizer.json").exists():
-        tokenizer, source = _load_fast(directory, settings), (directory / "tokenizer.json").read_bytes()
-    elif (directory / "tokenizer.model").exists():
-        tokenizer = _load_sentencepiece(directory, settings)
-        source = tokenizer.backend_tokenizer.to_str().encode()
-    else:
+    fast, model = directory / "tokenizer.json", directory / "tokenizer.model"
+    if not fast.exists() and not model.exists():
         raise ValueError(f"{directory} holds no tokenizer; expected tokenizer.json or tokenizer.model")
     if text is None:
         text = _own_template(directory, settings)
+    if fast.exists():
+        source = read_bytes(fast, MOST_TOKENIZER)
+        tokenizer = _load_fast(directory, settings)
+    else:
+        tokenizer = _load_sentencepiece(directory, settings)
+        source = tokenizer.backend_tokenizer.to_str().encode()
     try:
         return ChatTokenizer(tokenizer, text, source, stop_ids(directory))
     except ValueError as error:
@@ -240,7 +244,8 @@ def _own_template(directory: Path, settings: dict[str, Any]) -> str:
     counts nowhere.
     """
     files = [directory / "chat_template.jinja", *sorted((directory / "additional_chat_templates").glob("*.jinja"))]
-    texts = {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    # transformers keeps a byte order mark.
+    texts = {file.stem: read_text(file, MOST_TEMPLATE, "utf-8") for file in files if file.exists()}
     named = {name: text for name, text in texts.items() if text.strip()}
     if "chat_template" in named:
         named = {"default": named.pop("chat_template"), **named}

@@ -134,7 +134,8 @@ class Target:
         worst = 0.0
         for rows in tensor.stretches():
             mine = own.read_rows(*rows).astype(tensor.dtype).astype(np.float32)
-            worst = max(worst, float(np.abs(tensor.read_rows(*rows).astype(np.float32) - mine).max(initial=0)))
+            apart = np.abs(tensor.read_rows(*rows).astype(np.float32) - mine).max(initial=0)
+            worst = float(np.maximum(worst, apart))  # max() would lose a nan
         if not worst == 0:  # true for nan
             raise ValueError(
                 f"{where}: {name} is not that of {self}, largest difference {worst:.3g}; "

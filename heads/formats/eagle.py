@@ -164,13 +164,15 @@ def unfolded_bias(found, embedding: LazyTensor | None, target: Target) -> LazyTe
     shift = sum(each.sum(0) for _, each in shifts()) / own.num_rows
     largest = max(np.abs(theirs).max() for theirs, _ in shifts())
     apart = max(np.abs(each - shift).max() for _, each in shifts())
-    if not apart <= EPSILONS[str(embedding.dtype)] * largest:  # true for nan
+    rounding = EPSILONS[str(embedding.dtype)] * largest
+    if not apart <= rounding:  # true for nan
         raise ValueError(
             f"{found.file}: {EMBEDDING} is not that of {target} plus a bias; pass --backbone with the right one"
         )
     bias = np.array(given, np.float32)
-    carried = exact(found.tensors["fc.weight"])[:, : len(bias)] @ shift
-    if not np.abs(carried - bias).max() <= 0.1 * np.abs(bias).max():  # 16 bits round both sides; true for nan
+    weight = exact(found.tensors["fc.weight"])[:, : len(bias)]
+    rounded = 0.1 * np.abs(bias).max() + np.abs(weight).sum(1) * rounding  # of both sides, and of the embedding
+    if not np.all(np.abs(weight @ shift - bias) <= rounded):  # true for nan
         raise ValueError(f"{where}: {FOLDED} is not the bias that {EMBEDDING} carries; correct one")
     return in_memory(bias)
 

@@ -37,6 +37,7 @@ from heads.formats.files import MODEL_BIN, MODEL_SAFETENSORS, Found
 from heads.formats.own import default_options, imported_from
 from heads.formats.published import Float64, PublishedFormat, base_model, exact, original_config
 from heads.fused_layers import fused_layers
+from runtime.files.shown import shown
 
 HEAD = "eagle3"
 D2T, T2D = "d2t", "t2d"
@@ -103,18 +104,26 @@ class Eagle3Format(PublishedFormat):
     def _check_switches(self, config: dict, target, where) -> None:
         """Raises ValueError naming a setting under which a file computes something else than ours."""
         inner = config.get("eagle_config") or {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{where}: eagle_config is {shown(inner)}, expected an object")
         given = {**{key: inner[key] for key in (*SWITCHES, LAYER_IDS) if key in inner}, **config}
-        wrong = [f"{key} {given[key]}" for key, ours in SWITCHES.items() if bool(given.get(key, ours)) != ours]
+        wrong = [
+            f"{key} {shown(given[key], 30)}"
+            for key, ours in SWITCHES.items()
+            if given.get(key) is not None and bool(given[key]) != ours
+        ]
         if given.get("norm_before_residual", self.before_residual):
             wrong.append("norm_before_residual true or missing")
         width = given.get("target_hidden_size")
         if width not in (None, target.config.hidden_size):
-            wrong.append(f"target_hidden_size {width}")
+            wrong.append(f"target_hidden_size {shown(width, 30)}")
         num_layers = target.config.num_layers
         own = fused_layers(num_layers)
-        ids = given.get(LAYER_IDS) or default_layers(num_layers)
+        ids = given.get(LAYER_IDS) or inner.get(LAYER_IDS) or default_layers(num_layers)
+        if not isinstance(ids, list | tuple):
+            raise ValueError(f"{where}: {LAYER_IDS} is {shown(ids)}, expected a list of layers")
         if list(ids) != list(own):
-            wrong.append(f"layers {list(ids)} (ours fuses {list(own)})")
+            wrong.append(f"layers {shown(list(ids))} (ours fuses {list(own)})")
         if wrong:
             raise ValueError(f"{where}: {', '.join(wrong)}: our eagle3 computes something else, so it cannot be read")
 
@@ -220,8 +229,11 @@ class Speculators(Eagle3Format):
         return {EMBEDDING: target.embedding, **super().extras(weights, target)}
 
     def config(self, weights, dtype, target):
-        known = original_config(weights, self.name).get("speculators_config", {}).get("verifier", {})
-        verifier = base_model(weights, target, {"base_model_name_or_path": known.get("name_or_path")})
+        try:
+            known = original_config(weights, self.name)["speculators_config"]["verifier"]["name_or_path"]
+        except (LookupError, TypeError):
+            known = None
+        verifier = base_model(weights, target, {"base_model_name_or_path": known})
         proposal = {
             "proposal_type": "greedy",
             "speculative_tokens": weights.options["num_depths"],
@@ -257,6 +269,8 @@ def drafted_tokens(found, d2t: LazyTensor | None, t2d: LazyTensor | None, target
     Raises ValueError for tables that contradict each other, the language-model head or the backbone.
     """
     size, vocabulary = found.tensors["lm_head.weight"].num_rows, target.config.vocab_size
+    if not size:
+        raise ValueError(f"{found.file}: lm_head.weight has no rows; expected one for each token that is drafted")
     if d2t is None:
         if size != vocabulary:
             raise ValueError(f"{found.file}: {D2T} is missing; its language-model head has {size} rows of {vocabulary}")

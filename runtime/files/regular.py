@@ -40,10 +40,11 @@ def read_bytes(path: str | Path, most: int) -> bytes:
     return content
 
 
-def read_text(path: str | Path, most: int) -> str:
-    """The text of a regular file, without a byte order mark. Raises ValueError naming one that is not UTF-8."""
+def read_text(path: str | Path, most: int, encoding: str = "utf-8-sig") -> str:
+    """The text of a regular file, without a byte order mark. Raises ValueError naming one that is not UTF-8.
+    encoding: "utf-8" keeps a byte order mark."""
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        return read_bytes(path, most).decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 

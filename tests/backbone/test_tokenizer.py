@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import random
+import shutil
 import socket
 
 import pytest
@@ -121,3 +123,18 @@ def test_streams_of_random_tokens_lose_nothing(sentencepiece_directory):
         for _ in range(200):
             top = order.choice([tokenizer.vocab_size, 260])  # the low ids are mostly single bytes
             assert_streams(tokenizer, [order.randrange(top) for _ in range(order.randint(0, 20))], order)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "chat_template.jinja"])
+def test_files_of_a_tokenizer_are_regular_ones(tmp_path, name):
+    for given in ("tokenizer.json", "chat_template.jinja"):
+        if (given, name) != ("tokenizer.json", "tokenizer.model"):
+            shutil.copy(EMBEDDED / given, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)  # reading it would wait for ever
+    with pytest.raises(ValueError, match=f"{name} is a pipe, expected a regular file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=name):
+        load_tokenizer(tmp_path)

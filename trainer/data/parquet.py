@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files.documents import read_json
+from runtime.files.regular import open_regular
 
 # pyarrow 26 needs NumPy 2, Jittor 1.3.11 NumPy 1; 25.0.1 is the newest that works with both.
 INSTALL = "pip install pyarrow==25.0.1"
@@ -39,6 +40,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     row = 0
     for file in table_files(path):
         try:
+            open_regular(file).close()  # pyarrow would wait for a pipe
             for records in _parquet(file) if file.suffix == ".parquet" else _stream(file):
                 yield from enumerate(map(_turn_columns, records), start=row)
                 row += len(records)

@@ -42,13 +42,13 @@ def is_plain_text(path: str | Path) -> bool:
 
 
 def holds_text(record: Any) -> bool | None:
-    """Whether a record is a text, not a conversation; None where it is neither. A field that is null or empty says so
-    only where no other is filled."""
+    """Whether a record is a text, not a conversation; None where neither is filled."""
     if not isinstance(record, dict):
         return None
     if turns_of(record) not in EMPTY:
         return False
-    return True if "text" in record else None if turns_of(record) is None else False
+    text = record.get("text")
+    return True if isinstance(text, str) and text.strip() else None
 
 
 def read_texts(path: str | Path, report: DataReport) -> Iterator[Iterable[str]]:
@@ -96,7 +96,7 @@ def _text_records(path: str | Path) -> Iterator[tuple[str, Iterable[str] | Unusa
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(record, dict):
             yield where, Unusable(f"{kind_of(record)} instead of an object")
-        elif holds_text(record) is not True:
+        elif "text" not in record or turns_of(record) not in EMPTY:
             yield where, Unusable("a record without text among texts")
         elif text is not None and not isinstance(text, str):
             yield where, Unusable(f"{kind_of(text)} instead of a text")

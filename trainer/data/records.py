@@ -6,6 +6,7 @@ What a record means is decided by ``trainer.data.turns``.
 from __future__ import annotations
 
 import codecs
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -18,6 +19,7 @@ from trainer.data.parquet import is_table, read_rows
 
 CHUNK_BYTES = 1 << 20  # read at a time
 UNFINISHED = ("{", "[", ",", ":")  # a line that ends so is not a complete record
+TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')  # which JSON does not break across lines
 
 
 def read_text(path: Path) -> Iterator[str]:
@@ -44,8 +46,8 @@ def located_records(path: str | Path) -> Iterator[tuple[str, Any]]:
     """(where, record) of JSON lines, a JSON list, a datasets folder or a Parquet file.
 
     ``where`` names the file and the line, item (counted from 0) or row. JSON lines and tables are read on demand; an
-    object may take several lines, as pretty-printers write it: up to a line that begins with its closing brace. Raises
-    ValueError naming the file and the line where JSON is broken.
+    object may take several lines, as pretty-printers write it. Raises ValueError naming the file and the line where
+    JSON is broken.
     """
     if is_table(path):
         yield from ((f"{path} row {row}", record) for row, record in read_rows(path))
@@ -68,13 +70,18 @@ def located_records(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def _whole_object(opening: str, lines: Iterator[tuple[int, str]]) -> str:
-    """A pretty-printed object: the line that opens it, and those up to its closing brace in the first column."""
-    parts = [opening]
-    for _, line in lines:
-        parts.append(line)
-        if line.startswith("}"):
-            break
+    """A pretty-printed object: the line that opens it, and those up to the one that closes as many brackets."""
+    parts, depth = [opening], _opened(opening)
+    while depth > 0 and (following := next(lines, None)):
+        parts.append(following[1])
+        depth += _opened(following[1])
     return "\n".join(parts)
+
+
+def _opened(line: str) -> int:
+    """How many more brackets a line opens than it closes, outside of texts."""
+    bare = TEXT.sub("", line)
+    return sum(map(bare.count, "{[")) - sum(map(bare.count, "}]"))
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:

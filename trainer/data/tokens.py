@@ -133,17 +133,19 @@ def encode_conversations(
 
 
 def is_text_file(path: str | Path) -> bool:
-    """Whether a file holds text: by its name, or by its first record that is a text or a conversation."""
+    """Whether a file holds text: by its name, or by its first record in which a text or a conversation is filled; where
+    none is, by whether there are fields for texts."""
     if is_plain_text(path):
         return True
-    empty = True
+    empty, named = True, False
     for _, record in located_records(path):
         found, empty = holds_text(record), False
         if found is not None:
             return found
+        named |= isinstance(record, dict) and "text" in record
     if empty:
         raise ValueError(f"{path} is empty; expected records with conversations, messages or text")
-    return False
+    return named
 
 
 def load_data(

@@ -160,14 +160,13 @@ def system_of(record: Mapping[str, Any]) -> str | None:
 
 
 def with_system(messages: Messages, system: str | None) -> Messages:
-    """The messages, opened by the system text. Raises Unusable if they open with another one."""
+    """The messages, opened by the system text, also in place of a blank one. Raises Unusable if they open with another."""
     if system is None:
         return messages
-    if messages and messages[0]["role"] == "system":
-        if messages[0]["content"].strip() != system.strip():
-            raise Unusable("a system turn beside another system text")
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    turn, others = split_system(messages)
+    if turn and turn[0]["content"].strip() not in ("", system.strip()):
+        raise Unusable("a system turn beside another system text")
+    return messages if turn and turn[0]["content"].strip() else [{"role": "system", "content": system}, *others]
 
 
 def split_system(messages: Messages) -> tuple[Messages, Messages]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from backbone.model import load_backbone
@@ -237,6 +237,9 @@ def test_a_note_says_where_eagle_3s_own_code_fuses_other_layers(tmp_path, deep, 
     ("eagle3", {"eagle_config": None}, r"layers \[2, 3, 3\] .ours fuses \[1, 3, 5\]"),
     ("eagle3", {"target_hidden_size": 64}, "target_hidden_size 64"),
     ("eagle3", {"num_attention_heads": 2}, "num_heads 2 .backbone: 4"),
+    ("eagle3", {"eagle_config": 3}, "eagle_config is 3, expected an object"),
+    ("eagle3", {"eagle_aux_hidden_state_layer_ids": 3}, "layer_ids is 3, expected a list"),
+    ("eagle3", {"eagle_aux_hidden_state_layer_ids": None, "use_aux_hidden_state": None}, None),
     ("speculators", {"norm_before_residual": None}, None),
     ("speculators", {"speculators_model_type": "peagle"}, "expected speculators_model_type eagle3 .* got peagle"),
     ("speculators", {"transformer_layer_config": None}, "config.json: expected .* got eagle3 and NoneType"),
@@ -245,7 +248,7 @@ def test_a_note_says_where_eagle_3s_own_code_fuses_other_layers(tmp_path, deep, 
 def test_files_of_another_equation_are_refused(tmp_path, deep, backbone, to, config, words):
     assert run(our_checkpoint(tmp_path, backbone), to, tmp_path / "out", backbone=deep) == 0
     change_config(tmp_path / "out", **config)
-    if words is None:  # a null is as good as false
+    if words is None:  # a null decides nothing
         assert run(tmp_path / "out", "gorgon", tmp_path / "back", backbone=deep) == 0
         return
     with pytest.raises(ValueError, match=words):
@@ -261,12 +264,22 @@ def test_a_missing_norm_before_residual_means_true_in_speculators_files(tmp_path
         run(tmp_path / "out", "gorgon", tmp_path / "back", backbone=deep)
 
 
+def test_an_embedding_with_nan_is_not_the_backbones(tmp_path, deep, backbone):
+    assert run(our_checkpoint(tmp_path, backbone), "speculators", tmp_path / "out", backbone=deep) == 0
+    tensors = tensors_of(tmp_path / "out")
+    tensors["embed_tokens.weight"][3, 1] = np.nan
+    save_file(tensors, tmp_path / "out" / FORMATS["speculators"])
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is not that of the backbone .* largest difference nan"):
+        run(tmp_path / "out", "gorgon", tmp_path / "back", backbone=deep)
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (lambda t: t.pop("d2t"), "d2t is missing; its language-model head has 20 rows of 64"),
     (lambda t: t["d2t"].__setitem__(-1, VOCAB), "d2t does not give 20 tokens from 0 to 63"),
     (lambda t: t["t2d"].__setitem__(slice(None), False), "d2t and t2d name different tokens"),
     (lambda t: t.update(d2t=t["d2t"].astype(np.float32)), "d2t is float32"),
     (lambda t: t.pop("norm.weight"), "missing: norm.weight"),
+    (lambda t: t.update({name: t[name][:0] for name in ("d2t", "lm_head.weight")}), "lm_head.weight has no rows"),
 ])  # fmt: skip
 def test_a_damaged_draft_vocabulary_is_refused(tmp_path, deep, backbone, change, words):
     source = our_checkpoint(tmp_path, backbone, draft_vocab_size=DRAFTED)

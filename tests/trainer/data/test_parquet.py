@@ -1,6 +1,7 @@
 """Folders that datasets' save_to_disk writes, and Parquet files, give the records in them, or one clear line."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -210,3 +211,10 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"set is read with pyarrow, which is not .*: pip install pyarrow==25\.0\.1$"):
         load_data([folder], load_tokenizer(), max_length=64, block_size=8)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_pipe_is_refused_without_waiting(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a pipe, expected a regular file"):
+        list(read_rows(tmp_path / name))

@@ -16,7 +16,7 @@ from tests.trainer.data.made import GOOD, write_lines
 from trainer.data import records
 from trainer.data.conversations import DataReport
 from trainer.data.plain_text import CONTEXT, Window, _meet, pack, read_blocks, read_texts, text_tokens, windows
-from trainer.data.tokens import TokenizedData, check_vocabulary, load_data
+from trainer.data.tokens import TokenizedData, check_vocabulary, is_text_file, load_data
 
 # The pre-tokenizer of Llama 3: line breaks belong to the punctuation before them.
 LLAMA_3 = (
@@ -283,6 +283,14 @@ def test_loss_on_all_leaves_out_only_the_beginning_token(mixed, tokenizer, monke
         for loss_on in ("assistant", "all")
     )
     assert text.mask.tolist() == all_of_it.mask.tolist()
+
+
+@pytest.mark.parametrize("empty", [{"text": None}, {"text": ""}, {"text": " ", "conversations": []}, {"text": 3}])
+def test_an_empty_field_of_the_first_record_does_not_decide_what_a_file_holds(tmp_path, empty):
+    talk, text = {**GOOD, "text": None}, {"text": "some text", "conversations": None}
+    for records, found in (([empty, talk, text], False), ([empty, text, talk], True), ([empty], True), ([{}], False)):
+        write_lines(tmp_path / "f.jsonl", *records)
+        assert is_text_file(tmp_path / "f.jsonl") == found
 
 
 def test_a_text_is_read_on_demand(tmp_path, monkeypatch):

@@ -76,3 +76,16 @@ def test_unusable_records_are_left_out_and_counted_and_the_others_read(tmp_path)
 def test_a_pretty_printed_record_is_read(tmp_path, wrap):
     (tmp_path / "p.json").write_text(json.dumps(wrap({"question_id": 7, "turns": ["Hi"]}), indent=1))
     assert only(tmp_path / "p.json") == Prompt("7", "question", ("Hi",))
+
+
+BROKEN = ('{\n"turns": [\n"Hi }"\n]\n}', '{"turns":\n[\n"Hi }"],\n"x": {\n"y": "\\"{"\n}\n}', '{"turns": ["Hi }"]}')
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_an_object_may_be_broken_across_lines_anywhere(tmp_path, text):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"{text}\n" * 3)
+    assert [prompt.turns for prompt in read_prompts(path).prompts] == [("Hi }",)] * 3
+    path.write_text(f"{text}\n" * 2 + text[:-1])  # the control
+    with pytest.raises(ValueError, match=r"line \d+: not valid JSON"):
+        read_prompts(path)

@@ -23,6 +23,7 @@ NULLS = [{"from": None, "value": None, **turn} for turn in HI]
         ({"conversations": SHARE, "system": None, "system_prompt": "Be brief."}, [BRIEF, *HI]),
         ({"messages": [BRIEF, *HI], "system": "Be brief."}, [BRIEF, *HI]),
         ({"conversations": SHARE, "system": " ", "tools": "[]"}, HI),
+        ({"messages": [{"role": "system", "content": " "}, *HI], "system": "Be brief."}, [BRIEF, *HI]),
     ],
 )
 def test_the_filled_field_counts(record, messages):
