@@ -6,6 +6,7 @@ carry float32, float64 and int32 only, on a GPU through NCCL (which nobody has r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -32,15 +33,23 @@ def start_ranks(num_ranks: int) -> int:
         raise ValueError("--ranks needs Open MPI (Debian: openmpi-bin libopenmpi-dev)")
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     words = ["mpirun", "--quiet", *root, "--oversubscribe", "-np", str(num_ranks), sys.executable, *sys.orig_argv[1:]]
-    mpirun = psutil.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+    received: list[int] = []
+    mpirun = None
 
-    def forward(number: int, frame: object) -> None:
-        for process in mpirun.children() or [mpirun]:
-            process.send_signal(number)
+    def forward(number: int, frame: object = None) -> None:
+        received.append(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            for process in (mpirun.children() or [mpirun]) if mpirun else ():
+                process.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    return mpirun.wait()
+    mpirun = psutil.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+    if received:  # before there was anything to send it to
+        forward(received[0])
+    status = mpirun.wait()
+    # Ranks that have not begun to listen end with 1, as far as mpirun says.
+    return 128 + received[0] if received and status == 1 else status
 
 
 def all_reduce_sum(var):

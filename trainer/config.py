@@ -27,6 +27,7 @@ EMBEDDED_CORPUS = ROOT / "assets" / "corpus" / "chat.jsonl.gz"
 LOSSES = ("ce", "kl", "mix")
 OPTIMIZERS = ("adamw", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+MOST_RANKS = 256  # more than any machine has GPUs; mpirun takes memory for each before it starts the first
 
 
 @dataclass
@@ -70,7 +71,9 @@ class OutputOptions:
     cache_dir: str = option(str(Path(".cache") / "features"), "directory of the feature caches")
     save_every: int = option(250, "steps between states to resume from; 0: none", least=0)
     keep_last: int = option(1, "number of states kept, the newest ones", above=0)
-    ranks: int = option(1, "processes on this machine that share each step's text, through Open MPI", above=0)
+    ranks: int = option(
+        1, "processes on this machine that share each step's text, through Open MPI", above=0, most=MOST_RANKS
+    )
     tensorboard: bool = option(False, "also write TensorBoard events into the run's directory")
 
 

@@ -88,6 +88,7 @@ def test_every_option_can_be_given_on_the_command_line_and_in_a_file(recipes, ya
         (["--head", "mlp", "--head.num_depths", "many"], r"--head\.num_depths takes int, got 'many'"),
         (["--head", "hydra", "--head.prefix_layer", "maybe"], r"takes bool, got 'maybe'"),
         (["--head", "mlp", "--epochs", "0"], r"--epochs must be above 0, got 0\.0"),
+        (["--head", "mlp", "--ranks", "10000000"], "--ranks must be at most 256, got 10000000"),
         (["--head", "mlp", "--clip", "nan"], "--clip must be a number, got nan"),
         (["--head", "mlp", "--max-steps", "-1"], "--max-steps must be at least 0, got -1"),
         (["--head", "mlp", "--warmup", "1"], r"--warmup must be below 1, got 1\.0"),

@@ -160,7 +160,7 @@ def system_of(record: Mapping[str, Any]) -> str | None:
 
 
 def with_system(messages: Messages, system: str | None) -> Messages:
-    """The messages, opened by the system text, also in place of a blank one. Raises Unusable beside another text."""
+    """The messages, opened by the system text, in place of a blank one. Raises Unusable if they open with another."""
     if system is None:
         return messages
     turn, others = split_system(messages)

@@ -288,8 +288,8 @@ def test_loss_on_all_leaves_out_only_the_beginning_token(mixed, tokenizer, monke
 @pytest.mark.parametrize("empty", [{"text": None}, {"text": ""}, {"text": " ", "conversations": []}, {"text": 3}])
 def test_an_empty_field_of_the_first_record_does_not_decide_what_a_file_holds(tmp_path, empty):
     talk, text = {**GOOD, "text": None}, {"text": "some text", "conversations": None}
-    for given, found in (([empty, talk, text], False), ([empty, text, talk], True), ([empty], True), ([{}], False)):
-        write_lines(tmp_path / "f.jsonl", *given)
+    for lines, found in (([empty, talk, text], False), ([empty, text, talk], True), ([empty], True), ([{}], False)):
+        write_lines(tmp_path / "f.jsonl", *lines)
         assert is_text_file(tmp_path / "f.jsonl") == found
 
 
