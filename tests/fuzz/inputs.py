@@ -3,6 +3,7 @@ nesting without end, repeated keys, half characters, and changed bytes."""
 
 import copy
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ TEXTS = (
     "step-\u00b2", "None", "true", "llama", "__class__", "\u2028", "1e400", "\udfff\ud800", "{}", "[0]",
 )  # fmt: skip
 LONG = "a" * 100_000
+LONGEST = 1 << 24  # bytes of what is repeated
 # What json.dumps does not write.
 RAW = (
     "1" + "0" * 400, "-1" + "0" * 5000, "1e400", "-1e999", "1" * 65, "NaN", "-Infinity", '"\\ud800"',
@@ -78,7 +80,9 @@ def changed(draw, valid):
             case 0:
                 del holder[key]
             case 1 if isinstance(holder, list):
-                holder.extend([part] * draw(st.sampled_from((1, 3, 2000))))
+                copies = draw(st.sampled_from((1, 3, 2000)))
+                copies = copies if len(written(part)) * copies < LONGEST else 3
+                holder.extend(copy.deepcopy(part) for _ in range(copies))  # a later change is one of them
             case 1:
                 holder[draw(st.sampled_from(TEXTS))] = part
             case 2:
@@ -101,8 +105,7 @@ def written(document, indent=None):
         return [marked(item) for item in value] if isinstance(value, list) else value
 
     text = json.dumps(marked(document), indent=indent)
-    for number, each in reversed(list(enumerate(raw))):
-        text = text.replace(f'"@raw{number}@"', each)
+    text = re.sub('"@raw([0-9]+)@"', lambda mark: raw[int(mark[1])], text)
     return text.encode("utf-8", "surrogatepass")
 
 
