@@ -10,7 +10,7 @@ import pytest
 from backbone.replies import Span, mask_of_spans
 from backbone.templates import TEMPLATES, ConversationError
 from backbone.tokenizer import load_tokenizer
-from tests.backbone.chat.families import FAMILIES, SPECIAL, untagged
+from tests.backbone.chat.families import FAMILIES, untagged
 from tests.backbone.chat.made import CHAT, OWN, SYSTEM, embedded_with, load_with, masked_text, replies, talk
 
 DEV = Path(__file__).resolve().parents[4] / "shared" / "data" / "chat" / "dev.jsonl.gz"
@@ -36,12 +36,6 @@ SYSTEM_REFUSED = {"gemma", "mistral, strict"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The embedded tokenizer with the tokens that the families write."""
-    return embedded_with(tmp_path_factory.mktemp("families") / "t", **{text: text for text in SPECIAL})
-
-
-@pytest.fixture(scope="module")
 def theirs(folder):
     """theirs(template, messages): token ids and mask by transformers, or None where the template refuses them."""
     import jinja2
@@ -59,23 +53,6 @@ def theirs(folder):
         return found["input_ids"], [bool(masked) for masked in found["assistant_masks"]]
 
     return encode
-
-
-@pytest.fixture
-def today(monkeypatch):
-    """Makes transformers write the date that templates see here."""
-    import datetime
-
-    from transformers.utils import chat_template_utils
-
-    from backbone.templates import TODAY
-
-    class Frozen(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(TODAY.year, TODAY.month, TODAY.day)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Frozen)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,13 +1,12 @@
 """Chats render as published, and as transformers renders them."""
 
-import datetime
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from backbone.templates import TEMPLATES, TODAY
+from backbone.templates import TEMPLATES
 from backbone.tokenizer import EMBEDDED, load_tokenizer
 from tests.backbone.chat.families import FAMILIES, SPECIAL, untagged
 from tests.backbone.chat.made import CHAT, SYSTEM, embedded_with, load_with, talk
@@ -41,23 +40,9 @@ SNIPPETS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The embedded tokenizer with the tokens that the families write."""
-    return embedded_with(tmp_path_factory.mktemp("families") / "t", **{text: text for text in SPECIAL})
-
-
 @pytest.fixture(autouse=True)
-def today(monkeypatch):
-    """Makes transformers write the date that templates see here."""
-    from transformers.utils import chat_template_utils
-
-    class Frozen(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(TODAY.year, TODAY.month, TODAY.day)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Frozen)
+def frozen(today):
+    """Every test here."""
 
 
 def theirs(folder):
