@@ -101,8 +101,9 @@ def _token_ids(value: Any, key: str, where: str) -> tuple[int, ...]:
 
 
 def stop_ids(directory: str | Path) -> tuple[int, ...]:
-    """The tokens that end a text, as transformers resolves them: those of generation_config.json if it names any, else
-    those of config.json; empty where neither does. Raises ValueError naming the file."""
+    """The tokens that end a text: those of generation_config.json if it names any, else those of config.json; empty
+    where neither does. So does transformers, but for a generation_config.json that names none: it then never stops.
+    Raises ValueError naming the file."""
     for path in (Path(directory) / GENERATION_CONFIG, Path(directory) / CONFIG):
         ids = _token_ids(read_object(path).get("eos_token_id"), "eos_token_id", str(path)) if path.exists() else ()
         if ids:

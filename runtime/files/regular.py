@@ -18,7 +18,6 @@ KINDS = {
 }
 # Text packs to a tenth, repeated records to less; only what was made to fill memory unpacks to more than this.
 MOST_UNPACKED, FREE_BYTES = 200, 1 << 26
-PIECE = 1 << 20  # bytes
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -64,14 +63,6 @@ class _Unpacked(gzip.GzipFile):
         if self._taken > self._limit:
             raise ValueError(f"{self._path} unpacks to more than {MOST_UNPACKED} times its size; no text does")
         return piece
-
-
-def unpack(content: bytes, path: str | Path) -> bytes:
-    """``unpacked`` in one piece. Raises what ``gzip`` does for broken data."""
-    if content[:2] != b"\x1f\x8b":
-        return content
-    file = _Unpacked(io.BytesIO(content), path)
-    return b"".join(iter(lambda: file.read(PIECE), b""))
 
 
 def unpacked(file: BinaryIO, path: str | Path) -> BinaryIO:
